@@ -1,0 +1,110 @@
+"""Wrapped methods of a patched model: forward, generate and the checkpointing switch.
+
+They live on the instance, hold the model rather than a bound method (so that deepcopy and pickle
+lead to the copy's own weights) and show signatures that Trainer and ``generate`` accept.
+"""
+
+import inspect
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+from ckf.routing import RoutedCheckpoint, Router, TaskIds
+
+
+class _Wrapped:
+    """A method of the model; follows deepcopy and pickle to the copy's own weights."""
+
+    name: str
+
+    def __init__(self, model: nn.Module, router: Router, before) -> None:
+        self.model, self.router, self.before = model, router, before
+
+    def original(self, *args, **kwargs):
+        if self.before is not None:
+            return self.before(*args, **kwargs)
+        return getattr(type(self.model), self.name)(self.model, *args, **kwargs)
+
+    def _signature(self) -> inspect.Signature:
+        if self.before is not None:
+            return inspect.signature(self.before)
+        bound = getattr(type(self.model), self.name).__get__(self.model)
+        return inspect.signature(bound)
+
+
+class RoutedForward(_Wrapped):
+    """``model.forward`` that takes ``task_ids`` and routes the layers for its duration."""
+
+    name = "forward"
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        signature = self._signature()
+        extra = inspect.Parameter("task_ids", inspect.Parameter.KEYWORD_ONLY, default=None)
+        parameters = [p for p in signature.parameters.values() if p.name != "task_ids"]
+        at = len(parameters)
+        if parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
+            at -= 1
+        return signature.replace(parameters=[*parameters[:at], extra, *parameters[at:]])
+
+    def __call__(self, *args, task_ids: TaskIds | None = None, **kwargs):
+        shape, device, past = self._sizes(args, kwargs)
+        route = self.router.make_route(task_ids, shape, device, self.model.training, past)
+        with self.router.following(route):
+            return self.original(*args, **kwargs)
+
+    def _sizes(self, args, kwargs) -> tuple[tuple[int, int], torch.device, int]:
+        """(batch, new tokens), device, tokens in the cache."""
+        named = self._signature().bind_partial(*args, **kwargs).arguments if args else {}
+        named = {**named, **named.pop("kwargs", {}), **kwargs}
+        cache = named.get("past_key_values")
+        past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+        for name in ("input_ids", "inputs_embeds"):
+            tensor = named.get(name)
+            if tensor is not None:
+                return (tensor.shape[0], tensor.shape[1]), tensor.device, int(past)
+        tensor = next((t for t in named.values() if isinstance(t, Tensor)), None)
+        if tensor is None:
+            raise ValueError("the patched model got no tensor; pass input_ids or inputs_embeds")
+        lead = tensor.shape[:-1] if tensor.is_floating_point() else tensor.shape
+        batch = lead[0] if len(lead) else 1
+        return (batch, lead[1:].numel()), tensor.device, 0
+
+
+class RoutedGenerate(_Wrapped):
+    """``model.generate`` that keeps task ids for every step, also under beams."""
+
+    name = "generate"
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return self._signature()
+
+    def __call__(self, *args, task_ids: TaskIds | None = None, **kwargs):
+        if task_ids is None:
+            task_ids = self.router.default_task
+        if task_ids is not None:
+            inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+            inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+            ids = self.router.tensor(task_ids, None if inputs is None else inputs.device)
+            if ids.dim() == 0 and inputs is not None:
+                ids = ids.expand(inputs.shape[0]).clone()
+            kwargs["task_ids"] = ids
+        return self.original(*args, **kwargs)
+
+
+class RoutedCheckpointSwitch(_Wrapped):
+    """``_set_gradient_checkpointing`` whose checkpoint function carries the route along."""
+
+    name = "_set_gradient_checkpointing"
+
+    def __call__(self, enable: bool = True, gradient_checkpointing_func=None, **kwargs):
+        if gradient_checkpointing_func is None:
+            gradient_checkpointing_func = torch.utils.checkpoint.checkpoint
+        routed = RoutedCheckpoint(self.router, gradient_checkpointing_func)
+        return self.original(enable=enable, gradient_checkpointing_func=routed, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return self._signature()

@@ -1,0 +1,75 @@
+"""The dropout mask of the LoRA input: counter-based, so that backward draws it again.
+
+One Philox-4x32-7 call (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011)
+makes eight 16-bit lanes, one for each of eight neighbouring columns:
+
+    key     = (seed low word, seed high word)
+    counter = (column // 8, row low word, row high word, 0)
+    lane    = column % 8: word lane // 2, its low half first
+    kept    = lane value >= round(p * 65536)
+
+Every backend uses this same layout, so masks agree bit for bit across backends and devices.
+"""
+
+import torch
+from torch import Tensor
+
+LANES = 8
+ROUNDS = 7
+_WORD = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+def dropout_threshold(p: float) -> int:
+    """Lane values below this are dropped; p is resolved to 1/65536."""
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"dropout_p is {p}; it must be at least 0 and less than 1")
+    return min(round(p * 65536), 65535)
+
+
+def dropout_scale(p: float) -> float:
+    """The factor on kept elements: one over the exact probability of keeping."""
+    return 65536.0 / (65536 - dropout_threshold(p))
+
+
+def dropout_mask(
+    m: int, k: int, p: float, seed: int | Tensor, device: torch.device | str = "cpu"
+) -> Tensor:
+    """The keep mask of a (m, k) input.
+
+    Args:
+        m, k: rows and columns.
+        p: probability of dropping, in [0, 1), resolved to 1/65536.
+        seed: int, or a one-element int64 tensor on ``device`` (no synchronisation).
+
+    Returns:
+        (m, k) bool, True where the element is kept.
+    """
+    words = _philox_words(m, -(-k // LANES), seed, torch.device(device))  # 4 x (m, blocks)
+    lanes = torch.stack([half for w in words for half in (w & 0xFFFF, w >> 16)], dim=-1)
+    return (lanes >= dropout_threshold(p)).flatten(1)[:, :k]
+
+
+def _philox_words(m: int, blocks: int, seed: int | Tensor, device: torch.device) -> list[Tensor]:
+    """Four (m, blocks) int64 tensors of 32-bit words."""
+    key = [_low_word(seed), _low_word(seed >> 32)]
+    rows = torch.arange(m, device=device).unsqueeze(1)
+    columns = torch.arange(blocks, device=device).unsqueeze(0)
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    c0, c1, c2, c3 = columns, rows & _WORD, rows >> 32, zero
+    for _ in range(ROUNDS):
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1 = _high_word(p1) ^ c1 ^ key[0], p1 & _WORD
+        c2, c3 = _high_word(p0) ^ c3 ^ key[1], p0 & _WORD
+        key = [_low_word(key[0] + _WEYL[0]), _low_word(key[1] + _WEYL[1])]
+    return [word.expand(m, blocks) for word in (c0, c1, c2, c3)]
+
+
+def _low_word(value):
+    return value & _WORD
+
+
+def _high_word(product: Tensor) -> Tensor:
+    """Upper 32 bits of an unsigned 64-bit product held in int64."""
+    return (product >> 32) & _WORD

@@ -1,0 +1,195 @@
+"""The public functions: checks, autocast, choice of backend."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ckf.kernels import cuda
+from ckf.kernels.config import choose_backend
+from ckf.kernels.dropout import dropout_threshold
+from ckf.kernels.torch_backend import multi_lora_group_torch
+
+
+def multi_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    gates: Tensor,
+    task_ids: Tensor,
+    dropout_p: float = 0.0,
+    seed: int | Tensor = 0,
+    backend: str = "auto",
+) -> Tensor:
+    """A frozen linear plus the gated low-rank updates of every row's experts, in one pass.
+
+    ``y_i = W x_i + bias + sum_e gates[t_i, e] * B_e A_e drop(x_i)`` (``kernels/reference.py``).
+
+    Args:
+        x: (..., k) rows in any order and mix of tasks.
+        weight: (n, k); ``bias``: (n,) or None; both of x's dtype.
+        a: E tensors (r_e, k); ``b``: E tensors (n, r_e); of x's dtype or float32.
+        gates: (T, E) float32, the LoRA scaling (alpha / r) included; may require a gradient.
+        task_ids: ints of x's leading shape, in [-1, T); -1 is base only. Ids on the host are
+            checked; ids on a GPU are not (no synchronisation): an invalid one makes its row NaN.
+        dropout_p: probability of dropping an element of the LoRA input.
+        seed: int or one-element int64 tensor on x's device; draws the dropout mask.
+        backend: "auto", "torch", "triton" or "cuda".
+
+    Returns:
+        (..., n) of x's dtype (the autocast dtype under autocast).
+
+    Raises:
+        ValueError: shapes, dtypes, devices or ids that do not fit, or a backend that cannot run.
+    """
+    return multi_lora_group(
+        x, [weight], [bias], [a], [b], gates, task_ids, dropout_p, seed, backend
+    )[0]
+
+
+def multi_lora_group(
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    a: Sequence[Sequence[Tensor]],
+    b: Sequence[Sequence[Tensor]],
+    gates: Tensor | Sequence[Tensor],
+    task_ids: Tensor,
+    dropout_p: float = 0.0,
+    seed: int | Tensor = 0,
+    backend: str = "auto",
+) -> tuple[Tensor, ...]:
+    """Several linears fed the same x (q, k, v; gate, up): one shrink, one mask, one saved x.
+
+    Arguments as in :func:`multi_lora_linear`, with one weight, bias, list of A and list of B a
+    linear. ``gates`` is one matrix for all linears or one a linear (same T). A weight of None
+    returns that linear's low-rank update alone.
+
+    Returns:
+        One (..., n_l) tensor a linear.
+    """
+    gates = [gates] * len(weights) if isinstance(gates, Tensor) else list(gates)
+    check_group(x, weights, biases, a, b, gates)
+    task_ids = check_task_ids(task_ids, x, gates[0].shape[0])
+    return run_group(x, weights, biases, a, b, gates, task_ids, dropout_p, seed, backend)
+
+
+def run_group(x, weights, biases, a, b, gates, task_ids, dropout_p, seed, backend):
+    """``multi_lora_group`` for arguments that were checked before."""
+    dropout_threshold(dropout_p)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x = x.to(dtype)
+        weights = [None if w is None else w.to(dtype) for w in weights]
+        biases = [None if v is None else v.to(dtype) for v in biases]
+    needs_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad
+        for t in (x, *weights, *biases, *gates, *(t for s in (*a, *b) for t in s))
+    )
+    choice = choose_backend(backend, x.reshape(-1, x.shape[-1]), needs_grad or dropout_p > 0)
+    with torch.autocast(x.device.type, enabled=False):
+        if choice.backend == "cuda":
+            return _run_cuda(x, weights, biases, a, b, gates, task_ids)
+        return multi_lora_group_torch(x, weights, biases, a, b, gates, task_ids, dropout_p, seed)
+
+
+def _run_cuda(x, weights, biases, a, b, gates, task_ids) -> tuple[Tensor, ...]:
+    rows = x.reshape(-1, x.shape[-1])
+    outputs = []
+    for weight, bias, a_l, b_l, gate in zip(weights, biases, a, b, gates, strict=True):
+        n = b_l[0].shape[0]
+        if weight is None:
+            y = x.new_zeros(*x.shape[:-1], n)
+        else:
+            y = torch.nn.functional.linear(x, weight, bias)
+        stacked_a = torch.cat([t.to(x.dtype) for t in a_l])  # (R, k)
+        stacked_b = torch.cat([t.to(x.dtype).t() for t in b_l])  # (R, n)
+        columns = [gate[:, e : e + 1].expand(-1, t.shape[0]) for e, t in enumerate(a_l)]
+        column_gates = torch.cat(columns, dim=1).float()  # (T, R)
+        cuda.multi_lora_decode(
+            y.view(-1, n), rows, stacked_a, stacked_b, column_gates, task_ids.reshape(-1)
+        )
+        outputs.append(y)
+    return tuple(outputs)
+
+
+def check_task_ids(task_ids: Tensor, x: Tensor, tasks: int) -> Tensor:
+    """The ids as int64 on x's device; the range is checked where they lie on the host."""
+    if not isinstance(task_ids, Tensor) or task_ids.dtype not in (torch.int64, torch.int32):
+        kind = task_ids.dtype if isinstance(task_ids, Tensor) else type(task_ids).__name__
+        raise ValueError(f"task_ids are {kind}; expected an int64 or int32 tensor")
+    if task_ids.shape != x.shape[:-1]:
+        raise ValueError(
+            f"task_ids have shape {tuple(task_ids.shape)}; expected x's leading shape "
+            f"{tuple(x.shape[:-1])}, one id a row"
+        )
+    check_id_range(task_ids, tasks)
+    return task_ids.to(device=x.device, dtype=torch.int64, non_blocking=True)
+
+
+def check_id_range(task_ids: Tensor, tasks: int) -> None:
+    """ValueError for an id outside [-1, tasks) on the host; device ids cost no check."""
+    if task_ids.device.type != "cpu" or task_ids.numel() == 0 or torch.compiler.is_compiling():
+        return
+    low, high = int(task_ids.min()), int(task_ids.max())
+    if low < -1 or high >= tasks:
+        wrong = low if low < -1 else high
+        raise ValueError(
+            f"task id {wrong} is out of range; expected 0 to {tasks - 1}, or -1 for the base alone"
+        )
+
+
+def check_group(x, weights, biases, a, b, gates) -> None:
+    """ValueError naming the first argument whose shape, dtype or device does not fit."""
+    if not len(weights) == len(biases) == len(a) == len(b) == len(gates) or not weights:
+        raise ValueError(
+            "weights, biases, a, b and gates need one entry for each linear; got "
+            f"{len(weights)}, {len(biases)}, {len(a)}, {len(b)} and {len(gates)}"
+        )
+    if x.dim() == 0 or not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}; expected floats (..., k)")
+    for index, (weight, bias, a_l, b_l, gate) in enumerate(
+        zip(weights, biases, a, b, gates, strict=True)
+    ):
+        _check_linear(f"linear {index}", x, weight, bias, a_l, b_l, gate)
+        if gate.shape[0] != gates[0].shape[0]:
+            raise ValueError(
+                f"linear {index}: gates for {gate.shape[0]} tasks; expected "
+                f"{gates[0].shape[0]}, as for linear 0"
+            )
+
+
+def _check_linear(name, x, weight, bias, a, b, gate) -> None:
+    k = x.shape[-1]
+    if len(a) != len(b) or not a:
+        raise ValueError(f"{name}: {len(a)} A and {len(b)} B; expected as many, one or more")
+    n = b[0].shape[0] if weight is None else weight.shape[0]
+    if weight is not None:
+        _expect(f"{name}: weight", weight, (n, k), x)
+    if bias is not None:
+        _expect(f"{name}: bias", bias, (n,), x)
+    for e, (a_e, b_e) in enumerate(zip(a, b, strict=True)):
+        rank = a_e.shape[0]
+        _expect(f"{name}: a[{e}]", a_e, (rank, k), x, adapter=True)
+        _expect(f"{name}: b[{e}]", b_e, (n, rank), x, adapter=True)
+        if a_e.dtype != a[0].dtype or b_e.dtype != a[0].dtype:
+            raise ValueError(f"{name}: experts differ in dtype; expected {a[0].dtype} for all")
+    if gate.dim() != 2 or gate.shape[1] != len(a) or gate.device != x.device:
+        raise ValueError(
+            f"{name}: gates of shape {tuple(gate.shape)} on {gate.device}; expected "
+            f"(tasks, {len(a)} experts) on {x.device}"
+        )
+
+
+def _expect(name: str, tensor: Tensor, shape: tuple, x: Tensor, adapter: bool = False) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name} is on {tensor.device}; expected x's device, {x.device}")
+    allowed = {x.dtype, torch.float32} if adapter else {x.dtype}
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if tensor.dtype not in allowed and not autocast:
+        expected = " or ".join(sorted(str(d) for d in allowed))
+        raise ValueError(f"{name} is {tensor.dtype}; expected {expected}")

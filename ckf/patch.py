@@ -1,0 +1,305 @@
+"""``patch_model``: put Multi-LoRA into a causal LM of any family, in place, and take it out."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ckf.calls import RoutedCheckpointSwitch, RoutedForward, RoutedGenerate
+from ckf.kernels.config import choose_backend
+from ckf.layers import SHARED, MultiLoRALinear, TaskGate
+from ckf.routing import Router, TaskIds
+
+Targets = str | Sequence[str]
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_RESERVED = ("lora", SHARED)
+
+
+@dataclass(frozen=True)
+class PatchSettings:
+    """What ``patch_model`` was asked for; saved beside the adapters."""
+
+    tasks: dict[str, int]
+    shared_r: int
+    lora_alpha: float
+    lora_dropout: float
+    use_rslora: bool
+    gate: str
+    gate_per_layer: bool
+    backend: str
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        return ((SHARED,) if self.shared_r else ()) + tuple(self.tasks)
+
+    def rank(self, expert: str) -> int:
+        return self.shared_r if expert == SHARED else self.tasks[expert]
+
+    def scaling(self, expert: str) -> float:
+        rank = self.rank(expert)
+        return self.lora_alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+@dataclass
+class PatchState:
+    """Kept on a patched model: how it was patched and how to undo it."""
+
+    settings: PatchSettings
+    router: Router
+    trainable_before: list[str]
+    instance_attributes: dict[str, object] = field(default_factory=dict)
+
+
+def patch_model(
+    model: nn.Module,
+    tasks: Sequence[str] | Mapping[str, int],
+    r: int = 16,
+    shared_r: int | None = None,
+    lora_alpha: float = 16,
+    lora_dropout: float = 0.0,
+    use_rslora: bool = False,
+    target_modules: Targets = "all-linear",
+    shared_modules: Targets | None = None,
+    task_modules: Targets | None = None,
+    gate: str = "hard",
+    gate_per_layer: bool = False,
+    backend: str = "auto",
+) -> nn.Module:
+    """Give a model one LoRA shared by all tasks plus one LoRA per task, routed row by row.
+
+    The model is changed in place and returned; its own parameters are frozen. Afterwards
+    ``model(..., task_ids=...)`` and ``model.generate(..., task_ids=...)`` take one task per row or
+    per token, by name or number, -1 meaning the base alone.
+
+    Args:
+        model: any Hugging Face causal LM, or another ``nn.Module`` with linears.
+        tasks: task names, or a mapping from name to rank.
+        r: rank of each task's LoRA where ``tasks`` gives none.
+        shared_r: rank of the shared LoRA; None means ``r``, 0 means none.
+        lora_alpha: scaling is lora_alpha / rank (lora_alpha / sqrt(rank) with ``use_rslora``).
+        lora_dropout: dropout on the LoRA input while training.
+        target_modules: list of name suffixes, a regular expression for the full name, or
+            "all-linear" (every linear but the output layer), as in PEFT.
+        shared_modules, task_modules: where the shared and the task LoRAs go; None means
+            ``target_modules``.
+        gate: "hard" (shared + own task) or "learned" (trainable weights per task over all
+            experts, starting at the hard gate).
+        gate_per_layer: with learned gates, one gate matrix per layer instead of one per model.
+        backend: "auto", "torch", "triton" or "cuda".
+
+    Raises:
+        ValueError: a model that is patched already, bad task names or ranks, targets that match
+            nothing, targeted modules that cannot carry a LoRA.
+
+    Source: Multi-LoRA of Zhao et al., "Collaborative Knowledge Fusion", TKDE 2025.
+    """
+    if is_patched(model):
+        raise ValueError("this model is patched already; call ckf.unpatch_model(model) first")
+    settings = _settings(
+        tasks, r, shared_r, lora_alpha, lora_dropout, use_rslora, gate, gate_per_layer, backend
+    )
+    shared_at = _find_targets(model, shared_modules or target_modules)
+    tasks_at = _find_targets(model, task_modules or target_modules)
+    if not settings.shared_r:
+        shared_at = set()
+    router = Router(tuple(settings.tasks))
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    model.requires_grad_(False)
+    state = PatchState(settings, router, trainable)
+    model_gate = None
+    if gate == "learned" and not gate_per_layer:
+        model_gate = TaskGate(router.tasks, settings.experts, _device(model))
+        model.ckf_gate = model_gate
+    names = [n for n, _ in model.named_modules() if n in shared_at or n in tasks_at]
+    for index, name in enumerate(names):
+        experts = [SHARED] * (name in shared_at) + list(settings.tasks) * (name in tasks_at)
+        _replace(model, name, _make_layer(model, name, experts, index, state, model_gate))
+    model._ckf = state
+    _route_calls(model, state)
+    return model
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether ``patch_model`` was applied and not undone."""
+    return isinstance(getattr(model, "_ckf", None), PatchState)
+
+
+def patch_state(model: nn.Module) -> PatchState:
+    """The model's patch state; ValueError when it has none."""
+    if not is_patched(model):
+        raise ValueError("this model is not patched; call ckf.patch_model(model, tasks) first")
+    return model._ckf
+
+
+def patched_layers(model: nn.Module) -> dict[str, MultiLoRALinear]:
+    """Patched layers by the name their base linear had."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, MultiLoRALinear)}
+
+
+def task_ids(model: nn.Module, names: TaskIds) -> Tensor:
+    """Task names (or numbers) as a tensor on the model's device, resolved once on the host."""
+    return patch_state(model).router.tensor(names, _device(model))
+
+
+@contextmanager
+def use_task(model: nn.Module, task: str) -> Iterator[nn.Module]:
+    """Every forward pass inside that names no task ids takes ``task`` for all rows."""
+    with patch_state(model).router.defaulting_to(task):
+        yield model
+
+
+def unpatch_model(model: nn.Module) -> nn.Module:
+    """Take Multi-LoRA out: the model has its own modules, attributes and trainable flags again."""
+    state = patch_state(model)
+    for name, layer in patched_layers(model).items():
+        _replace(model, name, layer.base_layer)
+    if hasattr(model, "ckf_gate"):
+        del model.ckf_gate
+    for name, before in state.instance_attributes.items():
+        model.__dict__.pop(name, None)
+        if before is not None:
+            setattr(model, name, before)
+    del model._ckf
+    parameters = dict(model.named_parameters())
+    for name in state.trainable_before:
+        parameters[name].requires_grad_(True)
+    return model
+
+
+def _settings(tasks, r, shared_r, lora_alpha, lora_dropout, use_rslora, gate, per_layer, backend):
+    ranks = dict(tasks) if isinstance(tasks, Mapping) else {t: r for t in tasks}
+    if isinstance(tasks, str) or not ranks:
+        raise ValueError(f'tasks is {tasks!r}; expected a list of names, like ["ctr", "topk"]')
+    if not isinstance(tasks, Mapping) and len(ranks) != len(tasks):
+        raise ValueError(f"tasks {list(tasks)} name a task twice; every name must be its own")
+    for name in ranks:
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or name in _RESERVED:
+            raise ValueError(
+                f"task name {name!r} is not allowed; use letters, digits, '_' and '-' "
+                f"(and not {' or '.join(_RESERVED)})"
+            )
+    shared_r = r if shared_r is None else shared_r
+    for what, rank in [("shared_r", shared_r), *ranks.items()]:
+        lowest = 0 if what == "shared_r" else 1
+        if not isinstance(rank, int) or rank < lowest:
+            raise ValueError(f"rank of {what} is {rank!r}; expected an integer from {lowest} up")
+    if not 0 <= lora_dropout < 1:
+        raise ValueError(f"lora_dropout is {lora_dropout}; expected at least 0 and below 1")
+    if gate not in ("hard", "learned"):
+        raise ValueError(f"gate is {gate!r}; expected 'hard' or 'learned'")
+    if backend != "cuda":  # needs a tensor on a GPU to be judged
+        choose_backend(backend, torch.empty(0, 1), needs_grad=True)
+    return PatchSettings(
+        ranks, shared_r, lora_alpha, lora_dropout, use_rslora, gate, per_layer, backend
+    )
+
+
+def _features(module: nn.Module) -> tuple[int, int] | None:
+    """(k, n) of a linear, also a quantized one; None for any other module."""
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.weight.shape[1]
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return None
+
+
+def _find_targets(model: nn.Module, targets: Targets) -> set[str]:
+    modules = dict(model.named_modules())
+    output = _output_layer(model)
+    linears = {n for n, m in modules.items() if n and _features(m) and m is not output}
+    if targets == "all-linear":
+        _refuse_experts(model, lambda name: True)
+        return linears
+    if isinstance(targets, str):
+        pattern = re.compile(targets)
+
+        def matches(name: str) -> bool:
+            return pattern.fullmatch(name) is not None
+    else:
+        suffixes = list(targets)
+
+        def matches(name: str) -> bool:
+            return any(name == s or name.endswith("." + s) for s in suffixes)
+
+    _refuse_experts(model, matches)
+    found = {name for name in modules if name and matches(name)}
+    wrong = sorted(n for n in found if not _features(modules[n]))
+    if wrong:
+        kind = type(modules[wrong[0]]).__name__
+        raise ValueError(f"target {wrong[0]} is a {kind}; Multi-LoRA goes on linears only")
+    if not found:
+        known = ", ".join(sorted({n.rsplit(".", 1)[-1] for n in linears}))
+        raise ValueError(f"target_modules {targets!r} match no linear; this model has {known}")
+    return found
+
+
+def _refuse_experts(model: nn.Module, matches) -> None:
+    """Mixture-of-experts weights in one 3-D parameter cannot carry a LoRA: say so, skip nothing."""
+    for name, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            full = f"{name}.{leaf}"
+            if parameter.dim() == 3 and not _features(module) and (matches(full) or matches(name)):
+                if "conv" in type(module).__name__.lower():
+                    continue
+                raise ValueError(
+                    f"{full} has shape {tuple(parameter.shape)}: expert weights in one 3-D "
+                    "parameter cannot carry a LoRA; name the linears to patch, for example "
+                    'target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]'
+                )
+
+
+def _output_layer(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    try:
+        return getter() if getter else None
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _make_layer(model, name, experts, index, state: PatchState, gate) -> MultiLoRALinear:
+    settings = state.settings
+    base = model.get_submodule(name)
+    k, n = _features(base)
+    layer = MultiLoRALinear(
+        base,
+        state.router,
+        k,
+        n,
+        ranks={e: settings.rank(e) for e in experts},
+        scaling={e: settings.scaling(e) for e in experts},
+        index=index,
+        dropout=settings.lora_dropout,
+        backend=settings.backend,
+        gate=gate,
+    )
+    if settings.gate == "learned" and settings.gate_per_layer:
+        layer.ckf_gate = TaskGate(state.router.tasks, layer.experts, next(base.parameters()).device)
+        layer._gate[0] = layer.ckf_gate
+    layer.train(base.training)
+    return layer
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _device(model: nn.Module) -> torch.device:
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def _route_calls(model: nn.Module, state: PatchState) -> None:
+    """Wrap forward, generate and the checkpointing switch on this instance."""
+    wrappers = {"forward": RoutedForward, "generate": RoutedGenerate}
+    wrappers["_set_gradient_checkpointing"] = RoutedCheckpointSwitch
+    for name, wrapper in wrappers.items():
+        if hasattr(type(model), name):
+            before = model.__dict__.get(name)
+            state.instance_attributes[name] = before
+            setattr(model, name, wrapper(model, state.router, before))

@@ -1,0 +1,177 @@
+"""Task ids on their way from ``model(..., task_ids=...)`` to every patched layer.
+
+A forward pass makes one :class:`Route`; layers find it through the model's :class:`Router`. Routes
+are kept per thread, so threads may call one model with different ids; recomputation (gradient
+checkpointing) runs later and elsewhere, so the checkpointed function carries its route along.
+"""
+
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ckf.kernels.ops import check_id_range
+
+BASE_ONLY = -1
+_SEED_STEP = 0x9E3779B97F4A7C15
+_SEED_RANGE = 2**63 - 1
+
+TaskIds = Tensor | Sequence[str] | Sequence[int] | str | int
+
+
+class Route:
+    """What the layers of one forward pass need: an id per token, and the dropout seed."""
+
+    def __init__(self, ids: Tensor, tokens_per_row: int, base_only: bool, seed: int) -> None:
+        self.ids = ids  # (rows * tokens_per_row,)
+        self.tokens_per_row = tokens_per_row
+        self.base_only = base_only
+        self.seed = seed
+        self._last_input: tuple[weakref.ref, int, int] | None = None
+
+    def ids_for(self, x: Tensor) -> Tensor:
+        """Ids of x's leading shape; x may be (batch, seq, k), flattened, or one vector a row."""
+        count = x.shape[:-1].numel()
+        if count == self.ids.numel():
+            return self.ids.view(x.shape[:-1])
+        if count * self.tokens_per_row == self.ids.numel():
+            return self.ids.view(-1, self.tokens_per_row)[:, -1].view(x.shape[:-1])
+        raise ValueError(
+            f"a patched layer got {count} rows, but the forward pass has task ids for "
+            f"{self.ids.numel()} tokens; leave this layer out of target_modules"
+        )
+
+    def seed_for(self, x: Tensor, layer: int) -> int:
+        """One dropout seed per input tensor: siblings (q, k, v) fed the same tensor share it."""
+        if self._last_input is not None:
+            reference, version, seed = self._last_input
+            if reference() is x and version == x._version:
+                return seed
+        seed = (self.seed + _SEED_STEP * (layer + 1)) % _SEED_RANGE
+        self._last_input = (weakref.ref(x), x._version, seed)
+        return seed
+
+
+class Router:
+    """The tasks of a patched model and, per thread, the route of the forward pass under way."""
+
+    def __init__(self, tasks: Sequence[str]) -> None:
+        self.tasks = tuple(tasks)
+        self._local = threading.local()
+
+    def __getstate__(self) -> dict:
+        return {"tasks": self.tasks}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(state["tasks"])
+
+    @property
+    def route(self) -> Route | None:
+        return getattr(self._local, "route", None)
+
+    @property
+    def default_task(self) -> int | None:
+        return getattr(self._local, "default_task", None)
+
+    @contextmanager
+    def following(self, route: Route | None) -> Iterator[None]:
+        """Layers called inside take this route."""
+        before = self.route
+        self._local.route = route
+        try:
+            yield
+        finally:
+            self._local.route = before
+
+    @contextmanager
+    def defaulting_to(self, task: str) -> Iterator[None]:
+        """Forward passes inside that name no task ids take this task for every row."""
+        before = self.default_task
+        self._local.default_task = self.index(task)
+        try:
+            yield
+        finally:
+            self._local.default_task = before
+
+    def index(self, task: str | int) -> int:
+        """The id of a task name; ints pass through."""
+        if not isinstance(task, str):
+            return int(task)
+        if task not in self.tasks:
+            raise ValueError(f"unknown task {task!r}; this model knows {', '.join(self.tasks)}")
+        return self.tasks.index(task)
+
+    def tensor(self, task_ids: TaskIds, device: torch.device | str | None = None) -> Tensor:
+        """Names or ints as an int64 tensor, range-checked where the ids lie on the host."""
+        if isinstance(task_ids, Tensor):
+            if task_ids.is_floating_point() or task_ids.dtype == torch.bool:
+                raise ValueError(f"task_ids are {task_ids.dtype}; expected integers or names")
+            ids = task_ids.long()
+        elif isinstance(task_ids, str | int):
+            ids = torch.tensor(self.index(task_ids))
+        else:
+            ids = torch.tensor([self.index(t) for t in task_ids], dtype=torch.int64)
+        check_id_range(ids, len(self.tasks))
+        return ids if device is None else ids.to(device, non_blocking=True)
+
+    def make_route(
+        self, task_ids: TaskIds | None, shape: tuple[int, int], device, training: bool, past: int
+    ) -> Route:
+        """The route of a forward pass over ``shape`` = (batch, seq) new tokens after ``past``."""
+        if task_ids is None:
+            task_ids = self.default_task
+        if task_ids is None:
+            raise ValueError(
+                "this model is patched for several tasks and got no task_ids; pass "
+                f"task_ids=[...] with one of {', '.join(self.tasks)} for each row (-1 for the "
+                "base alone), or call it inside ckf.use_task(model, task), or undo the patch "
+                "with ckf.unpatch_model(model)"
+            )
+        ids = self.tensor(task_ids)
+        base_only = ids.device.type == "cpu" and bool((ids == BASE_ONLY).all())
+        tokens = _token_ids(ids, shape, past).to(device, non_blocking=True)
+        seed = int(torch.randint(_SEED_RANGE, ())) if training else 0
+        return Route(tokens.reshape(-1), shape[1], base_only, seed)
+
+
+def _token_ids(ids: Tensor, shape: tuple[int, int], past: int) -> Tensor:
+    """An id for every new token, (batch, seq). Per-token ids go on with their last column."""
+    batch, length = shape
+    if ids.dim() == 0 or (ids.shape == (1,) and batch == 1):
+        return ids.reshape(1, 1).expand(batch, length)
+    if ids.shape == (batch,):
+        return ids.unsqueeze(1).expand(batch, length)
+    if ids.dim() == 2 and ids.shape[0] == batch:
+        if past == 0 and ids.shape[1] == length:
+            return ids
+        if past > 0 and ids.shape[1] > 0:
+            columns = torch.arange(past, past + length, device=ids.device)
+            return ids[:, columns.clamp(max=ids.shape[1] - 1)]
+    raise ValueError(
+        f"task_ids have shape {tuple(ids.shape)} for inputs of {batch} rows and {length} tokens; "
+        f"expected ({batch},) for one task a row or ({batch}, {length}) for one a token"
+    )
+
+
+class CarriedRoute:
+    """A function that runs on the route of the moment it was made, whenever and wherever called."""
+
+    def __init__(self, router: Router, function) -> None:
+        self.router, self.route, self.function = router, router.route, function
+
+    def __call__(self, *args, **kwargs):
+        with self.router.following(self.route):
+            return self.function(*args, **kwargs)
+
+
+class RoutedCheckpoint:
+    """Wraps a checkpoint function so that recomputation finds the ids of its forward pass."""
+
+    def __init__(self, router: Router, checkpoint) -> None:
+        self.router, self.checkpoint = router, checkpoint
+
+    def __call__(self, function, *args, **kwargs):
+        return self.checkpoint(CarriedRoute(self.router, function), *args, **kwargs)

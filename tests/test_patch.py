@@ -1,0 +1,342 @@
+"""patch_model on seven model families; PEFT is the judge of every row."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers.pytorch_utils import Conv1D
+
+import ckf
+from ckf.layers import MultiLoRALinear
+from ckf.patch import patched_layers
+from tests.tiny import FAMILIES, randomise_adapters, tiny_model, tokens
+
+TASKS = ["ctr", "topk", "rating"]
+
+
+def patched(family="llama", tasks=TASKS, **options):
+    return ckf.patch_model(tiny_model(family), tasks, r=4, lora_alpha=8, **options)
+
+
+def logits(model, ids, **kwargs):
+    with torch.no_grad():
+        return model(input_ids=ids, **kwargs).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fresh_adapters_keep_the_bits_of_the_base(family):
+    base = logits(tiny_model(family), tokens())
+    model = patched(family)
+    assert torch.equal(logits(model, tokens(), task_ids=["ctr", "topk", "rating", "ctr"]), base)
+    randomise_adapters(model)
+    assert torch.equal(logits(model, tokens(), task_ids=[-1] * 4), base)
+    assert not torch.equal(logits(model, tokens(), task_ids=[0] * 4), base)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_rslora": True}, {"shared_r": 0}, {"shared_r": 2, "tasks": {"ctr": 1, "topk": 8}}],
+    ids=["plain", "rslora", "no-shared", "ranks"],
+)
+def test_mixed_rows_equal_peft_row_by_row(family, options, tmp_path):
+    model = patched(family, **options)
+    randomise_adapters(model)
+    ckf.save_adapters(model, tmp_path / "adapters")
+    names = list(model._ckf.settings.tasks)
+    rows = [*names, names[0]]
+    mixed = logits(model, tokens(len(rows)), task_ids=rows)
+    for row, task in enumerate(rows):
+        alone = peft_logits(family, tmp_path / "adapters", task, tokens(len(rows))[row : row + 1])
+        torch.testing.assert_close(mixed[row : row + 1], alone, rtol=2e-4, atol=2e-5)
+
+
+def peft_logits(family, path, task, ids):
+    """One row by PEFT, with the task's shared and own adapters active."""
+    experts = [e for e in ("shared", task) if (path / e).exists()]
+    model = PeftModel.from_pretrained(tiny_model(family), path / experts[0], experts[0])
+    for expert in experts[1:]:
+        model.load_adapter(path / expert, expert)
+    model.base_model.set_adapter(experts)
+    return logits(model, ids)
+
+
+def test_shared_and_task_modules_may_differ(tmp_path):
+    model = patched(shared_modules=["k_proj", "v_proj", "o_proj"], task_modules=["q_proj"])
+    randomise_adapters(model)
+    layers = patched_layers(model)
+    assert layers["model.layers.0.self_attn.q_proj"].experts == tuple(TASKS)
+    assert layers["model.layers.0.self_attn.k_proj"].experts == ("shared",)
+    ckf.save_adapters(model, tmp_path / "a")
+    mixed = logits(model, tokens(3), task_ids=TASKS)
+    for row, task in enumerate(TASKS):
+        alone = peft_logits("llama", tmp_path / "a", task, tokens(3)[row : row + 1])
+        torch.testing.assert_close(mixed[row : row + 1], alone, rtol=2e-4, atol=2e-5)
+
+
+def test_per_token_ids_equal_rows_where_constant():
+    model = patched()
+    randomise_adapters(model)
+    ids = tokens(3)
+    per_row = logits(model, ids, task_ids=["ctr", "topk", "rating"])
+    per_token = logits(model, ids, task_ids=torch.tensor([[0], [1], [2]]).expand(3, 7))
+    assert torch.equal(per_row, per_token)
+    half = torch.tensor([[0, 0, 0, 0, 1, 1, 1]])
+    mixed = logits(model, ids[:1], task_ids=half)
+    assert torch.allclose(mixed[0, :4], per_row[0, :4], atol=1e-6)
+    assert not torch.allclose(mixed[0, 4:], per_row[0, 4:], atol=1e-3)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_missing_ids_raise_in_training_and_evaluation(training):
+    model = patched().train(training)
+    with pytest.raises(ValueError, match=r"got no task_ids; pass .*ctr, topk, rating"):
+        model(input_ids=tokens())
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (["ctr", "news", "ctr", "ctr"], "unknown task 'news'; this model knows ctr, topk, rating"),
+        ([0, 1, 2, 3], "task id 3 is out of range; expected 0 to 2"),
+        ([0, 1, -2, 0], "task id -2 is out of range"),
+        (torch.zeros(3, dtype=torch.int64), r"shape \(3,\) for inputs of 4 rows and 7 tokens"),
+        (torch.zeros(4, 6, dtype=torch.int64), r"shape \(4, 6\)"),
+        (torch.zeros(4), "task_ids are torch.float32"),
+    ],
+)
+def test_wrong_ids_name_the_fix(ids, message):
+    with pytest.raises(ValueError, match=message):
+        patched()(input_ids=tokens(), task_ids=ids)
+
+
+def test_use_task_sets_the_default_and_ends():
+    model = patched()
+    randomise_adapters(model)
+    expected = logits(model, tokens(), task_ids=["topk"] * 4)
+    with ckf.use_task(model, "topk"):
+        assert torch.equal(logits(model, tokens()), expected)
+        assert not torch.equal(logits(model, tokens(), task_ids=["ctr"] * 4), expected)
+    with pytest.raises(ValueError, match="no task_ids"):
+        model(input_ids=tokens())
+    with pytest.raises(ValueError, match="unknown task"), ckf.use_task(model, "news"):
+        pass
+
+
+def test_task_ids_resolves_names():
+    assert ckf.task_ids(patched(), ["rating", "ctr"]).tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_unpatch_restores_the_very_model(family):
+    model = tiny_model(family)
+    model.get_output_embeddings().weight.requires_grad_(False)
+    modules = dict(model.named_modules())
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    attributes = set(model.__dict__)
+    before = logits(model, tokens())
+    ckf.patch_model(model, TASKS)
+    randomise_adapters(model)
+    assert ckf.unpatch_model(model) is model
+    assert dict(model.named_modules()) == modules
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+    assert set(model.__dict__) == attributes
+    assert torch.equal(logits(model, tokens()), before)
+
+
+def test_only_adapters_train_and_names_are_fixed():
+    model = patched()
+    trainable = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert len(trainable) == 2 * 7 * 2 * 4  # layers x linears x (A, B) x (shared + 3 tasks)
+    assert "model.layers.0.self_attn.q_proj.lora_A.shared" in trainable
+    assert "model.layers.1.mlp.down_proj.lora_B.rating" in trainable
+
+
+def test_task_gradients_are_the_tasks_own():
+    model = patched()
+    randomise_adapters(model)
+    model(input_ids=tokens(2), labels=tokens(2), task_ids=["ctr", "topk"]).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad.any() != name.endswith(".rating"), name
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_learned_gate_starts_hard_and_trains(per_layer):
+    hard, learned = patched(), patched(gate="learned", gate_per_layer=per_layer)
+    for model in (hard, learned):
+        torch.manual_seed(3)
+        for layer in patched_layers(model).values():
+            for expert in layer.experts:
+                torch.nn.init.normal_(layer.lora_A[expert], std=0.2)
+                torch.nn.init.normal_(layer.lora_B[expert], std=0.2)
+    rows = ["ctr", "topk", "rating", "ctr"]
+    expected = logits(hard, tokens(), task_ids=rows)
+    torch.testing.assert_close(logits(learned, tokens(), task_ids=rows), expected)
+    learned(input_ids=tokens(), labels=tokens(), task_ids=rows).loss.backward()
+    gates = [p for n, p in learned.named_parameters() if "gate" in n.rsplit(".", 1)[-1]]
+    gates = [p for p in gates if p.requires_grad]
+    assert len(gates) == (14 if per_layer else 1)
+    assert all((p.grad != 0).all() for p in gates)  # also where the gate is zero
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_run_their_own_weights(duplicate):
+    model = patched()
+    randomise_adapters(model)
+    twin = duplicate(model)
+    expected = logits(model, tokens(), task_ids=[0, 1, 2, 0])
+    assert torch.equal(logits(twin, tokens(), task_ids=[0, 1, 2, 0]), expected)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(logits(twin, tokens(), task_ids=[0, 1, 2, 0]), expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_gives_equal_gradients(reentrant):
+    def gradients(checkpointing):
+        model = patched(lora_dropout=0.3).train()
+        randomise_adapters(model)
+        if checkpointing:
+            newer = hasattr(model, "activation_checkpointing_enable")
+            name = "activation_checkpointing" if newer else "gradient_checkpointing"
+            getattr(model, f"{name}_enable")({"use_reentrant": reentrant})
+        torch.manual_seed(5)
+        first = model(input_ids=tokens(), labels=tokens(), task_ids=[0, 1, 2, -1]).loss
+        second = model(input_ids=tokens(seed=9), labels=tokens(), task_ids=[2, 2, 0, 1]).loss
+        (first + second).backward()
+        return [p.grad for p in model.parameters() if p.requires_grad]
+
+    plain, recomputed = gradients(False), gradients(True)
+    assert all(torch.equal(p, q) for p, q in zip(plain, recomputed, strict=True))
+
+
+def test_siblings_share_one_dropout_mask():
+    model = patched(lora_dropout=0.5).train()
+    seeds = []
+    for name, layer in patched_layers(model).items():
+        layer.register_forward_pre_hook(
+            lambda layer, args, name=name: seeds.append(
+                (name, layer.router.route.seed_for(args[0], layer.index))
+            )
+        )
+    model(input_ids=tokens(), task_ids=[0] * 4)
+    by_name = dict(seeds)
+    attention = "model.layers.0.self_attn."
+    assert by_name[attention + "q_proj"] == by_name[attention + "v_proj"]
+    assert by_name[attention + "o_proj"] != by_name[attention + "q_proj"]
+    assert by_name["model.layers.0.mlp.gate_proj"] == by_name["model.layers.0.mlp.up_proj"]
+    assert len(set(by_name.values())) == 8  # four inputs in each of two layers
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}],
+    ids=["greedy", "beams", "sampling"],
+)
+def test_generate_keeps_the_ids(options):
+    model = patched()
+    randomise_adapters(model)
+    rows = ["ctr", "topk", "rating", "ctr"]
+    options = {**options, "max_new_tokens": 6, "pad_token_id": 0}
+    if options.get("do_sample"):
+        torch.manual_seed(0)
+        assert model.generate(tokens(), task_ids=rows, **options).shape == (8, 13)
+        return
+    mixed = model.generate(tokens(), task_ids=rows, **options)
+    for row, task in enumerate(rows):
+        alone = model.generate(tokens()[row : row + 1], task_ids=[task], **options)
+        assert torch.equal(mixed[row], alone[0])
+    with ckf.use_task(model, "topk"):
+        assert torch.equal(model.generate(tokens()[1:2], **options)[0], mixed[1])
+
+
+def test_generate_continues_per_token_ids_with_the_last_column():
+    model = patched()
+    randomise_adapters(model)
+    ids = torch.tensor([[0, 0, 0, 0, 0, 0, 1]])
+    once = model.generate(tokens(1), task_ids=ids, max_new_tokens=3, pad_token_id=0)
+    sequence = tokens(1)
+    for _ in range(3):
+        length = sequence.shape[1]
+        grown = torch.cat([ids, ids[:, -1:].expand(1, length - ids.shape[1])], dim=1)
+        step = logits(model, sequence, task_ids=grown)[:, -1].argmax(-1, keepdim=True)
+        sequence = torch.cat([sequence, step], dim=1)
+    assert torch.equal(once, sequence)
+
+
+def test_merge_equals_the_task():
+    for family in ("llama", "gpt2"):
+        model = patched(family)
+        randomise_adapters(model)
+        expected = logits(model, tokens(), task_ids=["topk"] * 4)
+        merged = ckf.merge_task(model, "topk")
+        assert not any(isinstance(m, MultiLoRALinear) for m in merged.modules())
+        torch.testing.assert_close(logits(merged, tokens()), expected, rtol=2e-4, atol=2e-5)
+
+
+def test_sequential_models_and_conv1d_features():
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), Conv1D(4, 5))
+    ckf.patch_model(model, ["a", "b"], r=2)
+    randomise_adapters(model)
+    x = torch.randn(3, 6)
+    mixed = model(x, task_ids=["a", "b", -1])
+    assert torch.allclose(mixed[:1], model(x[:1], task_ids=["a"]), atol=1e-6)
+    assert mixed.shape == (3, 4)
+
+
+class Experts(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj = torch.nn.Parameter(torch.zeros(2, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tasks": []}, r"tasks is \[\]"),
+        ({"tasks": "ctr"}, "tasks is 'ctr'"),
+        ({"tasks": ["a", "a"]}, "name a task twice"),
+        ({"tasks": ["shared"]}, "task name 'shared' is not allowed"),
+        ({"tasks": ["../x"]}, "letters, digits"),
+        ({"tasks": {"a": 0}}, "rank of a is 0"),
+        ({"tasks": ["a"], "shared_r": -1}, "rank of shared_r is -1"),
+        ({"tasks": ["a"], "gate": "soft"}, "gate is 'soft'"),
+        ({"tasks": ["a"], "lora_dropout": 1.0}, "lora_dropout is 1.0"),
+        (
+            {"tasks": ["a"], "target_modules": ["qq_proj"]},
+            "match no linear; this model has .*q_proj",
+        ),
+        ({"tasks": ["a"], "target_modules": ["self_attn"]}, "is a LlamaAttention"),
+        ({"tasks": ["a"], "backend": "fast"}, "expected one of auto"),
+    ],
+)
+def test_mistakes_change_nothing(arguments, message):
+    model = tiny_model()
+    with pytest.raises(ValueError, match=message):
+        ckf.patch_model(model, **arguments)
+    assert not ckf.is_patched(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_targeted_moe_parameters_raise():
+    model = torch.nn.ModuleDict({"experts": Experts(), "proj": torch.nn.Linear(4, 4)})
+    with pytest.raises(ValueError, match="expert weights in one 3-D parameter"):
+        ckf.patch_model(model, ["a"])
+    ckf.patch_model(model, ["a"], target_modules=["proj"])
+
+
+def test_patching_twice_raises():
+    with pytest.raises(ValueError, match="patched already"):
+        ckf.patch_model(patched(), TASKS)
+    with pytest.raises(ValueError, match="not patched"):
+        ckf.unpatch_model(tiny_model())
+
+
+def test_tasks_named_like_module_attributes():
+    model = ckf.patch_model(tiny_model(), ["training", "forward", "keys"], r=2)
+    randomise_adapters(model)
+    assert logits(model, tokens(3), task_ids=["training", "forward", "keys"]).isfinite().all()
