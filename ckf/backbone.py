@@ -1,0 +1,84 @@
+"""Loading the language model: by Hugging Face name, folder, GGUF file, or a known download."""
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ckf.config import ModelConfig
+
+KNOWN_DOWNLOADS = ("smollm2-135m",)
+
+
+def pick_device(device: str | None = None) -> torch.device:
+    """The device asked for, else a GPU where there is one."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda was asked for, but torch sees no GPU; use --device cpu")
+    return chosen
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU and float32 on a CPU for "auto", else the dtype named."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)
+
+
+def load_backbone(
+    config: ModelConfig, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The frozen model in eval mode and its tokenizer.
+
+    Raises:
+        ValueError: no such model, with what was tried.
+    """
+    folder, options = _locate(config.name)
+    dtype = pick_dtype(config.dtype, device)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    except (OSError, ImportError, KeyError) as error:
+        raise ValueError(
+            f"cannot load the model {config.name!r} from {folder}: {error}\n"
+            "Give model.name as a Hugging Face name that can be reached, a folder with "
+            f"config.json, a .gguf file, or one of {', '.join(KNOWN_DOWNLOADS)}"
+        ) from error
+    _forget_file_format(model)
+    return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def _locate(name: str) -> tuple[str, dict]:
+    path = Path(name)
+    if name in KNOWN_DOWNLOADS and not path.exists():
+        from ckf.data.fetch import fetch
+
+        path = next(fetch(name).glob("*.gguf"))
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"model.name is {name!r}, but there is no such file")
+        return str(path.parent), {"gguf_file": path.name}
+    return name, {}
+
+
+def _forget_file_format(model: PreTrainedModel) -> None:
+    """A GGUF file's weights are plain tensors once loaded; Trainer and saving must know it."""
+    config = getattr(model.config, "quantization_config", None)
+    method = getattr(config, "quant_method", None)
+    if "gguf" not in str(getattr(method, "value", method)).lower():
+        return
+    model.is_quantized = False
+    for holder, name in (
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+        (model.config, "quantization_config"),
+    ):
+        if hasattr(holder, name):
+            delattr(holder, name)

@@ -1,0 +1,232 @@
+"""From rows of the data to batches of tensors: questions, vectors, packing or padding.
+
+Packed (the default where the model computes it right): all rows one after the other in a single
+sequence, positions starting anew at each row, a task id per token; no padding, and rows of one
+task are neighbours. Padded: one row each, padding on the left.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ckf.cf import CFVectors, fold_in_users
+from ckf.config import RunConfig
+from ckf.data.prepared import PreparedData
+from ckf.prompts import USER_SLOT, Encoded, PromptEncoder, Question
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row to train on or to score. place: index into ``candidates`` of a top-K list."""
+
+    task: str
+    row: int
+    place: int = -1
+
+
+class QuestionMaker:
+    """Questions about rows of the prepared data, with their true answers."""
+
+    def __init__(self, data: PreparedData, config: RunConfig) -> None:
+        self.data, self.config = data, config
+
+    def examples(self, task: str, split: str, list_name: str | None = None) -> list[Example]:
+        """Every prepared row of a task and split; top-K rows with their place in a list."""
+        if task != "topk":
+            return [Example(task, int(row)) for row in self.data.rows(task, split)]
+        rows = set(self.data.rows(task, split).tolist())
+        listed = self.candidates(split, list_name).rows
+        return [Example(task, int(r), i) for i, r in enumerate(listed) if int(r) in rows]
+
+    def candidates(self, split: str, list_name: str | None = None):
+        default = self.config.data.train_list if split == "train" else self._main_list()
+        return self.data.candidates(split, list_name or default)
+
+    def _main_list(self) -> str:
+        return self.config.data.test_lists[0]
+
+    def question(
+        self, example: Example, split: str, list_name: str | None = None, answered: bool = True
+    ) -> Question:
+        """The question of one example; ``answered`` adds the true answer."""
+        data, row, task = self.data, example.row, example.task
+        item = int(data.item[row])
+        history = [int(i) for i in data.history[row] if i >= 0]
+        question = Question(task, history, item)
+        if task == "topk":
+            lists = self.candidates(split, list_name)
+            question.candidates = lists.items[example.place].tolist()
+            letter = chr(ord("A") + int(lists.positive[example.place]))
+            question.answer = data.title(item) if self.ranks_by_title else letter
+        elif task == "ctr":
+            question.answer = "Yes" if data.label[row] == 1 else "No"
+        elif task in ("rating", "review_rating"):
+            question.answer = str(star(data.rating[row]))
+            question.review = data.text(row) if task == "review_rating" else ""
+        else:
+            question.answer = data.explanation(row)
+        if not answered:
+            question.answer = None
+        return question
+
+    @property
+    def ranks_by_title(self) -> bool:
+        return self.config.prompt.rank_by == "title"
+
+
+def star(rating: float) -> int:
+    """A rating as one of the five stars; halves go up."""
+    return int(min(5, max(1, np.floor(float(rating) + 0.5))))
+
+
+class VectorLookup:
+    """Standardised CF vectors of users, items and histories.
+
+    A user without train rows is folded in from the items of the history.
+    """
+
+    def __init__(self, vectors: CFVectors) -> None:
+        self.raw, self.vectors = vectors, vectors.standardised()
+        self.dim = self.vectors.items.shape[1]
+
+    def users(self, users: np.ndarray, history: np.ndarray) -> Tensor:
+        """User indices (b,), -1 for a stranger, and histories (b, h) padded with -1: (b, d)."""
+        index = torch.as_tensor(users, dtype=torch.int64)
+        known = (index >= 0) & self.vectors.user_known[index.clamp(min=0)]
+        own = self.vectors.users[index.clamp(min=0)]
+        if bool(known.all()):
+            return own
+        folded = fold_in_users(self.vectors, torch.as_tensor(history, dtype=torch.int64))
+        return torch.where(known.unsqueeze(1), own, folded.to(own.dtype))
+
+    def items(self, items: Sequence[int]) -> Tensor:
+        """(p, d)."""
+        return self.vectors.items[torch.as_tensor(items, dtype=torch.int64)]
+
+    def histories(self, history: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Vectors (b, h, d) and mask (b, h) of histories (b, h) padded with -1."""
+        index = torch.as_tensor(history, dtype=torch.int64)
+        mask = index >= 0
+        return self.vectors.items[index.clamp(min=0)] * mask.unsqueeze(2), mask
+
+
+class Collator:
+    """Encoded prompts to a batch of tensors.
+
+    Args:
+        tasks: task names in the order of their ids.
+        lookup: CF vectors, or None for text only.
+        filler: token id for padding.
+        packed: one sequence, or one row each.
+    """
+
+    def __init__(
+        self, tasks: Sequence[str], lookup: VectorLookup | None, filler: int, packed: bool
+    ) -> None:
+        self.tasks, self.lookup = list(tasks), lookup
+        self.filler, self.packed = filler, packed
+
+    def __call__(self, prompts: Sequence[Encoded], users: Sequence[int], histories) -> dict:
+        """The batch. users: user index per prompt; histories (b, h) padded with -1.
+
+        Returns:
+            input_ids, position_ids, task_ids (B, S); attention_mask (B, S), padded only; slots
+            (p,) flat positions of vectors with slot_rows (p,), -1 for items; user_vectors (b, d),
+            history_vectors (b, h, d), history_mask (b, h), item_vectors (p_items, d); label_slots
+            (q,) flat positions that predict, label_tokens (q,) and label_rows (q,); row_tasks (b,);
+            last_slots (b,) flat positions that predict each row's first answer token; first_column,
+            an int, padded only: no predicting position lies before it.
+        """
+        batch = self._packed(prompts) if self.packed else self._padded(prompts)
+        starts = batch.pop("starts")
+        batch |= self._labels(prompts, starts)
+        batch["row_tasks"] = torch.tensor([self.tasks.index(p.task) for p in prompts])
+        if self.lookup is not None:
+            batch |= self._vectors(prompts, starts, np.asarray(users), np.asarray(histories))
+        return batch
+
+    def _packed(self, prompts: Sequence[Encoded]) -> dict:
+        pieces = [[*p.tokens, *p.answer] for p in prompts]
+        lengths = [len(p) for p in pieces]
+        ids = [self.tasks.index(p.task) for p in prompts]
+        return {
+            "input_ids": torch.tensor([[t for piece in pieces for t in piece]]),
+            "position_ids": torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0),
+            "task_ids": torch.repeat_interleave(torch.tensor(ids), torch.tensor(lengths)).unsqueeze(
+                0
+            ),
+            "starts": np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(int).tolist(),
+        }
+
+    def _padded(self, prompts: Sequence[Encoded]) -> dict:
+        width = max(p.length for p in prompts)
+        pads = [width - p.length for p in prompts]
+        rows = [
+            [self.filler] * pad + p.tokens + p.answer for p, pad in zip(prompts, pads, strict=True)
+        ]
+        column = torch.arange(width).unsqueeze(0)
+        pad = torch.tensor(pads).unsqueeze(1)
+        ids = torch.tensor([self.tasks.index(p.task) for p in prompts]).unsqueeze(1)
+        return {
+            "first_column": width - 1 - max(len(p.answer) for p in prompts),
+            "input_ids": torch.tensor(rows),
+            "attention_mask": (column >= pad).long(),
+            "position_ids": (column - pad).clamp(min=0),
+            "task_ids": ids.expand(len(prompts), width).contiguous(),
+            "starts": [i * width + p for i, p in enumerate(pads)],
+        }
+
+    def _labels(self, prompts: Sequence[Encoded], starts: list[int]) -> dict:
+        slots, tokens, rows = [], [], []
+        for row, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
+            first = start + len(prompt.tokens) - 1  # this position predicts the first answer token
+            slots += range(first, first + len(prompt.answer))
+            tokens += prompt.answer
+            rows += [row] * len(prompt.answer)
+        last = [s + len(p.tokens) - 1 for p, s in zip(prompts, starts, strict=True)]
+        named = {"label_slots": slots, "label_tokens": tokens, "label_rows": rows}
+        named["last_slots"] = last
+        return {k: torch.tensor(v, dtype=torch.int64) for k, v in named.items()}
+
+    def _vectors(self, prompts, starts, users: np.ndarray, histories: np.ndarray) -> dict:
+        slots, slot_rows, items = [], [], []
+        for row, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
+            for position, what in prompt.slots:
+                slots.append(start + position)
+                slot_rows.append(row if what == USER_SLOT else -1)
+                if what != USER_SLOT:
+                    items.append(what)
+        vectors, mask = self.lookup.histories(histories)
+        return {
+            "slots": torch.tensor(slots, dtype=torch.int64),
+            "slot_rows": torch.tensor(slot_rows, dtype=torch.int64),
+            "user_vectors": self.lookup.users(users, histories),
+            "history_vectors": vectors,
+            "history_mask": mask,
+            "item_vectors": self.lookup.items(items),
+        }
+
+
+class RowBatcher:
+    """Examples of the prepared data to batches."""
+
+    def __init__(self, maker: QuestionMaker, encoder: PromptEncoder, collator: Collator) -> None:
+        self.maker, self.encoder, self.collator = maker, encoder, collator
+
+    def encode(self, example: Example, split: str, vectors: bool, list_name=None) -> Encoded:
+        return self.encoder.encode(self.maker.question(example, split, list_name), vectors)
+
+    def batch(self, examples: Sequence[Example], prompts: Sequence[Encoded]) -> dict:
+        rows = [e.row for e in examples]
+        data = self.maker.data
+        return self.collator(prompts, data.user[rows], data.history[rows])
+
+
+def is_text_row(seed: int, position: int, probability: float) -> bool:
+    """Whether the row at a position of the run is shown as text: a draw that needs no state."""
+    digest = hashlib.blake2b(f"{seed}:{position}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") / 2**64 < probability

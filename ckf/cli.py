@@ -1,0 +1,204 @@
+"""The command line: ckf train | evaluate | report | export | prepare | info."""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; a user's mistake prints one line and returns 2."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except ValueError as error:
+        print(f"ckf: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(f"ckf: {error}; pip install 'ckf[recsys]'", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "ckf: interrupted; the same command goes on from the last checkpoint", file=sys.stderr
+        )
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ckf", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train and evaluate a run, or go on with one")
+    train.add_argument("config", help="a YAML file, or a run's config.yaml")
+    train.add_argument("--out", help="the run's folder (default runs/NAME)")
+    train.add_argument("--prepared", help="a folder made by ckf prepare, instead of raw data")
+    train.add_argument("--overwrite", action="store_true", help="remove the run first")
+    train.add_argument("--no-evaluate", action="store_true", help="train only")
+    _add_data(train)
+    _add_device(train)
+    train.set_defaults(command=_train)
+
+    prepare = commands.add_parser("prepare", help="prepare data only, to carry to another machine")
+    prepare.add_argument("config")
+    prepare.add_argument("--out", required=True, help="the prepared folder")
+    _add_data(prepare)
+    prepare.set_defaults(command=_prepare)
+
+    evaluate = commands.add_parser("evaluate", help="evaluate a run again from its folder alone")
+    evaluate.add_argument("run")
+    evaluate.add_argument("--baselines", action="store_true", help="the trivial rows only")
+    _add_device(evaluate)
+    evaluate.set_defaults(command=_evaluate)
+
+    report = commands.add_parser("report", help="write report.html of a run")
+    report.add_argument("run")
+    report.set_defaults(command=_report)
+
+    export = commands.add_parser("export", help="one ordinary PEFT LoRA per task, for any server")
+    export.add_argument("run")
+    export.add_argument("--out", help="target folder (default RUN/export)")
+    export.add_argument("--task", action="append", help="a task (default all); may be repeated")
+    export.set_defaults(command=_export)
+
+    info = commands.add_parser("info", help="versions, GPU, usable backends")
+    info.set_defaults(command=_info)
+    return parser
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", help="the raw data: a folder or file (default: data.path)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. train.steps=20"
+    )
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cuda or cpu (default: a GPU where there is one)")
+
+
+def _train(options) -> None:
+    from ckf.config import load_config
+    from ckf.run import CONFIG, train_run
+
+    config = load_config(options.config, options.set)
+    file = Path(options.config)
+    own = file.parent if file.name == CONFIG and (file.parent / "data").is_dir() else None
+    folder = Path(options.out) if options.out else own or Path("runs") / config.name
+    run = train_run(
+        config, folder, options.data, options.prepared, options.device, options.overwrite
+    )
+    if not options.no_evaluate:
+        _evaluate_and_report(run)
+
+
+def _prepare(options) -> None:
+    from ckf.config import load_config
+    from ckf.data.prepare import prepare
+
+    config = load_config(options.config, options.set)
+    prepare(config.data, config.tasks, options.data, options.out, config.seed)
+    print(f"prepared data in {options.out}")
+
+
+def _evaluate(options) -> None:
+    if options.baselines:
+        _print_baselines(Path(options.run))
+        return
+    from ckf.run import load_run
+
+    _evaluate_and_report(load_run(options.run, options.device))
+
+
+def _evaluate_and_report(run) -> None:
+    from rich.console import Console
+
+    from ckf.report import metrics_table, write_report
+
+    with _progress() as bars:
+        metrics = run.evaluate(progress=bars)
+    Console().print(metrics_table(metrics))
+    print(f"report: {write_report(run.folder)}")
+
+
+def _print_baselines(folder: Path) -> None:
+    import json
+
+    from ckf.baselines import evaluate_baselines
+    from ckf.cf import CFVectors
+    from ckf.config import load_config
+    from ckf.data.prepared import load_prepared
+
+    config = load_config(folder / "config.yaml")
+    vectors = folder / "cf.safetensors"
+    found = evaluate_baselines(
+        load_prepared(folder / "data"),
+        "test",
+        list(config.tasks),
+        CFVectors.load(vectors) if vectors.exists() else None,
+        config.data.test_lists,
+    )
+    print(json.dumps(found, indent=1))
+
+
+def _report(options) -> None:
+    from ckf.report import write_report
+
+    print(write_report(Path(options.run)))
+
+
+def _export(options) -> None:
+    from ckf.adapters import export_peft
+    from ckf.run import load_run
+
+    run = load_run(options.run, "cpu")
+    out = Path(options.out) if options.out else run.folder / "export"
+    for task in options.task or run.assembly.tasks:
+        export_peft(run.assembly.model.backbone, task, out / task)
+        print(out / task)
+
+
+def _info(_options) -> None:
+    import platform
+
+    import torch
+    import transformers
+
+    import ckf
+    from ckf.kernels import cuda
+    from ckf.kernels.config import usable_backends
+
+    print(f"ckf {ckf.__version__}, Python {platform.python_version()}")
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}")
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            print(f"GPU {index}: {torch.cuda.get_device_name(index)}")
+    else:
+        print("GPU: none that torch can use")
+    for name, (usable, why) in usable_backends().items():
+        print(f"backend {name}: {'usable' if usable else 'not usable'}: {why}")
+    for key, value in cuda.build_info().items():
+        print(f"CUDA extension {key}: {value}")
+
+
+class _progress:
+    """Progress bars by title; entered around an evaluation."""
+
+    def __enter__(self):
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+        self.bars = Progress(
+            "{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        )
+        self.bars.start()
+        return self.start
+
+    def start(self, title: str, total: int):
+        bar = self.bars.add_task(f"evaluating {title}", total=total)
+        return lambda rows: self.bars.advance(bar, rows)
+
+    def __exit__(self, *_error) -> None:
+        self.bars.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

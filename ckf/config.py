@@ -1,0 +1,265 @@
+"""The settings of a run: YAML in, checked dataclasses out. A misspelt key is an error."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ckf.cf import CFConfig
+from ckf.data.config import TASKS, DataConfig, TaskRows
+
+BINARY_TASKS = ("ctr", "topk", "rating", "review_rating")  # answered by one token
+VECTOR_MAPS = ("meta", "constant", "mlp", "linear", "none")
+
+
+@dataclass
+class ModelConfig:
+    """The language model.
+
+    name: a Hugging Face name, a folder, a .gguf file, or the known download "smollm2-135m".
+    dtype: "auto" is bfloat16 on a GPU and float32 on a CPU.
+    """
+
+    name: str
+    dtype: str = "auto"
+
+
+@dataclass
+class LoRAConfig:
+    """Arguments of ``ckf.patch_model``."""
+
+    r: int = 8
+    shared_r: int | None = None
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    target_modules: str | list[str] = "all-linear"
+    shared_modules: str | list[str] | None = None
+    task_modules: str | list[str] | None = None
+    gate: str = "hard"
+    gate_per_layer: bool = False
+    backend: str = "auto"
+    ranks: dict[str, int] | None = None  # rank per task, where they differ from r
+
+
+@dataclass
+class MetaNetConfig:
+    """How CF vectors reach the language model.
+
+    kind: "meta" (a map made for each user from the history), "constant" (one map for all users),
+    "mlp", "linear", or "none" (text only). hidden: width of the meta-network's MLP.
+    """
+
+    kind: str = "meta"
+    hidden: int = 64
+
+
+@dataclass
+class PromptConfig:
+    """history_titles: last liked titles shown. max_tokens: longest prompt with its answer.
+
+    item_word: what an item is called. rank_by: "letters" (the model picks the letter of a listed
+    candidate) or "title" (candidates ranked by the likelihood of their titles).
+    """
+
+    history_titles: int = 3
+    max_tokens: int = 512
+    max_answer_tokens: int = 64
+    item_word: str = "item"
+    rank_by: str = "letters"
+
+
+@dataclass
+class TrainConfig:
+    """Training. lr is for the LoRAs, vector_lr for the meta-network; batch_size counts rows.
+
+    curriculum: rows are shown as plain text with probability s(step), a sigmoid that falls from 1
+    to 0 around the share ``curriculum_middle`` of training; "joint" shows vectors from the start.
+    temperature: tasks are mixed in proportion to size ** (1 / temperature).
+    packing: several rows in one sequence: "auto" where the model computes it right, or on or off.
+    """
+
+    steps: int = 100
+    batch_size: int = 8
+    accumulation: int = 1
+    lr: float = 1e-3
+    vector_lr: float = 3e-3
+    weight_decay: float = 0.0
+    warmup: float = 0.05
+    max_grad_norm: float = 1.0
+    temperature: float = 1.0
+    schedule: str = "curriculum"
+    curriculum_middle: float = 0.3
+    curriculum_sharpness: float = 20.0
+    packing: str | bool = "auto"
+    gradient_checkpointing: bool = False
+    save_every: int = 50
+    log_every: int = 5
+    workers: int = 0
+
+
+@dataclass
+class EvaluateConfig:
+    """batch_tokens: tokens in one evaluation pass. untrained: also evaluate the bare model."""
+
+    batch_tokens: int = 4096
+    untrained: bool = True
+    bootstrap: int = 1000
+
+
+@dataclass
+class RunConfig:
+    """Everything a run needs; see configs/ for examples."""
+
+    name: str
+    data: DataConfig
+    model: ModelConfig
+    tasks: dict[str, TaskRows]
+    seed: int = 0
+    cf: CFConfig = field(default_factory=CFConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    metanet: MetaNetConfig = field(default_factory=MetaNetConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise ValueError(f"tasks is empty; name one or more of {', '.join(TASKS)}")
+        for task in self.tasks:
+            _one_of("a name in tasks", task, TASKS)
+        _one_of("metanet.kind", self.metanet.kind, VECTOR_MAPS)
+        _one_of("prompt.rank_by", self.prompt.rank_by, ("letters", "title"))
+        _one_of("train.schedule", self.train.schedule, ("curriculum", "joint"))
+        _one_of("train.packing", self.train.packing, ("auto", True, False))
+        _one_of("model.dtype", self.model.dtype, ("auto", "float32", "bfloat16", "float16"))
+        for key in ("steps", "batch_size", "accumulation", "save_every", "log_every"):
+            if getattr(self.train, key) < 1:
+                raise ValueError(f"train.{key} is {getattr(self.train, key)}; expected 1 or more")
+        if self.prompt.history_titles > self.data.history:
+            raise ValueError(
+                f"prompt.history_titles is {self.prompt.history_titles}, but only data.history = "
+                f"{self.data.history} liked items are kept for a row; raise data.history"
+            )
+        for task in self.lora.ranks or {}:
+            _one_of("a name in lora.ranks", task, tuple(self.tasks))
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a YAML file and apply ``key.sub=value`` overrides.
+
+    Raises:
+        ValueError: no such file, broken YAML, an unknown key (with the nearest known one), a value
+            of the wrong kind.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the config {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no settings; start from a file under configs/")
+    for override in overrides or []:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ValueError(f"--set {override!r} has no '='; write for example train.steps=20")
+        _assign(values, key.split("."), yaml.safe_load(text))
+    return config_from_dict(values)
+
+
+def config_from_dict(values: dict) -> RunConfig:
+    """A checked RunConfig from nested mappings."""
+    return _build(RunConfig, values, "")
+
+
+def config_to_dict(config: RunConfig) -> dict:
+    """The resolved settings as nested plain values, for YAML."""
+    return dataclasses.asdict(config)
+
+
+def write_config(config: RunConfig, path: Path) -> None:
+    """Write the resolved settings as YAML."""
+    import yaml
+
+    path.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False), encoding="utf-8")
+
+
+def _one_of(what: str, value: object, known: tuple) -> None:
+    if value not in known:
+        near = difflib.get_close_matches(str(value), [str(k) for k in known], 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"{what} is {value!r}; expected {', '.join(map(str, known))}{hint}")
+
+
+def _assign(values: dict, keys: list[str], value: object) -> None:
+    for key in keys[:-1]:
+        values = values.setdefault(key, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"--set {'.'.join(keys)}: {key} is a value, not a group of settings")
+    values[keys[-1]] = value
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """``value`` as ``kind``: a dataclass, dict[str, dataclass], or a plain type, checked."""
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(kind, value, where)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return _build_union(arguments, value, where)
+    if origin is dict and isinstance(value, dict):
+        return {k: _build(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
+    if origin is list and isinstance(value, list):
+        return [_build(arguments[0], v, where) for v in value]
+    expected = origin or kind
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if expected is float and isinstance(value, str):  # YAML reads 1e-3 as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    wrong_bool = isinstance(value, bool) and expected is int
+    if expected is Any or (isinstance(value, expected) and not wrong_bool):
+        return value
+    raise ValueError(f"{where} is {value!r}; expected {getattr(expected, '__name__', expected)}")
+
+
+def _build_union(kinds: tuple, value: Any, where: str) -> Any:
+    if value is None and type(None) in kinds:
+        return None
+    for kind in (k for k in kinds if k is not type(None)):
+        try:
+            return _build(kind, value, where)
+        except ValueError:
+            continue
+    names = " or ".join(str(getattr(k, "__name__", k)) for k in kinds)
+    raise ValueError(f"{where} is {value!r}; expected {names}")
+
+
+def _build_dataclass(kind: type, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(value):
+        return value
+    if value is None:
+        value = {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is {value!r}; expected a group of settings")
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for key in value:
+        if key not in fields:
+            full = f"{where}.{key}".lstrip(".")
+            near = difflib.get_close_matches(str(key), list(fields), 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"unknown setting {full}; {hint}Known: {', '.join(fields)}")
+    for name, f in fields.items():
+        needed = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if needed and name not in value:
+            raise ValueError(f"the setting {f'{where}.{name}'.lstrip('.')} is missing")
+    built = {k: _build(hints[k], v, f"{where}.{k}".lstrip(".")) for k, v in value.items()}
+    return kind(**built)

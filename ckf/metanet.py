@@ -1,0 +1,82 @@
+"""The meta-network: CF vectors into the language model's space, by a map made for each user.
+
+    p   = attention-pooled vectors of the user's last liked items (a learned default without any)
+    W_u = I + reshape(MLP(p))                     (d, d), the user's own map
+    u   = Linear(e_u W_u)                         (width of the language model)
+    v_i = Linear(e_i)
+
+Source: Zhao et al., "Collaborative Knowledge Fusion", TKDE 2025. Simpler maps stand beside it for
+comparison: one W for all users, an MLP, or the linear layer alone.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ckf.config import VECTOR_MAPS
+
+
+class MetaNetwork(nn.Module):
+    """Maps user and item CF vectors (.., d) to vectors (.., width) like token embeddings.
+
+    Args:
+        dim: d, the length of a standardised CF vector.
+        width: the language model's embedding width.
+        scale: standard deviation of its token embeddings; mapped vectors start at this scale.
+        kind: "meta", "constant" (one W for all), "mlp" or "linear".
+        hidden: width of the MLP.
+    """
+
+    def __init__(
+        self, dim: int, width: int, scale: float, kind: str = "meta", hidden: int = 64
+    ) -> None:
+        super().__init__()
+        if kind not in VECTOR_MAPS or kind == "none":
+            raise ValueError(f"kind is {kind!r}; expected meta, constant, mlp or linear")
+        self.dim, self.width, self.kind = dim, width, kind
+        self.user_out, self.item_out = nn.Linear(dim, width), nn.Linear(dim, width)
+        for out in (self.user_out, self.item_out):
+            nn.init.normal_(out.weight, std=scale / dim**0.5)  # unit vectors land at ``scale``
+            nn.init.zeros_(out.bias)
+        if kind == "meta":
+            self.query = nn.Parameter(torch.zeros(dim))
+            self.no_history = nn.Parameter(torch.zeros(dim))
+            self.make_map = _mlp(dim, hidden, dim * dim)
+        elif kind == "constant":
+            self.map = nn.Parameter(torch.eye(dim))
+        elif kind == "mlp":
+            self.user_mlp, self.item_mlp = _mlp(dim, hidden, dim), _mlp(dim, hidden, dim)
+
+    def user_maps(self, history: Tensor, mask: Tensor) -> Tensor:
+        """W_u (b, d, d) from history vectors (b, h, d) and their mask (b, h), True where real."""
+        scores = (history @ self.query) / self.dim**0.5  # (b, h)
+        weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=1)
+        weights = torch.where(mask, weights, 0)  # rows without history: softmax gave NaN
+        pooled = (weights.unsqueeze(2) * history).sum(1)  # (b, d)
+        pooled = torch.where(mask.any(1, keepdim=True), pooled, self.no_history)
+        flat = self.make_map(pooled)  # (b, d * d)
+        eye = torch.eye(self.dim, device=flat.device, dtype=flat.dtype)
+        return eye + flat.view(-1, self.dim, self.dim)
+
+    def forward(self, users: Tensor, history: Tensor, mask: Tensor) -> Tensor:
+        """Users (b, d) with histories (b, h, d) and mask (b, h) to (b, width)."""
+        if self.kind == "meta":
+            users = torch.bmm(users.unsqueeze(1), self.user_maps(history, mask)).squeeze(1)
+        elif self.kind == "constant":
+            users = users @ self.map
+        elif self.kind == "mlp":
+            users = users + self.user_mlp(users)
+        return self.user_out(users)
+
+    def items(self, vectors: Tensor) -> Tensor:
+        """Items (.., d) to (.., width)."""
+        if self.kind == "mlp":
+            vectors = vectors + self.item_mlp(vectors)
+        return self.item_out(vectors)
+
+
+def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    """Two layers whose output starts near zero, so that maps start near the identity."""
+    last = nn.Linear(hidden, outputs)
+    nn.init.normal_(last.weight, std=1e-2 / hidden**0.5)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), last)

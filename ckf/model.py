@@ -1,0 +1,114 @@
+"""The whole model: backbone with Multi-LoRA, meta-network, vectors written into the prompt."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ckf.metanet import MetaNetwork
+from ckf.patch import patch_state
+
+
+class CKFModel(nn.Module):
+    """A patched causal LM whose prompts carry user and item vectors.
+
+    Args:
+        backbone: a model after ``ckf.patch_model``.
+        metanet: maps CF vectors to embeddings, or None for text only.
+    """
+
+    def __init__(self, backbone: PreTrainedModel, metanet: MetaNetwork | None) -> None:
+        super().__init__()
+        patch_state(backbone)
+        self.backbone, self.metanet = backbone, metanet
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.device
+
+    def forward(self, **batch: Tensor | int) -> dict[str, Tensor]:
+        """Loss of a batch from ``batches.Collator``.
+
+        A row's loss is the mean cross-entropy over its answer tokens; the loss is the mean over
+        rows, so that a long answer weighs as much as a short one.
+
+        Returns:
+            loss (), row_losses (b,), row_tasks (b,).
+        """
+        logits = self.logits(batch, batch["label_slots"]).float()  # (q, vocabulary)
+        token_losses = F.cross_entropy(logits, batch["label_tokens"], reduction="none")
+        rows = batch["label_rows"]
+        zeros = token_losses.new_zeros(batch["row_tasks"].shape[0])
+        counts = zeros.index_add(0, rows, torch.ones_like(token_losses))
+        row_losses = zeros.index_add(0, rows, token_losses) / counts.clamp(min=1)
+        return {
+            "loss": row_losses.mean(),
+            "row_losses": row_losses.detach(),
+            "row_tasks": batch["row_tasks"],
+        }
+
+    def logits(self, batch: dict, positions: Tensor) -> Tensor:
+        """Logits at flat positions (q,) of the batch alone, (q, vocabulary)."""
+        embeds = self.embed(batch)
+        length = embeds.shape[1]
+        options = {"position_ids": batch["position_ids"], "task_ids": batch["task_ids"]}
+        if "first_column" in batch:  # padded on the left: the last columns hold all positions
+            first = batch["first_column"]
+            options["logits_to_keep"] = length - first
+            index = (positions // length) * (length - first) + positions % length - first
+        else:
+            options["logits_to_keep"] = positions
+            index = slice(None)
+        if "attention_mask" in batch:
+            options["attention_mask"] = batch["attention_mask"]
+        output = self.backbone(inputs_embeds=embeds, use_cache=False, **options)
+        return output.logits.flatten(0, 1)[index]
+
+    def embed(self, batch: dict) -> Tensor:
+        """Token embeddings (B, S, width) with every vector of every row in its place."""
+        embeds = self.backbone.get_input_embeddings()(batch["input_ids"])
+        if self.metanet is None or "slots" not in batch or batch["slots"].numel() == 0:
+            return embeds
+        dtype = next(self.metanet.parameters()).dtype
+        users = self.metanet(
+            batch["user_vectors"].to(dtype),
+            batch["history_vectors"].to(dtype),
+            batch["history_mask"],
+        )  # (b, width)
+        items = self.metanet.items(batch["item_vectors"].to(dtype))  # (p_items, width)
+        is_item = batch["slot_rows"] < 0
+        order = torch.where(
+            is_item, users.shape[0] + is_item.cumsum(0) - 1, batch["slot_rows"]
+        )  # rows of [users; items]
+        vectors = torch.cat([users, items]).index_select(0, order).to(embeds.dtype)
+        flat = embeds.reshape(-1, embeds.shape[-1])
+        return flat.index_copy(0, batch["slots"], vectors).view_as(embeds)
+
+
+def embedding_scale(backbone: PreTrainedModel) -> float:
+    """Standard deviation of the token embeddings, the scale at which mapped vectors start."""
+    return float(backbone.get_input_embeddings().weight.detach().float().std())
+
+
+@torch.no_grad()
+def packs_rows_right(backbone: PreTrainedModel, tolerance: float = 1e-2) -> bool:
+    """Whether two rows in one sequence give what each gives alone: not so for every family."""
+    device = backbone.device
+    vocabulary = backbone.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, max(4, vocabulary), (1, 15), generator=generator).to(device)
+    lengths = (7, 8)
+    positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0).to(device)
+
+    def run(tokens: Tensor, **options) -> Tensor:
+        embeds = backbone.get_input_embeddings()(tokens)
+        tasks = torch.full(tokens.shape, -1)
+        output = backbone(inputs_embeds=embeds, use_cache=False, task_ids=tasks, **options)
+        return output.logits.float()
+
+    packed = run(ids, position_ids=positions)
+    alone = torch.cat([run(part) for part in ids.split(lengths, dim=1)], dim=1)
+    error = (packed - alone).abs().max() / alone.abs().max()
+    if backbone.dtype != torch.float32:
+        tolerance *= 5
+    return bool(error < tolerance)

@@ -1,0 +1,339 @@
+"""A run is a folder: make one, train it, open it again, put questions to it.
+
+config.yaml           resolved settings        cf.safetensors        CF vectors
+data/                 prepared data            metanet.safetensors   meta-network
+adapters/             LoRAs, PEFT format       checkpoints/          for resuming
+train_log.jsonl       losses                   metrics.json          see ckf.evaluate
+predictions/          Parquet per task         report.html           see ckf.report
+"""
+
+import datetime
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import set_seed
+
+from ckf.assembly import Assembly, assemble
+from ckf.backbone import pick_device
+from ckf.cf import CFVectors, fit_cf
+from ckf.config import RunConfig, load_config, write_config
+from ckf.data.prepared import PreparedData, load_prepared
+from ckf.evaluate import evaluate_run, write_json
+from ckf.prompts import ANSWERS, Encoded, Question
+from ckf.scoring import Scorer
+from ckf.train import load_trained, train
+
+CONFIG, VECTORS, ABOUT, METRICS = "config.yaml", "cf.safetensors", "run.json", "metrics.json"
+Log = Callable[[str], None]
+
+
+@dataclass
+class Run:
+    """An open run: everything loaded, the model in eval mode."""
+
+    folder: Path
+    assembly: Assembly
+
+    @property
+    def config(self) -> RunConfig:
+        return self.assembly.config
+
+    def evaluate(self, log: Log = print, progress=None) -> dict:
+        """Evaluate on the run's test rows; writes metrics.json and predictions/."""
+        about = _read_about(self.folder)
+        return evaluate_run(self.assembly, self.folder, about, log, progress)
+
+    def predict(self, requests: Sequence[dict]) -> list[dict]:
+        """Answer requests of mixed tasks; scores of all of them come from one pass.
+
+        A request is ``{"task": .., "user": raw id, "item": raw id}``; topk takes ``"candidates":
+        [raw ids]`` instead of an item, review_rating a ``"review"``. ``"history"``, raw ids of last
+        liked items, oldest first, replaces what the data knows of the user, and is needed for
+        users it does not know.
+
+        Returns:
+            per request: ctr ``{"score", "probability"}``, rating and review_rating ``{"rating"}``,
+            topk ``{"ranking": [raw ids, best first], "scores"}``, explain ``{"text"}``.
+
+        Raises:
+            ValueError: an unknown task, user or item, or a missing field, naming the request.
+        """
+        questions, users, histories = self._questions(requests)
+        replies: list[dict] = [{} for _ in requests]
+        scorer = Scorer(self.assembly)
+        scored = [i for i, q in enumerate(questions) if q.task != "explain"]
+        written = [i for i, q in enumerate(questions) if q.task == "explain"]
+        if scored:
+            prompts = [self._encode(questions[i]) for i in scored]
+            logits = scorer.answer_logits(prompts, users[scored], histories[scored])
+            for i, row in zip(scored, logits, strict=True):
+                replies[i] = self._reply(questions[i], row)
+        if written:
+            longest = self.config.prompt.max_answer_tokens
+            chosen = [questions[i] for i in written]
+            texts = scorer.texts(chosen, users[written], histories[written], longest)
+            for i, text in zip(written, texts, strict=True):
+                replies[i] = {"text": text}
+        return replies
+
+    def _encode(self, question: Question) -> Encoded:
+        return self.assembly.batcher.encoder.encode(question, self.assembly.uses_vectors)
+
+    def _reply(self, question: Question, logits: np.ndarray) -> dict:
+        words = self.assembly.batcher.encoder.answer_tokens(question.task)[1]
+        values = logits[[words[w] for w in ANSWERS[question.task]]].astype(np.float64)
+        if question.task == "ctr":
+            score = float(values[0] - values[1])
+            return {"score": score, "probability": float(1 / (1 + np.exp(-score)))}
+        if question.task == "topk":
+            scores = values[: len(question.candidates)]
+            order = np.argsort(-scores, kind="stable")
+            ids = self.assembly.data.item_ids
+            ranking = [ids[question.candidates[o]] for o in order]
+            return {"ranking": ranking, "scores": scores[order].tolist()}
+        weights = np.exp(values - values.max())
+        return {"rating": float(weights @ np.arange(1, 6) / weights.sum())}
+
+    def _questions(self, requests) -> tuple[list[Question], np.ndarray, np.ndarray]:
+        book = _Names(self.assembly.data, self.assembly.tasks)
+        questions, users, histories = [], [], []
+        for number, request in enumerate(requests):
+            question, user, history = book.question(request, f"request {number}")
+            if question.task == "topk" and self.assembly.maker.ranks_by_title:
+                raise ValueError(
+                    "this run ranks candidates by title likelihood, which predict() does not "
+                    "offer; train with prompt.rank_by: letters"
+                )
+            questions.append(question)
+            users.append(user)
+            histories.append(history)
+        return questions, np.array(users, np.int64), np.array(histories, np.int64)
+
+
+class _Names:
+    """Raw ids to indices, with errors that name the request."""
+
+    def __init__(self, data: PreparedData, tasks: Sequence[str]) -> None:
+        self.data, self.tasks = data, tasks
+        self.users = {name: i for i, name in enumerate(data.user_ids)}
+        self.items = {name: i for i, name in enumerate(data.item_ids)}
+
+    def question(self, request: dict, where: str) -> tuple[Question, int, np.ndarray]:
+        task = self._field(request, "task", where)
+        if task not in self.tasks:
+            raise ValueError(f"{where}: task is {task!r}; this run knows {', '.join(self.tasks)}")
+        user = self.users.get(str(self._field(request, "user", where)), -1)
+        history = self._history(request, user, where)
+        question = Question(task, [int(i) for i in history if i >= 0])
+        if task == "topk":
+            names = self._field(request, "candidates", where)
+            question.candidates = [self._item(n, where) for n in names]
+            if not 2 <= len(names) <= len(ANSWERS["topk"]):
+                raise ValueError(
+                    f"{where}: {len(names)} candidates; expected 2 to {len(ANSWERS['topk'])}"
+                )
+        else:
+            question.item = self._item(self._field(request, "item", where), where)
+        if task == "review_rating":
+            question.review = str(self._field(request, "review", where))
+        return question, user, history
+
+    def _history(self, request: dict, user: int, where: str) -> np.ndarray:
+        width = self.data.history.shape[1]
+        if "history" in request:
+            items = [self._item(n, where) for n in request["history"]][-width:]
+        elif user < 0:
+            raise ValueError(
+                f'{where}: user {request["user"]!r} is not in the data; give "history", a list '
+                "of item ids the user liked (it may be empty)"
+            )
+        else:
+            rows = np.flatnonzero((self.data.user == user) & (self.data.label == 1))
+            items = self.data.item[rows][-width:].tolist()
+        return np.array([-1] * (width - len(items)) + list(items), np.int64)
+
+    def _item(self, name, where: str) -> int:
+        if str(name) not in self.items:
+            raise ValueError(
+                f"{where}: item {name!r} is not in the data; the run knows {len(self.items)} "
+                f"items, such as {self.data.item_ids[0]!r}"
+            )
+        return self.items[str(name)]
+
+    @staticmethod
+    def _field(request: dict, name: str, where: str):
+        if not isinstance(request, dict) or name not in request:
+            raise ValueError(f"{where} lacks {name!r}: {request!r}")
+        return request[name]
+
+
+def load_run(folder: str | Path, device: str | None = None) -> Run:
+    """Open a finished run from its folder alone.
+
+    Raises:
+        ValueError: no run there, or files that are missing or do not fit.
+    """
+    folder = _run_folder(folder)
+    if not (folder / "adapters").is_dir():
+        raise ValueError(
+            f"{folder} was not trained to the end; go on with: ckf train {folder}/{CONFIG}"
+        )
+    config = load_config(folder / CONFIG)
+    data = load_prepared(folder / "data")
+    vectors = CFVectors.load(folder / VECTORS)
+    assembly = assemble(config, data, vectors, pick_device(device))
+    load_trained(assembly, folder)
+    assembly.model.eval()
+    return Run(folder, assembly)
+
+
+def train_run(
+    config: RunConfig,
+    folder: str | Path,
+    data_path: str | None = None,
+    prepared: str | None = None,
+    device: str | None = None,
+    overwrite: bool = False,
+    log: Log = print,
+) -> Run:
+    """Prepare, fit CF vectors, train; goes on where an earlier call with the same settings ended.
+
+    Args:
+        folder: the run's folder, made where it is missing.
+        data_path: raw data, instead of ``config.data.path``.
+        prepared: a folder made by ``ckf prepare``, instead of raw data.
+        overwrite: remove what the folder holds first, if it is a run.
+
+    Raises:
+        ValueError: the folder holds another run or other files, or anything wrong with settings
+            or data.
+    """
+    folder, chosen = Path(folder), pick_device(device)
+    if overwrite:
+        _remove_run(folder)
+    start_run(config, folder)
+    set_seed(config.seed)
+    data = _data_of(config, folder, data_path, prepared, log)
+    vectors, seconds = _vectors_of(config, folder, data, log)
+    set_seed(config.seed)
+    log(f"loading {config.model.name}")
+    assembly = assemble(config, data, vectors, chosen)
+    trainable = sum(p.numel() for p in assembly.model.parameters() if p.requires_grad)
+    log(f"training {trainable:,} parameters on {chosen}, {_sizes(assembly)}")
+    finished = (folder / "adapters").is_dir()
+    if finished:
+        log(f"{folder} is trained already; --overwrite trains it anew")
+        load_trained(assembly, folder)
+    else:
+        seconds["train"] = train(assembly, folder, chosen)["seconds"]
+        about = _about(config, assembly, chosen, trainable, seconds)
+        write_json(about, folder / ABOUT)
+    assembly.model.eval()
+    return Run(folder, assembly)
+
+
+def start_run(config: RunConfig, folder: Path) -> None:
+    """Make the run's folder, or check that it holds a run with these very settings."""
+    file = folder / CONFIG
+    if file.exists():
+        if load_config(file) != config:
+            raise ValueError(
+                f"{folder} holds a run with other settings; give another --out, or --overwrite to "
+                "remove it"
+            )
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} exists and holds other files; give another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(file.name + ".part")
+    write_config(config, temporary)
+    temporary.replace(file)
+
+
+def _remove_run(folder: Path) -> None:
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} is not a run (no {CONFIG}), so --overwrite leaves it alone")
+    shutil.rmtree(folder)
+
+
+def _run_folder(folder: str | Path) -> Path:
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} is not a run: it has no {CONFIG}; make one with: ckf train")
+    return folder
+
+
+def _data_of(config: RunConfig, folder: Path, path, prepared, log: Log) -> PreparedData:
+    target = folder / "data"
+    if prepared is not None and not target.exists():
+        load_prepared(prepared)
+        part = folder / "data.part"
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(prepared, part)
+        os.rename(part, target)
+    if prepared is not None or (target.exists() and path is None and config.data.path is None):
+        data = load_prepared(target)
+    else:
+        from ckf.data.prepare import prepare
+
+        data = prepare(config.data, config.tasks, path, target, config.seed, log)
+    for task in config.tasks:
+        for split in ("train", "test"):
+            if len(data.rows(task, split)) == 0:
+                raise ValueError(
+                    f"the {split} split has no rows for {task}; leave the task out, or change "
+                    "data.split or the number of rows under tasks"
+                )
+    return data
+
+
+def _vectors_of(config: RunConfig, folder: Path, data: PreparedData, log: Log):
+    file = folder / VECTORS
+    if file.exists():
+        return CFVectors.load(file), {}
+    log(f"fitting CF vectors ({config.cf.kind})")
+    start = datetime.datetime.now()
+    vectors = fit_cf(replace(config.cf, seed=config.seed), data, log)
+    temporary = file.with_name(file.name + ".part")
+    vectors.save(temporary)
+    temporary.replace(file)
+    return vectors, {"cf": round((datetime.datetime.now() - start).total_seconds(), 1)}
+
+
+def _sizes(assembly: Assembly) -> str:
+    rows = assembly.data.rows
+    return ", ".join(f"{len(rows(t, 'train'))} {t} rows" for t in assembly.tasks)
+
+
+def _about(config: RunConfig, assembly: Assembly, device, trainable: int, seconds: dict) -> dict:
+    now = datetime.datetime.now(datetime.UTC)
+    rows = assembly.data.rows
+    return {
+        "name": config.name,
+        "created": now.isoformat(timespec="seconds"),
+        "seed": config.seed,
+        "model": config.model.name,
+        "data": config.data.name,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else str(device),
+        "trainable_parameters": trainable,
+        "packed": assembly.packed,
+        "seconds": seconds,
+        "rows": {s: {t: len(rows(t, s)) for t in assembly.tasks} for s in ("train", "test")},
+    }
+
+
+def _read_about(folder: Path) -> dict:
+    try:
+        return json.loads((folder / ABOUT).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder / ABOUT} is missing or broken ({error}); train the run again"
+        ) from error

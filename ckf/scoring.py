@@ -1,0 +1,132 @@
+"""Scores of rows and requests: one forward pass per batch, never by sampling."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ckf.assembly import Assembly
+from ckf.batches import Collator
+from ckf.prompts import ANSWERS, Encoded, Question
+
+Progress = Callable[[int], None]
+
+
+@dataclass
+class Answers:
+    """One-token answers of rows: logits over the answer words and what greedy decoding says."""
+
+    logits: np.ndarray  # (N, words), in the order of ANSWERS[task]
+    log_total: np.ndarray  # (N,) logsumexp over the whole vocabulary
+    greedy: np.ndarray  # (N,) index of the word greedy decoding says, -1: some other token
+
+    def losses(self, answer: np.ndarray) -> np.ndarray:
+        """Cross-entropy (N,) of the true words, given by index."""
+        return self.log_total - np.take_along_axis(self.logits, answer[:, None], 1)[:, 0]
+
+
+class Scorer:
+    """Runs encoded prompts through the model in batches of similar length.
+
+    Args:
+        base_only: score the bare language model, without LoRA and vectors.
+    """
+
+    def __init__(
+        self, assembly: Assembly, base_only: bool = False, progress: Progress | None = None
+    ) -> None:
+        self.assembly, self.model = assembly, assembly.model
+        self.base_only = base_only
+        training = assembly.batcher.collator
+        # sorted by length there is next to nothing to pad, and attention stays within a row
+        self.collator = Collator(training.tasks, training.lookup, training.filler, packed=False)
+        self.progress = progress or (lambda rows: None)
+
+    @property
+    def vectors(self) -> bool:
+        """Whether prompts are in the vector form."""
+        return self.assembly.uses_vectors and not self.base_only
+
+    def answers(self, prompts: Sequence[Encoded], users, histories) -> Answers:
+        """One-token answers of prompts (N) of one task; users (N,), histories (N, h)."""
+        task = prompts[0].task if prompts else "ctr"
+        words = self.assembly.batcher.encoder.answer_tokens(task)[1]
+        index = torch.tensor([words[w] for w in ANSWERS[task]])
+        logits = np.zeros((len(prompts), len(index)), np.float64)
+        total, greedy = np.zeros(len(prompts)), np.full(len(prompts), -1)
+        for rows, batch in self._batches(prompts, users, histories):
+            out = self.model.logits(batch, batch["last_slots"]).float()  # (b, vocabulary)
+            logits[rows] = out[:, index.to(out.device)].double().cpu().numpy()
+            total[rows] = out.logsumexp(1).double().cpu().numpy()
+            says = out.argmax(1).cpu().unsqueeze(1) == index
+            greedy[rows] = torch.where(says.any(1), says.int().argmax(1), -1).numpy()
+        return Answers(logits, total, greedy)
+
+    def answer_logits(self, prompts: Sequence[Encoded], users, histories) -> np.ndarray:
+        """Logits over the whole vocabulary (N, vocabulary) where the answer begins, any tasks."""
+        rows_out: list[np.ndarray] = [np.empty(0)] * len(prompts)
+        for rows, batch in self._batches(prompts, users, histories):
+            out = self.model.logits(batch, batch["last_slots"]).float().cpu().numpy()
+            for row, values in zip(rows, out, strict=True):
+                rows_out[row] = values
+        return np.stack(rows_out)
+
+    def losses(self, prompts: Sequence[Encoded], users, histories) -> np.ndarray:
+        """Mean cross-entropy (N,) over each prompt's answer tokens."""
+        losses = np.zeros(len(prompts))
+        for rows, batch in self._batches(prompts, users, histories):
+            losses[rows] = self.model(**batch)["row_losses"].double().cpu().numpy()
+        return losses
+
+    def texts(
+        self, questions: Sequence[Question], users, histories, max_new_tokens: int
+    ) -> list[str]:
+        """Greedy answers in words, to questions of any tasks."""
+        encoder = self.assembly.batcher.encoder
+        prompts = [encoder.encode(q, self.vectors) for q in questions]
+        texts = [""] * len(prompts)
+        for rows, batch in self._batches(prompts, users, histories):
+            tokens = self.model.backbone.generate(
+                inputs_embeds=self.model.embed(batch),
+                attention_mask=batch["attention_mask"],
+                task_ids=batch["task_ids"],
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=encoder.filler,
+            )
+            decoded = self.assembly.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            for row, text in zip(rows, decoded, strict=True):
+                texts[row] = text.strip().split("\n")[0].strip()
+        return texts
+
+    def _batches(self, prompts, users, histories) -> Iterator[tuple[np.ndarray, dict]]:
+        """Row indices and their batch; sorted by length, at most batch_tokens tokens each."""
+        users, histories = np.asarray(users), np.asarray(histories)
+        device, was_training = self.model.device, self.model.training
+        self.model.eval()
+        try:
+            for rows in _by_length(prompts, self.assembly.config.evaluate.batch_tokens):
+                batch = self.collator([prompts[r] for r in rows], users[rows], histories[rows])
+                batch = {k: _move(v, device) for k, v in batch.items()}
+                if self.base_only:
+                    batch["task_ids"] = torch.full_like(batch["task_ids"], -1)
+                with torch.inference_mode():
+                    yield rows, batch
+                self.progress(len(rows))
+        finally:
+            self.model.train(was_training)
+
+
+def _by_length(prompts: Sequence[Encoded], budget: int) -> Iterator[np.ndarray]:
+    order = np.argsort([-p.length for p in prompts], kind="stable")
+    start = 0
+    while start < len(order):
+        count = max(1, budget // prompts[order[start]].length)
+        yield order[start : start + count]
+        start += count
+
+
+def _move(value: Tensor | int, device: torch.device) -> Tensor | int:
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value

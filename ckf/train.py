@@ -1,0 +1,268 @@
+"""Training on ``transformers.Trainer``: mixed-task batches, curriculum, presence, resume."""
+
+import json
+import math
+import shutil
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from ckf.adapters import load_adapters, save_adapters
+from ckf.assembly import Assembly
+from ckf.batches import Example, is_text_row
+from ckf.config import TrainConfig
+from ckf.data.mixing import task_order
+from ckf.presence import TaskPresence
+
+METANET_FILE = "metanet.safetensors"
+ADAPTERS_FOLDER = "adapters"
+
+
+def text_share(config: TrainConfig, progress: float) -> float:
+    """Probability that a row is shown as text at a share ``progress`` of training.
+
+    L = s L_text + (1 - s) L_vectors with s falling from 1 to 0 by a sigmoid; drawing each row as
+    text with probability s has that expectation at half its cost.
+    """
+    if config.schedule == "joint":
+        return 0.0
+    z = config.curriculum_sharpness * (progress - config.curriculum_middle)
+    return 1.0 / (1.0 + math.exp(min(50.0, max(-50.0, z))))
+
+
+class TrainStream(Dataset):
+    """The whole run as one list: entry p is row p % batch of step p // batch, whatever resumed."""
+
+    def __init__(self, assembly: Assembly) -> None:
+        self.assembly, config = assembly, assembly.config
+        train = config.train
+        self.per_step = train.batch_size * train.accumulation
+        self.examples = {t: assembly.maker.examples(t, "train") for t in assembly.tasks}
+        empty = [t for t, rows in self.examples.items() if not rows]
+        if empty:
+            raise ValueError(
+                f"no train rows for {', '.join(empty)}; leave the task out of the config, or give "
+                "data that has them"
+            )
+        sizes = {t: len(rows) for t, rows in self.examples.items()}
+        batches = train.steps * train.accumulation
+        self.order = task_order(sizes, train.batch_size, batches, train.temperature, config.seed)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, position: int) -> tuple[Example, bool]:
+        """The example and whether it is shown in the vector form."""
+        task, index = self.order[position]
+        config = self.assembly.config
+        share = text_share(config.train, position / len(self.order))
+        as_text = is_text_row(config.seed, position, share)
+        return self.examples[task][index], self.assembly.uses_vectors and not as_text
+
+    def collate(self, entries: list[tuple[Example, bool]]) -> dict:
+        """Rows of one task next to each other, as one batch."""
+        entries = sorted(entries, key=lambda e: self.assembly.tasks.index(e[0].task))
+        batcher = self.assembly.batcher
+        prompts = [batcher.encode(example, "train", vectors) for example, vectors in entries]
+        return batcher.batch([example for example, _ in entries], prompts)
+
+
+class CKFTrainer(Trainer):
+    """Trainer whose checkpoints hold adapters, meta-network and optimizer, never the base."""
+
+    def __init__(self, assembly: Assembly, stream: TrainStream, folder: Path, device) -> None:
+        self.assembly, self.folder = assembly, folder
+        self.presence = TaskPresence(assembly.model.backbone)
+        self._sums: dict[str, list] = defaultdict(list)
+        self._tokens, self._since = 0, time.perf_counter()
+        super().__init__(
+            model=assembly.model,
+            args=training_arguments(assembly.config, folder, device),
+            train_dataset=stream,
+            data_collator=stream.collate,
+        )
+        self.remove_callback(PrinterCallback)
+        self.add_callback(StopOnNonFiniteLoss())
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over rows
+
+    def _get_train_sampler(self, *_args):
+        return SequentialSampler(self.train_dataset)
+
+    def create_optimizer(self, *_args):
+        """LoRAs and meta-network with their own learning rates; absent tasks stay put."""
+        if self.optimizer is None:
+            train = self.assembly.config.train
+            lora = [p for p in self.assembly.model.backbone.parameters() if p.requires_grad]
+            groups = [{"params": lora, "lr": train.lr}]
+            if self.assembly.model.metanet is not None:
+                vector = list(self.assembly.model.metanet.parameters())
+                groups.append({"params": vector, "lr": train.vector_lr})
+            self.optimizer = torch.optim.AdamW(
+                groups, lr=train.lr, weight_decay=train.weight_decay, betas=(0.9, 0.99)
+            )
+            self.presence.attach(self.optimizer)
+        return self.optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.presence.observe(inputs["row_tasks"])
+        outputs = model(**inputs)
+        self._sums["losses"].append(outputs["row_losses"])
+        self._sums["tasks"].append(outputs["row_tasks"])
+        self._tokens += inputs["input_ids"].numel()
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Add the loss per task, the text share and the speed, and keep them as JSON lines."""
+        if "loss" in logs and self._sums["losses"]:
+            logs |= self._task_losses()
+            now = time.perf_counter()
+            logs["tokens_per_second"] = round(self._tokens / max(now - self._since, 1e-9), 1)
+            progress = self.state.global_step / self.assembly.config.train.steps
+            logs["text_share"] = round(text_share(self.assembly.config.train, progress), 4)
+            self._tokens, self._since = 0, now
+            line = {"step": self.state.global_step, **_named_learning_rate(logs)}
+            with open(self.folder / "train_log.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        super().log(logs, *args, **kwargs)
+
+    def _task_losses(self) -> dict[str, float]:
+        losses, tasks = torch.cat(self._sums.pop("losses")), torch.cat(self._sums.pop("tasks"))
+        means = {}
+        for index, name in enumerate(self.assembly.tasks):
+            own = losses[tasks == index]
+            if own.numel():
+                means[f"loss/{name}"] = round(float(own.mean()), 4)
+        return means
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        save_trained(self.assembly, Path(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        load_trained(self.assembly, Path(resume_from_checkpoint))
+
+
+class StopOnNonFiniteLoss(TrainerCallback):
+    """A loss of NaN or infinity ends training with a message; earlier checkpoints stay."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        loss = (logs or {}).get("loss")
+        if loss is not None and not math.isfinite(float(loss)):
+            raise ValueError(
+                f"the loss is {loss} at step {state.global_step}; lower train.lr or "
+                "train.vector_lr and start again (checkpoints before this step are kept)"
+            )
+
+
+def training_arguments(config, folder: Path, device: torch.device) -> TrainingArguments:
+    """Trainer's settings of a run."""
+    train = config.train
+    return TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        max_steps=train.steps,
+        per_device_train_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.accumulation,
+        learning_rate=train.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=math.ceil(train.warmup * train.steps),
+        max_grad_norm=train.max_grad_norm,
+        logging_steps=train.log_every,
+        save_steps=train.save_every,
+        save_total_limit=2,
+        gradient_checkpointing=False,
+        dataloader_num_workers=train.workers,
+        remove_unused_columns=False,
+        use_cpu=device.type == "cpu",
+        report_to=[],
+        seed=config.seed,
+        data_seed=config.seed,
+    )
+
+
+def train(assembly: Assembly, folder: Path, device: torch.device) -> dict[str, float]:
+    """Train, going on from the last whole checkpoint where there is one; save into ``folder``.
+
+    Returns:
+        seconds and tokens of this call.
+    """
+    if assembly.config.train.gradient_checkpointing:
+        backbone = assembly.model.backbone
+        newer = hasattr(backbone, "activation_checkpointing_enable")
+        name = "activation_checkpointing" if newer else "gradient_checkpointing"
+        getattr(backbone, f"{name}_enable")({"use_reentrant": False})
+    checkpoint = last_checkpoint(folder / "checkpoints")
+    _cut_log(folder / "train_log.jsonl", _step(checkpoint) if checkpoint else 0)
+    start = time.perf_counter()
+    trainer = CKFTrainer(assembly, TrainStream(assembly), folder, device)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    save_trained(assembly, folder)
+    return {"seconds": round(time.perf_counter() - start, 1)}
+
+
+def save_trained(assembly: Assembly, folder: Path) -> None:
+    """Adapters and meta-network of a run or a checkpoint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_adapters(assembly.model.backbone, folder / ADAPTERS_FOLDER)
+    if assembly.model.metanet is not None:
+        tensors = {k: v.cpu().contiguous() for k, v in assembly.model.metanet.state_dict().items()}
+        temporary = folder / (METANET_FILE + ".part")
+        save_file(tensors, temporary)
+        temporary.replace(folder / METANET_FILE)
+
+
+def load_trained(assembly: Assembly, folder: Path) -> None:
+    """Read what ``save_trained`` wrote; ValueError for missing or foreign files."""
+    load_adapters(assembly.model.backbone, folder / ADAPTERS_FOLDER)
+    if assembly.model.metanet is None:
+        return
+    try:
+        assembly.model.metanet.load_state_dict(load_file(folder / METANET_FILE))
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"{folder / METANET_FILE} does not fit this run's meta-network: {error}"
+        ) from error
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint whose last-written file is whole; half-written ones are removed."""
+    found = sorted(folder.glob("checkpoint-*"), key=_step, reverse=True)
+    for checkpoint in found:
+        try:
+            state = json.loads((checkpoint / "trainer_state.json").read_text())
+            if state["global_step"] == _step(checkpoint):
+                return checkpoint
+        except (OSError, ValueError, KeyError):
+            pass
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    return None
+
+
+def _step(checkpoint: Path) -> int:
+    digits = checkpoint.name.rpartition("-")[2]
+    return int(digits) if digits.isdigit() else -1
+
+
+def _cut_log(file: Path, step: int) -> None:
+    """Drop lines of steps that will be trained again."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue  # a line cut short by a kill
+    file.write_text("".join(kept), encoding="utf-8")
+
+
+def _named_learning_rate(logs: dict) -> dict:
+    renamed = dict(logs)
+    if "learning_rate" in renamed:
+        renamed["lr"] = renamed.pop("learning_rate")
+    return {k: float(v) for k, v in renamed.items() if isinstance(v, int | float | str)}
