@@ -1,0 +1,312 @@
+"""User and item vectors of a collaborative-filtering (CF) model: keep, score, standardise, fold in.
+
+The biases of the model are the last vector dimension: users = [p_u, b_u], items = [q_i, b_i], and
+the model's own score is ``bias + p_u . q_i + b_u + b_i``. Whoever reads the vectors alone then
+still sees how well liked an item is, which a dot product of plain factors hides.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+SCORE_FORMS = ("biased_dot", "dot", "none")
+# Lengths of the histories on which the fold-in is fitted, so that short ones are met there too.
+_FOLD_IN_WINDOWS = (1, 3, 10)
+_RIDGE_GRID = (1e-2, 1e-1, 1.0, 1e1, 1e2)
+_FORMAT = "ckf-cf-1"
+
+
+@dataclass(frozen=True)
+class CFVectors:
+    """Vectors of all users and items, float32, in the index order of the prepared data.
+
+    users (U, d), items (I, d); user_known (U,), item_known (I,) bool: has a vector learned from
+    train rows (kind "file": has a vector). Unknown rows are zero. ``kind`` names the model ("mf",
+    "lightgcn", "file"). ``score_form`` says how `score` works: "biased_dot" (last dimension = bias,
+    plus the global ``bias``), "dot", or "none" (after `standardised`). fold_in (I, d) and
+    fold_in_offset (d,) place a user without train rows by the items in the history (see
+    `fold_in_users`); None until `fit_fold_in` ran.
+    """
+
+    users: Tensor
+    items: Tensor
+    user_known: Tensor
+    item_known: Tensor
+    kind: str
+    score_form: str = "biased_dot"
+    bias: float = 0.0
+    fold_in: Tensor | None = None
+    fold_in_offset: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        assert self.score_form in SCORE_FORMS
+        assert self.users.ndim == self.items.ndim == 2
+        assert self.users.shape[1] == self.items.shape[1]
+        assert self.user_known.shape == self.users.shape[:1]
+        assert self.item_known.shape == self.items.shape[:1]
+
+    @property
+    def dim(self) -> int:
+        """Width d of the vectors, biases included."""
+        return self.users.shape[1]
+
+    def score(
+        self,
+        user_idx: ArrayLike | Tensor,
+        item_idx: ArrayLike | Tensor,
+        history: ArrayLike | Tensor | None = None,
+    ) -> Tensor:
+        """The CF model's own score of user-item pairs, float32, in the broadcast shape of both.
+
+        user_idx and item_idx: ints, arrays or tensors that broadcast, such as (P, 1) with (P, C).
+        With ``history``, item indices padded with -1, of shape user_idx.shape + (H,), users without
+        train rows are folded in. Trained on labels, the score is a logit; on ratings, a rating.
+        Raises ValueError for standardised vectors, whose products mean nothing.
+        """
+        if self.score_form == "none":
+            raise ValueError(
+                "these vectors are standardised and have no score: call score() on the vectors "
+                "before standardised()"
+            )
+        user_idx, item_idx = _index(user_idx), _index(item_idx)
+        users = self.users[user_idx]  # (..., d)
+        if history is not None:
+            unknown = ~self.user_known[user_idx]
+            folded = fold_in_users(self, _index(history)[unknown])
+            users = users.index_put((unknown,), folded)
+        items = self.items[item_idx]
+        if self.score_form == "dot":
+            return (users * items).sum(-1)
+        dot = (users[..., :-1] * items[..., :-1]).sum(-1)
+        return dot + users[..., -1] + items[..., -1] + self.bias
+
+    def standardised(self) -> CFVectors:
+        """Zero mean and unit deviation per column over the known rows; unknown rows stay zero.
+
+        The fold-in follows the scale of the users. A column without spread becomes zero.
+        """
+        users, user_mean, user_std = _standardise(self.users, self.user_known)
+        items, _, _ = _standardise(self.items, self.item_known)
+        fold_in, offset = self.fold_in, self.fold_in_offset
+        if fold_in is not None:
+            fold_in, offset = fold_in / user_std, (offset - user_mean) / user_std
+        return replace(
+            self,
+            users=users,
+            items=items,
+            score_form="none",
+            fold_in=fold_in,
+            fold_in_offset=offset,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file (the fold-in included)."""
+        tensors = {
+            "users": self.users,
+            "items": self.items,
+            "user_known": self.user_known,
+            "item_known": self.item_known,
+        }
+        if self.fold_in is not None:
+            tensors |= {"fold_in": self.fold_in, "fold_in_offset": self.fold_in_offset}
+        about = {
+            "format": _FORMAT,
+            "kind": self.kind,
+            "score_form": self.score_form,
+            "bias": json.dumps(self.bias),
+        }
+        save_file({name: t.contiguous() for name, t in tensors.items()}, str(path), about)
+
+    @classmethod
+    def load(cls, path: str | Path) -> CFVectors:
+        """Read what `save` wrote. Raises ValueError for a file of another kind."""
+        with safe_open(str(path), framework="pt") as file:
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if about.get("format") != _FORMAT:
+            raise ValueError(
+                f"{path}: format is {about.get('format')!r}, expected {_FORMAT!r}: give a file "
+                "written by CFVectors.save, or read plain vectors with load_vectors"
+            )
+        return cls(
+            **tensors,
+            kind=about["kind"],
+            score_form=about["score_form"],
+            bias=json.loads(about["bias"]),
+        )
+
+
+def fold_in_users(vectors: CFVectors, history: np.ndarray | Tensor) -> Tensor:
+    """Vectors (N, d) of users who have no train rows, from their histories (N, H), padded with -1.
+
+    Each item of a history stands for a point in the space of the users (a ridge regression, see
+    `fit_fold_in`), and the points are averaged. Items without a vector count as absent; without any
+    item the result is zero.
+    """
+    if vectors.fold_in is None:
+        raise ValueError(
+            "these CF vectors have no fold-in: call fit_fold_in(vectors, users, items) with the "
+            "liked train rows first (fit_cf does)"
+        )
+    history = _index(history)
+    known = (history >= 0) & vectors.item_known[history.clamp(min=0)]  # (N, H)
+    points = vectors.fold_in[history.clamp(min=0)] * known.unsqueeze(-1)  # (N, H, d)
+    count = known.sum(-1, keepdim=True)  # (N, 1)
+    folded = points.sum(-2) / count.clamp(min=1) + vectors.fold_in_offset
+    return torch.where(count > 0, folded, 0.0)
+
+
+def fit_fold_in(vectors: CFVectors, users: np.ndarray, items: np.ndarray) -> CFVectors:
+    """Fit the fold-in on users with train rows and return the vectors with it.
+
+    users, items (L,): the LIKED TRAIN rows, each user's in order of time. A ridge regression maps
+    the mean vector of a user's last 1, 3 and 10 liked items to the user's vector; its penalty is
+    chosen on a fixed fifth of the users. Without liked rows every fold-in is zero.
+    """
+    users, items = _index(users), _index(items)
+    keep = vectors.user_known[users] & vectors.item_known[items]
+    users, items = users[keep], items[keep]
+    if len(users) == 0:
+        return replace(
+            vectors,
+            fold_in=torch.zeros_like(vectors.items),
+            fold_in_offset=torch.zeros(vectors.dim),
+        )
+    owner, means = _window_means(users, vectors.items[items].double(), len(vectors.users))
+    targets = vectors.users.double()[owner]
+    held_out = owner % 5 == 0
+    best, lowest = _RIDGE_GRID[-1], float("inf")
+    if held_out.any() and not held_out.all():
+        for penalty in _RIDGE_GRID:
+            weight, offset = _ridge(means[~held_out], targets[~held_out], penalty)
+            error = (means[held_out] @ weight + offset - targets[held_out]).square().mean().item()
+            if error < lowest:
+                best, lowest = penalty, error
+    weight, offset = _ridge(means, targets, best)
+    fold_in = (vectors.items.double() @ weight).float()
+    return replace(vectors, fold_in=fold_in, fold_in_offset=offset.float())
+
+
+def load_vectors(
+    users: str | Path, items: str | Path, n_users: int | None = None, n_items: int | None = None
+) -> CFVectors:
+    """The user's own vectors, one .npy or .safetensors file each for users and items.
+
+    Row r belongs to user or item index r of the prepared data. A safetensors file holds one tensor,
+    or one named "users" / "items" (both may lie in one file). An all-zero row means "no vector".
+    Raises ValueError for wrong row counts (where n_users, n_items are given), shapes or values.
+    """
+    user_table, item_table = _read_table(users, "users"), _read_table(items, "items")
+    for table, path, name, expected in (
+        (user_table, users, "users", n_users),
+        (item_table, items, "items", n_items),
+    ):
+        if expected is not None and len(table) != expected:
+            raise ValueError(
+                f"{path}: {len(table)} rows, expected {expected} (one per {name[:-1]} of the "
+                f"prepared data): write the vectors in the order of {name!r} in the prepared "
+                "folder's names.json, a row of zeros for each one without a vector"
+            )
+    if user_table.shape[1] != item_table.shape[1]:
+        raise ValueError(
+            f"{users} has vectors of width {user_table.shape[1]}, {items} of width "
+            f"{item_table.shape[1]}: both must have the same width, so pad the narrower with zeros"
+        )
+    return CFVectors(
+        users=user_table,
+        items=item_table,
+        user_known=(user_table != 0).any(1),
+        item_known=(item_table != 0).any(1),
+        kind="file",
+        score_form="dot",
+    )
+
+
+def _read_table(path: str | Path, name: str) -> Tensor:
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(
+            f"no file of CF vectors at {path}: set cf.{name} to a .npy or .safetensors file"
+        )
+    if path.suffix == ".npy":
+        table = torch.from_numpy(np.load(path, allow_pickle=False))
+    elif path.suffix == ".safetensors":
+        tensors = load_file(str(path))
+        if len(tensors) != 1 and name not in tensors:
+            raise ValueError(
+                f"{path}: tensors {sorted(tensors)}, expected one tensor or one named {name!r}: "
+                "rename the tensor"
+            )
+        table = tensors[name] if name in tensors else next(iter(tensors.values()))
+    else:
+        raise ValueError(
+            f"{path}: suffix {path.suffix!r}, expected .npy or .safetensors: convert it"
+        )
+    if table.ndim != 2 or 0 in table.shape:
+        raise ValueError(f"{path}: shape {tuple(table.shape)}, expected (rows, width): reshape it")
+    table = table.float()
+    if not table.isfinite().all():
+        row = int((~table.isfinite().all(1)).nonzero()[0])
+        raise ValueError(
+            f"{path}: row {row} has NaN or infinite values, expected finite ones: fix it"
+        )
+    return table
+
+
+def _index(values: ArrayLike | Tensor) -> Tensor:
+    """int64; arrays are copied, since torch warns of those that cannot be written to."""
+    if isinstance(values, Tensor):
+        return values.long()
+    return torch.from_numpy(np.array(values, dtype=np.int64))
+
+
+def _standardise(table: Tensor, known: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if not known.any():
+        return torch.zeros_like(table), torch.zeros(table.shape[1]), torch.ones(table.shape[1])
+    rows = table[known].double()
+    mean, std = rows.mean(0), rows.std(0, correction=0)
+    flat = std <= 1e-6 * mean.abs().clamp(min=1e-6)
+    std = torch.where(flat, 1.0, std)
+    scaled = (table.double() - mean) / std
+    scaled[:, flat] = 0.0
+    scaled[~known] = 0.0
+    return scaled.float(), mean.float(), std.float()
+
+
+def _window_means(users: Tensor, points: Tensor, n_users: int) -> tuple[Tensor, Tensor]:
+    """Owners (K,) and means (K, d) of each user's last 1, 3 and 10 points."""
+    order = torch.argsort(users, stable=True)
+    users, points = users[order], points[order]
+    count = torch.bincount(users, minlength=n_users)
+    age = count.cumsum(0)[users] - 1 - torch.arange(len(users))  # 0: the user's latest
+    owners, means = [], []
+    for shorter, window in zip((0, *_FOLD_IN_WINDOWS), _FOLD_IN_WINDOWS, strict=False):
+        recent = age < window
+        total = points.new_zeros(n_users, points.shape[1]).index_add(
+            0, users[recent], points[recent]
+        )
+        size = torch.bincount(users[recent], minlength=n_users)
+        chosen = size > shorter  # else the window is the same as the shorter one
+        owners.append(chosen.nonzero().squeeze(1))
+        means.append(total[chosen] / size[chosen].unsqueeze(1))
+    return torch.cat(owners), torch.cat(means)
+
+
+def _ridge(x: Tensor, y: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
+    """Weight (d, d) and offset (d,); the penalty is relative to the mean variance of x."""
+    x_mean, y_mean = x.mean(0), y.mean(0)
+    x, y = x - x_mean, y - y_mean
+    gram = x.T @ x
+    scale = (gram.diagonal().mean() / max(len(x), 1)).clamp(min=1e-12)
+    damped = gram + penalty * scale * torch.eye(x.shape[1], dtype=x.dtype)
+    weight = torch.linalg.solve(damped, x.T @ y)
+    return weight, y_mean - x_mean @ weight
