@@ -64,19 +64,28 @@ def multi_lora_group_torch(
 
     A weight of None gives the LoRA update alone, without a base.
     """
+    from ckf.kernels.torch_runs import MultiLoRARuns, find_runs  # builds on this module
+
     shape = GroupShape(tuple(tuple(t.shape[0] for t in experts) for experts in a), dropout_p)
     flat_a = [t for experts in a for t in experts]
     flat_b = [t for experts in b for t in experts]
+    if x.device.type == "cpu" and not any(g.requires_grad for g in gates):
+        runs = find_runs(task_ids.reshape(-1))
+        if runs is not None:
+            seed = int(seed)
+            return MultiLoRARuns.apply(
+                shape, runs, x, seed, *weights, *biases, *gates, *flat_a, *flat_b
+            )
     return _MultiLoRA.apply(shape, x, task_ids, seed, *weights, *biases, *gates, *flat_a, *flat_b)
 
 
 class _MultiLoRA(torch.autograd.Function):
     @staticmethod
     def forward(ctx, shape: GroupShape, x, task_ids, seed, *tensors):
-        weights, biases, gates, a, b = _unflatten(shape, tensors)
+        weights, biases, gates, a, b = unflatten(shape, tensors)
         rows = x.reshape(-1, x.shape[-1])  # (m, k)
-        keep = _keep_mask(rows, shape, seed)
-        s = _dropped(rows, keep, shape) @ _stack_a(a, x.dtype).t()  # (m, R)
+        keep = keep_mask(rows, shape, seed)
+        s = dropped(rows, keep, shape) @ _stack_a(a, x.dtype).t()  # (m, R)
         gate = _row_gates(gates, shape, task_ids)  # (m, R)
         h = _gated(s, gate)
         stacked_b = _stack_b(b, shape, x.dtype)
@@ -98,9 +107,9 @@ class _MultiLoRA(torch.autograd.Function):
         shape: GroupShape = ctx.shape
         x, saved, task_ids, saved_seed, *tensors = ctx.saved_tensors
         seed = ctx.seed if saved_seed is None else saved_seed
-        weights, _, gates, a, b = _unflatten(shape, tensors)
+        weights, _, gates, a, b = unflatten(shape, tensors)
         rows = x.reshape(-1, x.shape[-1])
-        need_w, need_bias, need_g, need_a, need_b = _unflatten(shape, ctx.needs_input_grad[4:])
+        need_w, need_bias, need_g, need_a, need_b = unflatten(shape, ctx.needs_input_grad[4:])
         gate = _row_gates(gates, shape, task_ids)
         h = _gated(saved, gate) if ctx.saved_is_s else saved
         dys = [g.reshape(rows.shape[0], g.shape[-1]) for g in grads]
@@ -109,7 +118,7 @@ class _MultiLoRA(torch.autograd.Function):
         ds = _gated(dh, gate)
         dx = da = None
         stacked_a = _stack_a(a, x.dtype)
-        keep = _keep_mask(rows, shape, seed)
+        keep = keep_mask(rows, shape, seed)
         if ctx.needs_input_grad[1]:
             dx = ds @ stacked_a  # (m, k)
             if keep is not None:
@@ -120,7 +129,7 @@ class _MultiLoRA(torch.autograd.Function):
             dx = dx.view(x.shape)
         da = [None] * shape.experts
         if any(need_a):
-            stacked = _product(ds.t(), _dropped(rows, keep, shape), a[0].dtype)  # (R, k)
+            stacked = product(ds.t(), dropped(rows, keep, shape), a[0].dtype)  # (R, k)
             da = list(stacked.split(shape.expert_ranks, 0))
         db = _b_gradients(shape, dys, h, b, need_b)
         dg = [None] * shape.linears
@@ -131,20 +140,20 @@ class _MultiLoRA(torch.autograd.Function):
         return None, dx, None, None, *dw, *dbias, *dg, *da, *db
 
 
-def _unflatten(shape: GroupShape, tensors):
+def unflatten(shape: GroupShape, tensors):
     """weights, biases, gates (one a linear each), then a and b (one an expert each)."""
     count, experts = shape.linears, shape.experts
     cuts = (0, count, 2 * count, 3 * count, 3 * count + experts, 3 * count + 2 * experts)
     return [tensors[i:j] for i, j in itertools.pairwise(cuts)]
 
 
-def _keep_mask(rows: Tensor, shape: GroupShape, seed: int | Tensor) -> Tensor | None:
+def keep_mask(rows: Tensor, shape: GroupShape, seed: int | Tensor) -> Tensor | None:
     if shape.dropout_p == 0:
         return None
     return dropout_mask(rows.shape[0], rows.shape[1], shape.dropout_p, seed, rows.device)
 
 
-def _dropped(rows: Tensor, keep: Tensor | None, shape: GroupShape) -> Tensor:
+def dropped(rows: Tensor, keep: Tensor | None, shape: GroupShape) -> Tensor:
     if keep is None:
         return rows
     return torch.where(keep, rows * dropout_scale(shape.dropout_p), 0)
@@ -195,7 +204,7 @@ def _expand(x: Tensor, weight: Tensor | None, bias: Tensor | None, h: Tensor, b:
     return y
 
 
-def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """left @ right, accumulated and returned in ``dtype``."""
     if left.dtype == dtype:
         return left @ right
@@ -211,7 +220,7 @@ def _b_gradients(shape: GroupShape, dys, h: Tensor, b, need_b) -> list[Tensor | 
         if not any(need_b[start : start + len(ranks)]):
             gradients += [None] * len(ranks)
             continue
-        gradients += _product(dy.t(), h_l, b[start].dtype).split(list(ranks), 1)  # (n_l, r_e)
+        gradients += product(dy.t(), h_l, b[start].dtype).split(list(ranks), 1)  # (n_l, r_e)
     return gradients
 
 

@@ -1,0 +1,140 @@
+"""Runs of rows of one task on a CPU: the same results as dense-gated products."""
+
+import pytest
+import torch
+
+from ckf.kernels import multi_lora_group, multi_lora_linear
+from ckf.kernels.torch_runs import MultiLoRARuns, find_runs
+from tests.kernels.cases import assert_as_good_as_reference, random_case, run_with_gradients
+
+SORTED = [0] * 40 + [2] * 33 + [-1] * 35 + [1] * 1 + [2] * 70
+
+
+def by_runs(*arguments):
+    return multi_lora_linear(*arguments, backend="torch")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts the calls that go by runs."""
+    count = []
+    original = MultiLoRARuns.apply
+    monkeypatch.setattr(MultiLoRARuns, "apply", lambda *a: count.append(1) or original(*a))
+    return count
+
+
+def sorted_case(**options):
+    ids = torch.tensor(options.pop("ids", SORTED))
+    return random_case(m=len(ids), ids=ids, **options)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("ranks", [None, [3, 8, 1, 5]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_matches_reference(calls, dtype, ranks, dropout_p):
+    case = sorted_case(k=41, n=29, ranks=ranks, dropout_p=dropout_p).to(dtype)
+    case.gates = case.gates.detach().float()
+    assert_as_good_as_reference(by_runs, case)
+    assert calls
+
+
+def test_soft_gates_without_gradient_and_live_experts_of_other_tasks(calls):
+    case = sorted_case(soft=True)
+    case.gates = case.gates.detach()
+    case.gates[1] = 0  # task 1 has no live expert at all
+    assert_as_good_as_reference(by_runs, case)
+    assert calls
+
+
+def test_scattered_ids_go_the_dense_way(calls):
+    assert_as_good_as_reference(by_runs, random_case(m=200))
+    assert not calls
+
+
+def test_learned_gates_go_the_dense_way(calls):
+    assert_as_good_as_reference(by_runs, sorted_case(soft=True))
+    assert not calls
+
+
+def test_base_only_batch(calls):
+    case = sorted_case(ids=[-1] * 64)
+    y, dx, *rest = run_with_gradients(by_runs, case, torch.ones(64, 17))
+    assert torch.equal(y, torch.nn.functional.linear(case.x, case.weight, case.bias))
+    assert not any(g.any() for g in rest) and dx.any() and calls
+
+
+def test_expert_of_another_task_may_be_infinite(calls):
+    case = sorted_case()
+    case.a[2].data.fill_(float("inf"))  # task 1
+    y = by_runs(*case.arguments())
+    assert y[case.task_ids != 1].isfinite().all() and calls
+
+
+def test_group_with_different_experts_and_an_update_alone(calls, monkeypatch):
+    first = sorted_case(seed=1, n=17)
+    second = sorted_case(seed=2, n=9, ranks=[2, 6, 1, 3])
+    x, leaves = first.x, [first.x, *first.a, *first.b, *second.a[1:], *second.b[1:]]
+
+    def run():
+        outputs = multi_lora_group(
+            x,
+            [first.weight, None],
+            [first.bias, None],
+            [first.a, second.a[1:]],
+            [first.b, second.b[1:]],
+            [first.gates, second.gates[:, 1:]],
+            first.task_ids,
+            dropout_p=0.25,
+            seed=5,
+            backend="torch",
+        )
+        return [*outputs, *torch.autograd.grad([y.square().sum() for y in outputs], leaves)]
+
+    by_run = run()
+    assert len(calls) == 1
+    monkeypatch.setattr("ckf.kernels.torch_runs.find_runs", lambda ids: None)
+    for fast, dense in zip(by_run, run(), strict=True):
+        torch.testing.assert_close(fast, dense, rtol=1e-4, atol=1e-4)
+    assert len(calls) == 1
+
+
+def test_equals_the_dense_way(monkeypatch):
+    case = sorted_case(dropout_p=0.2)
+    dy = torch.randn(len(SORTED), 17)
+    runs = run_with_gradients(by_runs, case, dy)
+    monkeypatch.setattr("ckf.kernels.torch_runs.find_runs", lambda ids: None)
+    dense = run_with_gradients(by_runs, case, dy)
+    for p, q in zip(runs, dense, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_same_bits_on_every_run():
+    case = sorted_case(dropout_p=0.1)
+    dy = torch.randn(len(SORTED), 17)
+    first = run_with_gradients(by_runs, case, dy)
+    again = run_with_gradients(by_runs, case, dy)
+    assert all(torch.equal(p, q) for p, q in zip(first, again, strict=True))
+
+
+def test_gradcheck():
+    case = random_case(
+        m=40, k=3, n=4, tasks=2, ranks=[2, 1, 3], dropout_p=0.3, dtype=torch.float64,
+        ids=torch.tensor([1] * 33 + [0] * 7),
+    )  # fmt: skip
+    case.x = case.x.detach()
+    a, b = case.a, case.b
+
+    def function(*tensors):
+        return by_runs(
+            case.x, case.weight, case.bias, tensors[:3], tensors[3:], case.gates, case.task_ids,
+            0.3, 1,
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(function, [*a, *b], eps=1e-6, atol=1e-7)
+
+
+def test_runs_are_found_or_refused():
+    assert find_runs(torch.tensor([1, 1, 0])) is None  # too short to pay
+    assert find_runs(torch.tensor([2] * 32 + [0] * 40)) == [(0, 32, 2), (32, 72, 0)]
+    assert find_runs(torch.tensor([1] * 5)) == [(0, 5, 1)]
+    assert find_runs(torch.zeros(0, dtype=torch.int64)) is None
