@@ -7,8 +7,6 @@ import torch
 from ckf.kernels import cuda
 
 BACKENDS = ("auto", "torch", "triton", "cuda")
-DECODE_ROWS = 256  # the CUDA kernel is built for few rows; past that cuBLAS wins
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -27,8 +25,8 @@ def usable_backends() -> dict[str, tuple[bool, str]]:
     }
 
 
-def choose_backend(backend: str, x: torch.Tensor, needs_grad: bool) -> Choice:
-    """The backend for rows x (m, k).
+def choose_backend(backend: str, x: torch.Tensor, needs_grad: bool, rank: int = 1) -> Choice:
+    """The backend for rows x (m, k) and ``rank`` stacked columns of all experts (R).
 
     Raises:
         ValueError: an unknown backend, or one that cannot run this call.
@@ -37,7 +35,7 @@ def choose_backend(backend: str, x: torch.Tensor, needs_grad: bool) -> Choice:
         raise ValueError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
     if backend == "torch":
         return Choice("torch", "asked for")
-    refusal = _why_not_cuda(x, needs_grad)
+    refusal = _why_not_cuda(x, needs_grad, rank)
     if backend == "cuda" and refusal is None:
         return Choice("cuda", "asked for")
     if backend == "auto":
@@ -48,14 +46,16 @@ def choose_backend(backend: str, x: torch.Tensor, needs_grad: bool) -> Choice:
     raise ValueError(f"backend={backend!r} cannot compute this call: {why}")
 
 
-def _why_not_cuda(x: torch.Tensor, needs_grad: bool) -> str | None:
+def _why_not_cuda(x: torch.Tensor, needs_grad: bool, rank: int) -> str | None:
     if x.device.type != "cuda":
         return f"the input is on {x.device.type}; the CUDA kernel needs a GPU tensor"
     if needs_grad:
         return "gradients are needed; the CUDA kernel is forward only"
-    if x.shape[0] > DECODE_ROWS:
-        return f"{x.shape[0]} rows; the CUDA kernel is for {DECODE_ROWS} or fewer"
+    if x.shape[0] > cuda.MAX_ROWS:
+        return f"{x.shape[0]} rows; the CUDA kernel is for {cuda.MAX_ROWS} or fewer"
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"dtype {x.dtype}; the CUDA kernel takes float32, float16 and bfloat16"
+    if rank > cuda.MAX_RANK:
+        return f"{rank} rank columns; the CUDA kernel takes {cuda.MAX_RANK} at most"
     usable, why = cuda.available()
     return None if usable else why

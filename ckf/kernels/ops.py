@@ -88,7 +88,9 @@ def run_group(x, weights, biases, a, b, gates, task_ids, dropout_p, seed, backen
         t is not None and t.requires_grad
         for t in (x, *weights, *biases, *gates, *(t for s in (*a, *b) for t in s))
     )
-    choice = choose_backend(backend, x.reshape(-1, x.shape[-1]), needs_grad or dropout_p > 0)
+    rank = max(sum(t.shape[0] for t in a_l) for a_l in a)
+    rows = x.reshape(-1, x.shape[-1])
+    choice = choose_backend(backend, rows, needs_grad or dropout_p > 0, rank)
     with torch.autocast(x.device.type, enabled=False):
         if choice.backend == "cuda":
             return _run_cuda(x, weights, biases, a, b, gates, task_ids)
@@ -96,7 +98,7 @@ def run_group(x, weights, biases, a, b, gates, task_ids, dropout_p, seed, backen
 
 
 def _run_cuda(x, weights, biases, a, b, gates, task_ids) -> tuple[Tensor, ...]:
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
     outputs = []
     for weight, bias, a_l, b_l, gate in zip(weights, biases, a, b, gates, strict=True):
         n = b_l[0].shape[0]

@@ -1,0 +1,69 @@
+# The commands anyone needs. On a fresh machine they make .venv themselves; with CKF_PYTHON set they
+# use that interpreter as it is and install nothing.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+PART ?= all
+OUT ?= benchmarks/results
+
+ifdef CKF_PYTHON
+PY := $(CKF_PYTHON)
+READY :=
+else
+PY := .venv/bin/python
+READY := .venv/.ready
+endif
+
+.PHONY: help environment demo test test-long gpu bench build lint format clean
+
+help:
+	@echo "make demo       download, train, evaluate and report on MovieLens-100K with a small LLM (CPU)"
+	@echo "make test       the tests that every change must pass; no GPU"
+	@echo "make test-long  those and the slow ones"
+	@echo "make gpu        build, test, sanitize and measure on this machine's GPU, without network"
+	@echo "                (PART=build|tests|sanitize|bench, OUT=folder)"
+	@echo "make bench      measure the linears on this machine's CPU"
+	@echo "make build      build the CUDA extension in place, after a change in csrc/"
+	@echo "make lint       ruff check and ruff format --check"
+	@echo "make format     let ruff fix and format"
+	@echo "make clean      remove what was built; .venv, runs/ and results stay"
+
+# torch first and by its version, so that pip does not pick another one for the rest.
+.venv/.ready: pyproject.toml setup.py
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet "$(TORCH)"
+	$(PY) -m pip install --quiet -e ".[recsys,test]"
+	@touch $@
+
+environment: $(READY)
+
+demo: $(READY)
+	$(PY) -m ckf.cli train configs/demo.yaml --out runs/demo
+
+test: $(READY)
+	$(PY) -m pytest -q -m "not gpu and not slow"
+
+test-long: $(READY)
+	$(PY) -m pytest -q -m "not gpu"
+
+# With the interpreter at hand: a GPU machine has its own torch and perhaps no network.
+gpu:
+	$(or $(CKF_PYTHON),$(PYTHON)) benchmarks/gpu.py $(PART) --out $(OUT)
+
+bench: $(READY)
+	$(PY) benchmarks/bench_linear.py --device cpu --out $(OUT)/cpu
+
+build: $(READY)
+	CKF_BUILD_CUDA=1 $(PY) setup.py build_ext --inplace
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(READY)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean:
+	rm -rf build dist *.egg-info ckf/_C.*.so .pytest_cache .ruff_cache .hypothesis
+	find ckf tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

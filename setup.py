@@ -1,0 +1,209 @@
+"""Builds the optional CUDA extension ``ckf._C``; everything else is in pyproject.toml.
+
+Never imports torch: the extension takes raw pointers and links the CUDA runtime statically.
+
+CKF_BUILD_CUDA   auto (default): build if nvcc is found, go on without it if that fails;
+                 1: build or fail; 0: pure Python.
+CKF_CUDA_ARCHS   e.g. "sm_80,sm_90a". Default: sm_80, sm_90a, sm_100 as far as nvcc knows them.
+                 PTX of the newest portable one is added for GPUs to come.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+LOG = ROOT / "build" / "cuda_build.log"
+DEFAULT_ARCHS = ("sm_80", "sm_90a", "sm_100")
+
+
+def say(text: str) -> None:
+    print(f"ckf: {text}", file=sys.stderr, flush=True)
+
+
+def build_mode() -> str:
+    mode = os.environ.get("CKF_BUILD_CUDA", "auto")
+    if mode not in ("auto", "1", "0"):
+        raise SystemExit(f"CKF_BUILD_CUDA is {mode!r}; expected auto, 1 or 0")
+    return mode
+
+
+def find_nvcc() -> str | None:
+    """CUDA_HOME first, then PATH, then /usr/local/cuda."""
+    home = os.environ.get("CUDA_HOME")
+    candidates = [Path(home) / "bin" / "nvcc"] if home else []
+    on_path = shutil.which("nvcc")
+    candidates += [Path(on_path)] if on_path else []
+    candidates.append(Path("/usr/local/cuda/bin/nvcc"))
+    return next((str(path) for path in candidates if os.access(path, os.X_OK)), None)
+
+
+def wanted_archs() -> list[str]:
+    """From CKF_CUDA_ARCHS, else the default, as sm_NN or sm_NNa."""
+    text = os.environ.get("CKF_CUDA_ARCHS", "")
+    archs = []
+    for word in re.split(r"[\s,;]+", text.strip()) if text.strip() else DEFAULT_ARCHS:
+        match = re.fullmatch(r"(?:sm_)?(\d+)\.?(\d)([af]?)", word)
+        if match is None:
+            raise SystemExit(f"CKF_CUDA_ARCHS has {word!r}; expected names like sm_80 or sm_90a")
+        archs.append("sm_{}{}{}".format(*match.groups()))
+    return archs
+
+
+def run(command: list[str], log) -> str:
+    """Runs, keeps the output in the log; CompileError with its end on failure."""
+    log.write("$ " + " ".join(command) + "\n")
+    log.flush()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise CompileError(f"{command[0]} cannot be run: {error}") from error
+    output = done.stdout + done.stderr
+    log.write(output + "\n")
+    log.flush()
+    if done.returncode != 0:
+        raise CompileError(f"{command[0]} failed (whole log: {LOG}):\n{output[-4000:]}")
+    return output
+
+
+class CudaToolkit:
+    """What the build needs to know about one nvcc."""
+
+    def __init__(self, nvcc: str, log):
+        self.nvcc = nvcc
+        self.version = run([nvcc, "--version"], log).strip().splitlines()[-2]
+        self.known = set(re.findall(r"compute_(\d+)", run([nvcc, "--list-gpu-arch"], log)))
+        # A wrapper script may stand in for nvcc: ask it where the libraries are.
+        plan = run([nvcc, "--dryrun", "-c", str(CSRC / "multi_lora_decode.cu")], log)
+        top = re.search(r"^#\$ TOP=(.*)$", plan, re.MULTILINE)
+        root = Path(top.group(1).strip()) if top else Path(nvcc).resolve().parent.parent
+        folders = [root / "lib64", root / "lib", *root.glob("targets/*-linux/lib")]
+        self.libraries = [f for f in folders if (f / "libcudart_static.a").exists()]
+        if not self.libraries:
+            raise CompileError(f"libcudart_static.a is in none of {', '.join(map(str, folders))}")
+
+    def choose(self, wanted: list[str]) -> list[str]:
+        """The wanted archs that this nvcc can do, then PTX for the newest portable one."""
+        archs = [arch for arch in wanted if arch[3:].rstrip("af") in self.known]
+        dropped = [arch for arch in wanted if arch not in archs]
+        if dropped:
+            say(f"{self.nvcc} ({self.version}) does not know {', '.join(dropped)}: left out")
+        if not archs:
+            raise CompileError(f"nvcc knows none of {', '.join(wanted)}; set CKF_CUDA_ARCHS")
+        newest = max(int(arch[3:].rstrip("af")) for arch in archs)
+        return [*archs, f"compute_{newest}"]
+
+
+def gencode(arch: str) -> list[str]:
+    virtual = arch.replace("sm_", "compute_")
+    return ["-gencode", f"arch={virtual},code={arch}"]
+
+
+def pybind11_include() -> str:
+    """pybind11's headers; torch ships a copy, found here without importing torch."""
+    if importlib.util.find_spec("pybind11") is not None:
+        import pybind11
+
+        return pybind11.get_include()
+    torch = importlib.util.find_spec("torch")
+    if torch is not None and torch.origin is not None:
+        include = Path(torch.origin).parent / "include"
+        if (include / "pybind11" / "pybind11.h").exists():
+            return str(include)
+    raise CompileError("pybind11 is not installed: pip install pybind11")
+
+
+def sources_hash() -> str:
+    """SHA-256 over what the extension is compiled from, to tell a stale build."""
+    digest = hashlib.sha256()
+    for path in sorted([*CSRC.glob("*.cu"), *CSRC.glob("*.h"), *CSRC.glob("*.cpp")]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+class BuildCuda(build_ext):
+    """nvcc for the .cu files, the C++ compiler for the bindings and the link."""
+
+    def run(self) -> None:
+        self.in_source_tree = bool(self.inplace)  # the base class clears it while it builds
+        super().run()
+
+    def build_extension(self, ext: Extension) -> None:
+        LOG.parent.mkdir(exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name))
+        try:
+            with LOG.open("w") as log:
+                self.compile_and_link(Path(self.build_temp), target, log)
+        except CompileError as error:
+            if not ext.optional:
+                raise
+            say(f"WARNING: the CUDA extension was not built, going on without it: {error}")
+            target.unlink(missing_ok=True)  # an older build must not pass for this one
+            if self.in_source_tree:
+                (ROOT / "ckf" / target.name).unlink(missing_ok=True)
+
+    def compile_and_link(self, temp: Path, target: Path, log) -> None:
+        nvcc = find_nvcc()
+        if nvcc is None:
+            raise CompileError("nvcc is not in CUDA_HOME, on PATH or in /usr/local/cuda/bin")
+        toolkit = CudaToolkit(nvcc, log)
+        archs = toolkit.choose(wanted_archs())
+        say(f"building ckf._C for {', '.join(archs)} with {nvcc} (log: {LOG})")
+        temp.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        cxx = shlex.split(os.environ.get("CXX", "g++"))
+        info = {
+            "archs": archs,
+            "nvcc": toolkit.version,
+            "cxx": run([*cxx, "--version"], log).splitlines()[0],
+            "python": sysconfig.get_python_version(),
+            "sources": sources_hash(),
+        }
+        (temp / "build_info.h").write_text(
+            f'#pragma once\nconstexpr char kCkfBuildInfo[] = R"json({json.dumps(info)})json";\n'
+        )
+        objects = []
+        for source in sorted(CSRC.glob("*.cu")):
+            objects.append(temp / f"{source.stem}.cu.o")
+            flags = ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler", "-fPIC"]
+            flags += ["-Xptxas", "-v", "--threads", str(min(len(archs), os.cpu_count() or 1))]
+            codes = [flag for arch in archs for flag in gencode(arch)]
+            run([nvcc, *flags, *codes, "-c", str(source), "-o", str(objects[-1])], log)
+        includes = {sysconfig.get_path("include"), sysconfig.get_path("platinclude")}
+        includes |= {pybind11_include(), str(temp)}
+        flags = ["-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden"]
+        flags += [f"-I{path}" for path in sorted(includes)]
+        objects.append(temp / "bindings.o")
+        run([*cxx, *flags, "-c", str(CSRC / "bindings.cpp"), "-o", str(objects[-1])], log)
+        link = [*cxx, "-shared", *map(str, objects), "-o", str(target)]
+        link += [f"-L{folder}" for folder in toolkit.libraries]
+        run([*link, "-lcudart_static", "-ldl", "-lrt", "-lpthread"], log)
+
+
+def extensions() -> list[Extension]:
+    mode = build_mode()
+    if mode == "0":
+        say("CKF_BUILD_CUDA=0: building without the CUDA extension")
+        return []
+    if mode == "auto" and find_nvcc() is None:
+        say("no nvcc found: building without the CUDA extension")
+        return []
+    sources = sorted(str(path.relative_to(ROOT)) for path in CSRC.glob("*.c*"))
+    return [Extension("ckf._C", sources=sources, optional=mode == "auto")]
+
+
+if __name__ == "__main__":
+    setup(license="Apache-2.0", ext_modules=extensions(), cmdclass={"build_ext": BuildCuda})

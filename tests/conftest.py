@@ -1,0 +1,12 @@
+"""Tests marked ``gpu`` are skipped, with the reason, where torch sees no CUDA device."""
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if "gpu" in item.keywords]
+    if marked and not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="torch sees no CUDA device")
+        for item in marked:
+            item.add_marker(skip)

@@ -1,0 +1,147 @@
+"""Cases for multi_lora_decode, its float64 reference and the error that arithmetic allows."""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+GUARD = 64  # elements before and after every tensor, poisoned
+
+
+@dataclass
+class DecodeCase:
+    """The arguments of ``multi_lora_decode``."""
+
+    y: Tensor
+    x: Tensor
+    a: Tensor
+    b: Tensor
+    column_gates: Tensor
+    task_ids: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def to(self, device: str) -> "DecodeCase":
+        """The same views into the same poisoned buffers on another device."""
+        return DecodeCase(
+            **{
+                name: t._base.to(device, copy=True).as_strided(
+                    t.shape, t.stride(), t.storage_offset()
+                )
+                for name, t in self.tensors().items()
+            }
+        )
+
+
+def guarded(values: Tensor, padding: int = 0, offset: int = 0) -> Tensor:
+    """The values inside a longer buffer whose every other element is NaN (or a wild task id):
+    ``padding`` elements between rows, the start ``offset`` elements off 16-byte alignment."""
+    poison = float("nan") if values.is_floating_point() else 10**15
+    width = values.shape[-1] + padding if values.dim() == 2 else 1
+    rows = values.shape[0]
+    buffer = torch.full((GUARD + offset + rows * width + GUARD,), poison, dtype=values.dtype)
+    shape, strides = (values.shape, (width, 1)) if values.dim() == 2 else (values.shape, (1,))
+    view = buffer.as_strided(shape, strides, GUARD + offset)
+    view.copy_(values)
+    return view
+
+
+def hard_column_gates(ranks: list[int]) -> Tensor:
+    """(T, R): expert 0 shared, expert 1 + t for task t, every expert with its own scaling."""
+    gates = torch.zeros(len(ranks) - 1, sum(ranks))
+    starts = torch.tensor([0, *ranks]).cumsum(0).tolist()
+    for t in range(len(ranks) - 1):
+        gates[t, : starts[1]] = 0.75
+        gates[t, starts[1 + t] : starts[2 + t]] = 1.0 + t / 8
+    return gates
+
+
+def decode_case(
+    m=5,
+    k=40,
+    n=24,
+    ranks=(4, 4, 4, 4),
+    dtype=torch.float32,
+    seed=0,
+    ids=None,
+    soft=False,
+    padding=0,
+    offset=0,
+) -> DecodeCase:
+    """Random numbers in poisoned buffers; ids from -1 to T - 1 unless given."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g).to(dtype)
+
+    rank, tasks = sum(ranks), len(ranks) - 1
+    gates = hard_column_gates(list(ranks))
+    if soft:
+        gates = torch.rand(tasks, rank, generator=g) - 0.25
+    if ids is None:
+        ids = torch.randint(-1, tasks, (m,), generator=g)
+    ids = torch.as_tensor(ids, dtype=torch.int64)
+    return DecodeCase(
+        y=guarded(normal(m, n), padding, offset),
+        x=guarded(normal(m, k) * k**-0.5 if k else normal(m, k), padding, offset),
+        a=guarded(normal(rank, k), 0, offset),
+        b=guarded(normal(rank, n), 0, offset),
+        column_gates=guarded(gates),
+        task_ids=guarded(ids),
+    )
+
+
+def exact(case: DecodeCase) -> tuple[Tensor, Tensor]:
+    """The float64 result, and how far a float32 sum rounded once may be from it.
+
+    A sum of p products in float32, in any order, errs by at most p * 2^-24 times the sum of their
+    magnitudes (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1), to first
+    order; twice that covers the rest.
+    """
+    y, x, a, b = (t.double() for t in (case.y, case.x, case.a, case.b))
+    tasks = case.column_gates.shape[0]
+    known = (case.task_ids >= 0) & (case.task_ids < tasks)
+    if tasks == 0:
+        gates = torch.zeros(len(case.task_ids), a.shape[0], dtype=torch.float64)
+    else:
+        gates = case.column_gates.double()[case.task_ids.clamp(0, tasks - 1)]
+    live = (gates != 0) & known[:, None]  # (m, R)
+    zero = torch.zeros((), dtype=torch.float64)
+
+    def update(x: Tensor, a: Tensor, b: Tensor, gates: Tensor) -> Tensor:
+        result = torch.zeros_like(y)
+        for i in range(len(y)):  # by selection, as the kernel: dead columns may hold inf and NaN
+            c = live[i].nonzero().flatten()
+            result[i] = ((a[c] @ x[i]) * gates[i, c]) @ b[c]
+        return result
+
+    result = y + update(x, a, b, gates)
+    magnitude = y.abs() + update(x.abs(), a.abs(), b.abs(), gates.abs())
+    products = a.shape[0] + a.shape[1] + 8
+    error = 2 * products * 2.0**-24 * magnitude
+    smallest = torch.finfo(case.y.dtype).smallest_normal
+    error += torch.finfo(case.y.dtype).eps / 2 * (result.abs() + error) + smallest
+    wrong = ~known & (case.task_ids != -1)
+    result = torch.where(wrong[:, None], torch.full_like(result, float("nan")), result)
+    return torch.where((case.task_ids == -1)[:, None], y, result), torch.where(
+        known[:, None], error, zero
+    )
+
+
+def assert_poison_around(y: Tensor) -> None:
+    """Nothing but y itself was written in y's buffer."""
+    outside = torch.ones_like(y._base, dtype=torch.bool)
+    outside.as_strided(y.shape, y.stride(), y.storage_offset()).fill_(False)
+    assert y._base[outside].isnan().all(), "wrote outside y"
+
+
+def assert_right(case: DecodeCase, result: Tensor) -> None:
+    """Every element within the allowed error; untouched and NaN rows exactly so."""
+    wanted, allowed = exact(case)
+    got = result.double().cpu()
+    assert torch.equal(got.isnan(), wanted.isnan()), "NaN in other places than expected"
+    excess = ((got - wanted).abs() - allowed).nan_to_num(nan=0.0)
+    worst = excess.max().item() if excess.numel() else 0.0
+    assert worst <= 0, f"error exceeds the allowed one by {worst:.3e}"

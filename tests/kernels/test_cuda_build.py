@@ -1,0 +1,98 @@
+"""Every kernel compiles for every GPU of the default build, and none keeps anything on a stack."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ckf.kernels import cuda
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def build():
+    """setup.py as a module: the tests use the same choices as the build."""
+    spec = importlib.util.spec_from_file_location("ckf_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def nvcc(build) -> str:
+    found = build.find_nvcc()
+    if found is None:
+        pytest.skip("no nvcc in CUDA_HOME, on PATH or in /usr/local/cuda/bin")
+    return found
+
+
+@pytest.mark.parametrize("source", sorted(p.name for p in (ROOT / "csrc").glob("*.cu")))
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100"])
+def test_no_stack_no_spills(build, nvcc, tmp_path, arch, source):
+    assert arch in build.DEFAULT_ARCHS
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
+    if arch.removeprefix("sm_").rstrip("a") not in re.findall(r"compute_(\d+)", listed.stdout):
+        pytest.skip(f"this nvcc does not know {arch}")
+    command = [nvcc, "-O3", "-std=c++17", "-cubin", *build.gencode(arch), "-Xptxas", "-v"]
+    command += [str(ROOT / "csrc" / source), "-o", str(tmp_path / "kernel.cubin")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert (tmp_path / "kernel.cubin").stat().st_size > 0
+    usage = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr
+    )
+    kernels = re.findall(r"Compiling entry function '(\w+)'", done.stderr)
+    assert kernels, "ptxas -v named no kernel"
+    assert len(usage) == len(kernels)
+    wasteful = {k: u for k, u in zip(kernels, usage, strict=True) if u != ("0", "0", "0")}
+    assert not wasteful, f"stack, spill stores, spill loads: {wasteful}"
+
+
+def test_extension_is_of_these_sources(build):
+    """A stale extension would make every other test of it meaningless."""
+    info = cuda.build_info()
+    if not info["built"]:
+        pytest.skip(info["reason"])
+    assert info["sources"] == build.sources_hash(), "csrc/ has changed: run make build"
+    assert info["python"] == f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def test_archs(build, monkeypatch):
+    monkeypatch.delenv("CKF_CUDA_ARCHS", raising=False)
+    assert build.wanted_archs() == ["sm_80", "sm_90a", "sm_100"]
+    monkeypatch.setenv("CKF_CUDA_ARCHS", "sm_80, 9.0a;120")
+    assert build.wanted_archs() == ["sm_80", "sm_90a", "sm_120"]
+    monkeypatch.setenv("CKF_CUDA_ARCHS", "hopper")
+    with pytest.raises(SystemExit, match="'hopper'; expected names like sm_80"):
+        build.wanted_archs()
+
+
+def test_old_nvcc_drops_what_it_cannot_do(build, monkeypatch, capsys):
+    old = object.__new__(build.CudaToolkit)
+    old.nvcc, old.version, old.known = "nvcc", "release 12.0", {"80", "86", "89", "90"}
+    assert old.choose(["sm_80", "sm_90a", "sm_100"]) == ["sm_80", "sm_90a", "compute_90"]
+    assert "does not know sm_100: left out" in capsys.readouterr().err
+    with pytest.raises(build.CompileError, match="set CKF_CUDA_ARCHS"):
+        old.choose(["sm_100"])
+
+
+def test_modes(build, monkeypatch, capsys):
+    monkeypatch.setenv("CKF_BUILD_CUDA", "0")
+    assert build.extensions() == []
+    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    monkeypatch.setenv("CKF_BUILD_CUDA", "auto")
+    capsys.readouterr()
+    assert build.extensions() == []
+    assert capsys.readouterr().err == "ckf: no nvcc found: building without the CUDA extension\n"
+    monkeypatch.setenv("CKF_BUILD_CUDA", "1")
+    assert [e.optional for e in build.extensions()] == [False]
+    monkeypatch.setattr(build, "find_nvcc", lambda: "/x/nvcc")
+    monkeypatch.setenv("CKF_BUILD_CUDA", "auto")
+    assert [e.optional for e in build.extensions()] == [True]
+    monkeypatch.setenv("CKF_BUILD_CUDA", "yes")
+    with pytest.raises(SystemExit, match="'yes'; expected auto, 1 or 0"):
+        build.extensions()

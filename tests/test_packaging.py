@@ -1,0 +1,67 @@
+"""What importing and building the package may not drag in."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = ("polars", "pandas", "torch_geometric", "triton", "matplotlib", "sklearn", "datasets")
+
+
+def modules_after(code: str) -> set[str]:
+    """Top-level modules loaded in a fresh interpreter that runs the code."""
+    code += "; import json, sys; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_import_is_light():
+    brought_by_torch = modules_after("import torch, transformers")
+    loaded = modules_after("import ckf; ckf.patch_model") - brought_by_torch
+    assert not loaded & set(HEAVY)
+
+
+def test_setup_imports_no_torch():
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    names = [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
+    names += [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+    assert not {name for name in names if name.split(".")[0] == "torch"}
+    code = f"import runpy; runpy.run_path({str(ROOT / 'setup.py')!r}, run_name='checked')"
+    assert "torch" not in modules_after(code)
+
+
+def test_torch_is_no_build_requirement():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    build = {re.split(r"[<>=]", name)[0] for name in project["build-system"]["requires"]}
+    assert build <= {"setuptools", "pybind11", "ninja"}
+    ruff = [name for name in project["project"]["optional-dependencies"]["test"] if "ruff" in name]
+    assert re.fullmatch(r"ruff==\d+\.\d+\.\d+", ruff[0]), "the formatter must be pinned"
+
+
+def imported(folder: Path) -> set[str]:
+    """Top-level modules that the files of a folder import anywhere."""
+    found = set()
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                found.add(node.module.split(".")[0])
+    return found
+
+
+def test_every_import_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups = project["optional-dependencies"]
+    names = [*project["dependencies"], *groups["recsys"], *groups["test"]]
+    declared = {re.split(r"[<>=\[]", name)[0].lower().replace("-", "_") for name in names}
+    other_names = {"yaml": "pyyaml", "sklearn": "scikit_learn"}
+    alternatives = {"pyarrow"}  # used where polars is missing
+    own = alternatives | {"ckf", "tests", "benchmarks", "__future__", *sys.stdlib_module_names}
+    for folder in ("ckf", "tests"):
+        needed = {other_names.get(name, name) for name in imported(ROOT / folder) - own}
+        assert needed <= declared, f"{folder} imports what pyproject.toml does not name"
