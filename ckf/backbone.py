@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -19,7 +20,10 @@ def pick_device(device: str | None = None) -> torch.device:
     """The device asked for, else a GPU where there is one."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = torch.device(device)
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}; expected cpu, cuda or cuda:NUMBER") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda was asked for, but torch sees no GPU; use --device cpu")
     return chosen
@@ -45,7 +49,7 @@ def load_backbone(
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
-    except (OSError, ImportError, KeyError) as error:
+    except (OSError, ImportError, KeyError, SafetensorError) as error:
         raise ValueError(
             f"cannot load the model {config.name!r} from {folder}: {error}\n"
             "Give model.name as a Hugging Face name that can be reached, a folder with "

@@ -10,7 +10,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.command(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"ckf: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:

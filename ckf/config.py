@@ -2,17 +2,50 @@
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from ckf.cf import CFConfig
-from ckf.data.config import TASKS, DataConfig, TaskRows
+from ckf.data.config import LISTS, TASKS, DataConfig, TaskRows
 
 BINARY_TASKS = ("ctr", "topk", "rating", "review_rating")  # answered by one token
 VECTOR_MAPS = ("meta", "constant", "mlp", "linear", "none")
+MAX_LETTERS = 26
+_LOWEST = {
+    "seed": 0,
+    "lora.r": 1,
+    "lora.shared_r": 0,
+    "lora.lora_dropout": 0,
+    "metanet.hidden": 1,
+    "prompt.history_titles": 0,
+    "prompt.max_tokens": 1,
+    "prompt.max_answer_tokens": 2,  # a word and the end
+    "train.steps": 1,
+    "train.batch_size": 1,
+    "train.accumulation": 1,
+    "train.weight_decay": 0,
+    "train.warmup": 0,
+    "train.max_grad_norm": 0,  # 0: no limit
+    "train.curriculum_middle": 0,
+    "train.save_every": 1,
+    "train.log_every": 1,
+    "train.workers": 0,
+    "evaluate.batch_tokens": 1,
+    "evaluate.bootstrap": 0,
+}
+_HIGHEST = {"seed": 2**32 - 1, "train.warmup": 1, "train.curriculum_middle": 1}
+_ABOVE_ZERO = (
+    "lora.lora_alpha",
+    "train.lr",
+    "train.vector_lr",
+    "train.temperature",
+    "train.curriculum_sharpness",
+)
 
 
 @dataclass
@@ -136,9 +169,10 @@ class RunConfig:
         _one_of("train.schedule", self.train.schedule, ("curriculum", "joint"))
         _one_of("train.packing", self.train.packing, ("auto", True, False))
         _one_of("model.dtype", self.model.dtype, ("auto", "float32", "bfloat16", "float16"))
-        for key in ("steps", "batch_size", "accumulation", "save_every", "log_every"):
-            if getattr(self.train, key) < 1:
-                raise ValueError(f"train.{key} is {getattr(self.train, key)}; expected 1 or more")
+        _one_of("lora.gate", self.lora.gate, ("hard", "learned"))
+        _one_of("lora.backend", self.lora.backend, ("auto", "torch", "triton", "cuda"))
+        self._check_numbers()
+        self._check_lists()
         if self.prompt.history_titles > self.data.history:
             raise ValueError(
                 f"prompt.history_titles is {self.prompt.history_titles}, but only data.history = "
@@ -146,6 +180,34 @@ class RunConfig:
             )
         for task in self.lora.ranks or {}:
             _one_of("a name in lora.ranks", task, tuple(self.tasks))
+
+    def _check_numbers(self) -> None:
+        for key, low in _LOWEST.items():
+            value, high = attrgetter(key)(self), _HIGHEST.get(key, math.inf)
+            if value is not None and not (low <= value <= high and math.isfinite(value)):
+                wanted = f"{low} to {high}" if key in _HIGHEST else f"{low} or more"
+                raise ValueError(f"{key} is {value}; expected {wanted}")
+        for key in _ABOVE_ZERO:
+            if not 0 < attrgetter(key)(self) < math.inf:
+                raise ValueError(f"{key} is {attrgetter(key)(self)}; expected a number above 0")
+        if self.lora.lora_dropout >= 1:
+            raise ValueError(f"lora.lora_dropout is {self.lora.lora_dropout}; expected below 1")
+        for task, rank in (self.lora.ranks or {}).items():
+            if rank < 1:
+                raise ValueError(f"lora.ranks.{task} is {rank}; expected 1 or more")
+
+    def _check_lists(self) -> None:
+        """Every candidate needs its letter, where letters name them."""
+        if "topk" not in self.tasks or self.prompt.rank_by != "letters":
+            return
+        for name in (self.data.train_list, *self.data.test_lists):
+            size = LISTS[name][0] + 1
+            if size > MAX_LETTERS:
+                raise ValueError(
+                    f"the list {name} has {size} candidates, but letters name at most "
+                    f"{MAX_LETTERS}; set prompt.rank_by: title, or choose a shorter list in "
+                    "data.train_list and data.test_lists"
+                )
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -169,7 +231,10 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         key, equals, text = override.partition("=")
         if not equals:
             raise ValueError(f"--set {override!r} has no '='; write for example train.steps=20")
-        _assign(values, key.split("."), yaml.safe_load(text))
+        try:
+            _assign(values, key.split("."), yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {override!r}: the value is not valid YAML: {error}") from error
     return config_from_dict(values)
 
 
@@ -199,7 +264,9 @@ def _one_of(what: str, value: object, known: tuple) -> None:
 
 def _assign(values: dict, keys: list[str], value: object) -> None:
     for key in keys[:-1]:
-        values = values.setdefault(key, {})
+        if values.get(key) is None:  # also "lora:" with nothing behind it
+            values[key] = {}
+        values = values[key]
         if not isinstance(values, dict):
             raise ValueError(f"--set {'.'.join(keys)}: {key} is a value, not a group of settings")
     values[keys[-1]] = value

@@ -216,7 +216,13 @@ def _find_targets(model: nn.Module, targets: Targets) -> set[str]:
         _refuse_experts(model, lambda name: True)
         return linears
     if isinstance(targets, str):
-        pattern = re.compile(targets)
+        try:
+            pattern = re.compile(targets)
+        except re.error as error:
+            raise ValueError(
+                f"target_modules {targets!r} is not a valid regular expression ({error}); give one, "
+                'a list of suffixes, or "all-linear"'
+            ) from error
 
         def matches(name: str) -> bool:
             return pattern.fullmatch(name) is not None

@@ -2,12 +2,14 @@
 
 Its gradients are zero, but an optimizer with momentum or weight decay would move it all the same.
 :class:`TaskPresence` notes the tasks seen since the last step and, just before the step, takes the
-gradients of the absent ones away; optimizers skip parameters whose gradient is None.
+gradients of the absent ones away; optimizers skip parameters whose gradient is None. Learned gates
+have a row per task in one parameter: rows of absent tasks are put back after the step.
 """
 
 import torch
 from torch import Tensor, nn
 
+from ckf.layers import TaskGate
 from ckf.patch import patch_state, patched_layers
 
 
@@ -30,6 +32,8 @@ class TaskPresence:
             ]
             for task in self.tasks
         }
+        self._gates = [m.gate for m in model.modules() if isinstance(m, TaskGate)]
+        self._kept: list[tuple[Tensor, Tensor, Tensor]] = []  # gate, its absent rows, their values
 
     def observe(self, task_ids: Tensor) -> None:
         """Note the ids of a forward pass that will be trained on; -1 and any shape are fine."""
@@ -38,8 +42,9 @@ class TaskPresence:
         self._seen = seen if self._seen is None else self._seen | seen
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Before each of its steps, absent tasks lose their gradients."""
+        """Around each of its steps: absent tasks lose their gradients and keep their gates."""
         optimizer.register_step_pre_hook(lambda *_: self.before_step())
+        optimizer.register_step_post_hook(lambda *_: self.after_step())
 
     def before_step(self) -> None:
         if self._seen is None:
@@ -51,4 +56,14 @@ class TaskPresence:
             if not present:
                 for parameter in self._parameters[task]:
                     parameter.grad = None
+        absent = (seen == 0).nonzero().squeeze(1)
+        for gate in self._gates:
+            rows = absent.to(gate.device)
+            self._kept.append((gate, rows, gate.detach()[rows]))
         self._seen = None
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        for gate, absent, values in self._kept:
+            gate[absent] = values
+        self._kept = []

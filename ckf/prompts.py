@@ -101,7 +101,9 @@ class PromptEncoder:
         self._cache: dict[str, list[int]] = {}
         self._titles: dict[int, list[int]] = {}
         self._answers: dict[str, tuple[list[int], dict[str, int]]] = {}
-        self.filler = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
+        known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)  # an id of 0 is as good as any
+        self.filler = next(token for token in known if token is not None)
+        self.end = self.filler if tokenizer.eos_token_id is None else tokenizer.eos_token_id
         self.start = tokenizer("").input_ids[:1]  # a BOS token where the model wants one
 
     def answer_tokens(self, task: str) -> tuple[list[int], dict[str, int]]:
@@ -115,7 +117,8 @@ class PromptEncoder:
 
     def encode(self, question: Question, vectors: bool) -> Encoded:
         """Tokens and slots of a question, in the vector form or the text form."""
-        history = list(question.history)[-self.config.history_titles :]
+        shown = self.config.history_titles
+        history = list(question.history)[-shown:] if shown else []
         limits = _Limits(title=10**9, review=10**9)
         answer = self._answer(question)
         while True:
@@ -184,7 +187,7 @@ class PromptEncoder:
         ):
             words = self._text(" " + question.answer, keep=False)
             words = words[: self.config.max_answer_tokens - 1]
-            return [*words, self.tokenizer.eos_token_id or self.filler]
+            return [*words, self.end]
         return [self.answer_tokens(question.task)[1][question.answer]]
 
     def _single_tokens(self, task: str) -> tuple[list[int], dict[str, int]]:

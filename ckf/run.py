@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import set_seed
 
 from ckf.assembly import Assembly, assemble
@@ -27,9 +28,15 @@ from ckf.data.prepared import PreparedData, load_prepared
 from ckf.evaluate import evaluate_run, write_json
 from ckf.prompts import ANSWERS, Encoded, Question
 from ckf.scoring import Scorer
-from ckf.train import load_trained, train
+from ckf.train import METANET_FILE, load_trained, train
 
 CONFIG, VECTORS, ABOUT, METRICS = "config.yaml", "cf.safetensors", "run.json", "metrics.json"
+_OWN_NAMES = {CONFIG, VECTORS, ABOUT, METRICS, METANET_FILE, "data", "adapters", "checkpoints"} | {
+    "train_log.jsonl",
+    "predictions",
+    "report.html",
+    "export",
+}
 Log = Callable[[str], None]
 
 
@@ -180,13 +187,13 @@ def load_run(folder: str | Path, device: str | None = None) -> Run:
         ValueError: no run there, or files that are missing or do not fit.
     """
     folder = _run_folder(folder)
-    if not (folder / "adapters").is_dir():
+    if not (folder / ABOUT).is_file():
         raise ValueError(
             f"{folder} was not trained to the end; go on with: ckf train {folder}/{CONFIG}"
         )
     config = load_config(folder / CONFIG)
     data = load_prepared(folder / "data")
-    vectors = CFVectors.load(folder / VECTORS)
+    vectors = _read_vectors(folder / VECTORS)
     assembly = assemble(config, data, vectors, pick_device(device))
     load_trained(assembly, folder)
     assembly.model.eval()
@@ -217,17 +224,21 @@ def train_run(
     folder, chosen = Path(folder), pick_device(device)
     if overwrite:
         _remove_run(folder)
-    start_run(config, folder)
+    made = start_run(config, folder)
     set_seed(config.seed)
-    data = _data_of(config, folder, data_path, prepared, log)
+    try:
+        data = _data_of(config, folder, data_path, prepared, log)
+    except Exception:
+        if made:  # mended settings shall not meet what is left of the wrong ones
+            shutil.rmtree(folder)
+        raise
     vectors, seconds = _vectors_of(config, folder, data, log)
     set_seed(config.seed)
     log(f"loading {config.model.name}")
     assembly = assemble(config, data, vectors, chosen)
     trainable = sum(p.numel() for p in assembly.model.parameters() if p.requires_grad)
     log(f"training {trainable:,} parameters on {chosen}, {_sizes(assembly)}")
-    finished = (folder / "adapters").is_dir()
-    if finished:
+    if (folder / ABOUT).is_file():  # written last
         log(f"{folder} is trained already; --overwrite trains it anew")
         load_trained(assembly, folder)
     else:
@@ -238,29 +249,40 @@ def train_run(
     return Run(folder, assembly)
 
 
-def start_run(config: RunConfig, folder: Path) -> None:
-    """Make the run's folder, or check that it holds a run with these very settings."""
+def start_run(config: RunConfig, folder: Path) -> bool:
+    """Make the run's folder, True, or check that it holds a run with these very settings, False."""
     file = folder / CONFIG
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give the run a folder by another --out")
     if file.exists():
-        if load_config(file) != config:
+        there = load_config(file)
+        if there != config or list(there.tasks) != list(config.tasks):  # the order gives the ids
             raise ValueError(
                 f"{folder} holds a run with other settings; give another --out, or --overwrite to "
                 "remove it"
             )
-        return
+        return False
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} exists and holds other files; give another --out")
     folder.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(file.name + ".part")
     write_config(config, temporary)
     temporary.replace(file)
+    return True
 
 
 def _remove_run(folder: Path) -> None:
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} is not a run (no {CONFIG}), so --overwrite leaves it alone")
+    names = {p.name for p in folder.iterdir() if p.suffix != ".part" and p.name[0] != "."}
+    foreign = sorted(names - _OWN_NAMES)
+    if foreign:
+        raise ValueError(
+            f"{folder} also holds {', '.join(foreign[:5])}, which no run writes, so --overwrite "
+            "leaves it alone; give another --out, or move them away"
+        )
     shutil.rmtree(folder)
 
 
@@ -298,7 +320,7 @@ def _data_of(config: RunConfig, folder: Path, path, prepared, log: Log) -> Prepa
 def _vectors_of(config: RunConfig, folder: Path, data: PreparedData, log: Log):
     file = folder / VECTORS
     if file.exists():
-        return CFVectors.load(file), {}
+        return _read_vectors(file), {}
     log(f"fitting CF vectors ({config.cf.kind})")
     start = datetime.datetime.now()
     vectors = fit_cf(replace(config.cf, seed=config.seed), data, log)
@@ -306,6 +328,13 @@ def _vectors_of(config: RunConfig, folder: Path, data: PreparedData, log: Log):
     vectors.save(temporary)
     temporary.replace(file)
     return vectors, {"cf": round((datetime.datetime.now() - start).total_seconds(), 1)}
+
+
+def _read_vectors(file: Path) -> CFVectors:
+    try:
+        return CFVectors.load(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} is missing or damaged ({error}); train the run again") from error
 
 
 def _sizes(assembly: Assembly) -> str:

@@ -49,6 +49,7 @@ class Scorer:
         """Whether prompts are in the vector form."""
         return self.assembly.uses_vectors and not self.base_only
 
+    @torch.inference_mode()
     def answers(self, prompts: Sequence[Encoded], users, histories) -> Answers:
         """One-token answers of prompts (N) of one task; users (N,), histories (N, h)."""
         task = prompts[0].task if prompts else "ctr"
@@ -64,6 +65,7 @@ class Scorer:
             greedy[rows] = torch.where(says.any(1), says.int().argmax(1), -1).numpy()
         return Answers(logits, total, greedy)
 
+    @torch.inference_mode()
     def answer_logits(self, prompts: Sequence[Encoded], users, histories) -> np.ndarray:
         """Logits over the whole vocabulary (N, vocabulary) where the answer begins, any tasks."""
         rows_out: list[np.ndarray] = [np.empty(0)] * len(prompts)
@@ -73,6 +75,7 @@ class Scorer:
                 rows_out[row] = values
         return np.stack(rows_out)
 
+    @torch.inference_mode()
     def losses(self, prompts: Sequence[Encoded], users, histories) -> np.ndarray:
         """Mean cross-entropy (N,) over each prompt's answer tokens."""
         losses = np.zeros(len(prompts))
@@ -80,6 +83,7 @@ class Scorer:
             losses[rows] = self.model(**batch)["row_losses"].double().cpu().numpy()
         return losses
 
+    @torch.inference_mode()
     def texts(
         self, questions: Sequence[Question], users, histories, max_new_tokens: int
     ) -> list[str]:
@@ -94,6 +98,7 @@ class Scorer:
                 task_ids=batch["task_ids"],
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
+                eos_token_id=encoder.end,
                 pad_token_id=encoder.filler,
             )
             decoded = self.assembly.tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -112,8 +117,7 @@ class Scorer:
                 batch = {k: _move(v, device) for k, v in batch.items()}
                 if self.base_only:
                     batch["task_ids"] = torch.full_like(batch["task_ids"], -1)
-                with torch.inference_mode():
-                    yield rows, batch
+                yield rows, batch
                 self.progress(len(rows))
         finally:
             self.model.train(was_training)

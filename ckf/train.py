@@ -8,9 +8,10 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from ckf.adapters import load_adapters, save_adapters
@@ -88,7 +89,6 @@ class CKFTrainer(Trainer):
             data_collator=stream.collate,
         )
         self.remove_callback(PrinterCallback)
-        self.add_callback(StopOnNonFiniteLoss())
         self.model_accepts_loss_kwargs = False  # the loss is a mean over rows
 
     def _get_train_sampler(self, *_args):
@@ -119,6 +119,8 @@ class CKFTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add the loss per task, the text share and the speed, and keep them as JSON lines."""
+        if "loss" in logs:
+            self._check_finite("the loss", torch.tensor(float(logs["loss"])))
         if "loss" in logs and self._sums["losses"]:
             logs |= self._task_losses()
             now = time.perf_counter()
@@ -140,23 +142,22 @@ class CKFTrainer(Trainer):
                 means[f"loss/{name}"] = round(float(own.mean()), 4)
         return means
 
+    def _check_finite(self, what: str, values: torch.Tensor) -> None:
+        """NaN or infinity ends training with a message, before it reaches a log or a checkpoint."""
+        if not bool(values.isfinite().all()):
+            raise ValueError(
+                f"{what} is not finite at step {self.state.global_step}; lower train.lr or "
+                "train.vector_lr and train into another --out, or with --overwrite"
+            )
+
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        for name, parameter in self.assembly.model.named_parameters():
+            if parameter.requires_grad:
+                self._check_finite(name, parameter.detach())
         save_trained(self.assembly, Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         load_trained(self.assembly, Path(resume_from_checkpoint))
-
-
-class StopOnNonFiniteLoss(TrainerCallback):
-    """A loss of NaN or infinity ends training with a message; earlier checkpoints stay."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        loss = (logs or {}).get("loss")
-        if loss is not None and not math.isfinite(float(loss)):
-            raise ValueError(
-                f"the loss is {loss} at step {state.global_step}; lower train.lr or "
-                "train.vector_lr and start again (checkpoints before this step are kept)"
-            )
 
 
 def training_arguments(config, folder: Path, device: torch.device) -> TrainingArguments:
@@ -172,9 +173,10 @@ def training_arguments(config, folder: Path, device: torch.device) -> TrainingAr
         warmup_steps=math.ceil(train.warmup * train.steps),
         max_grad_norm=train.max_grad_norm,
         logging_steps=train.log_every,
+        logging_nan_inf_filter=False,  # it would hide a loss of NaN behind the last good one
+        logging_first_step=True,
         save_steps=train.save_every,
         save_total_limit=2,
-        gradient_checkpointing=False,
         dataloader_num_workers=train.workers,
         remove_unused_columns=False,
         use_cpu=device.type == "cpu",
@@ -222,7 +224,7 @@ def load_trained(assembly: Assembly, folder: Path) -> None:
         return
     try:
         assembly.model.metanet.load_state_dict(load_file(folder / METANET_FILE))
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"{folder / METANET_FILE} does not fit this run's meta-network: {error}"
         ) from error

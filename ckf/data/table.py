@@ -1,0 +1,167 @@
+"""The user's own CSV, TSV, JSON lines or Parquet, with `data.columns` naming the columns."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from ckf.data.config import SPLITS, TIME_UNITS, DataConfig
+from ckf.data.errors import DataError
+from ckf.data.files import find_file, guarded, lines, open_bytes
+from ckf.data.interactions import CHUNK, Broken, Builder, parse_rating, parse_time
+from ckf.data.titles import clean_title
+
+_PATTERNS = ["*.csv*", "*.tsv*", "*.jsonl*", "*.json*", "*.parquet"]
+_SPLIT_NAMES = {name: index for index, name in enumerate(SPLITS)} | {
+    "validation": 1,
+    "val": 1,
+    "dev": 1,
+}
+_MISSING = (None, "")
+
+
+def files(config: DataConfig, root: Path) -> list[Path]:
+    """The one table (data.reviews names it where several lie in the folder)."""
+    return [find_file(root, "the table", [config.reviews] if config.reviews else _PATTERNS)]
+
+
+def read(config: DataConfig, paths: list[Path], out: Builder) -> None:
+    """Every row; empty ratings, labels and texts mean "none"."""
+    for number, row in _rows(paths[0], config.columns):
+        out.bad.lines += 1
+        try:
+            if isinstance(row, Broken):
+                raise row
+            _add(row, config, out)
+        except Broken as error:
+            out.bad.add(paths[0], number, str(error))
+
+
+def _rows(path: Path, columns: dict[str, str]) -> Iterator[tuple[int, dict | Broken]]:
+    """(line number, {ckf's name: value}) by the file's kind."""
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
+    kind = suffixes[-1] if suffixes else ""
+    if kind in (".csv", ".tsv", ".txt"):
+        return _csv_rows(path, columns, "," if kind == ".csv" else "\t")
+    if kind in (".jsonl", ".json"):
+        return _json_rows(path, columns)
+    if kind == ".parquet":
+        return _parquet_rows(path, columns)
+    raise DataError(
+        f"{path.name} is no table that can be read; it must end in .csv, .tsv, .txt, .jsonl, "
+        ".json (one object a line) or .parquet, .gz allowed"
+    )
+
+
+def _check_columns(path: Path, columns: dict[str, str], there: list[str]) -> None:
+    missing = [
+        f"{column!r} (for {name})" for name, column in columns.items() if column not in there
+    ]
+    if missing:
+        raise DataError(
+            f"{path.name} has no column {', '.join(missing)}; its columns are: "
+            f"{', '.join(there)}. Correct data.columns"
+        )
+
+
+def _csv_rows(path: Path, columns: dict[str, str], sep: str) -> Iterator[tuple[int, dict | Broken]]:
+    with guarded(path), open_bytes(path) as file:
+        # surrogateescape: bytes that are no UTF-8 become a broken line, not a crash
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        reader = csv.reader(text, delimiter=sep)
+        try:
+            header = next(reader, [])
+            _check_columns(path, columns, header)
+            places = {name: header.index(column) for name, column in columns.items()}
+            before = reader.line_num
+            for row in reader:
+                number, before = before + 1, reader.line_num
+                if not row:
+                    continue
+                if len(row) != len(header):
+                    yield number, Broken(f"{len(row)} fields instead of {len(header)}")
+                    continue
+                yield number, {name: row[place] for name, place in places.items()}
+        except csv.Error as error:
+            raise DataError(
+                f"{path.name}:{reader.line_num}: {error}; mend the quotes of the file"
+            ) from error
+
+
+def _json_rows(path: Path, columns: dict[str, str]) -> Iterator[tuple[int, dict | Broken]]:
+    there: dict[str, None] = {}
+    seen_all = False
+    for number, line in lines(path):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield number, Broken(f"not JSON: {error}")
+            continue
+        if not isinstance(record, dict):
+            yield number, Broken("not a JSON object")
+            continue
+        if not seen_all:  # keys may be left out in single lines, not in all
+            there.update(dict.fromkeys(record))
+            seen_all = all(column in there for column in columns.values())
+        yield number, {name: record.get(column) for name, column in columns.items()}
+    if not seen_all:
+        _check_columns(path, columns, list(there))
+
+
+def _parquet_rows(path: Path, columns: dict[str, str]) -> Iterator[tuple[int, dict]]:
+    import polars as pl
+
+    try:
+        there = pl.read_parquet_schema(path)
+        _check_columns(path, columns, list(there))
+        frame = pl.read_parquet(path, columns=list(dict.fromkeys(columns.values())))
+    except pl.exceptions.PolarsError as error:
+        raise DataError(f"{path} is no Parquet file that can be read ({error})") from error
+    number = 0
+    for part in frame.iter_slices(CHUNK):
+        for row in part.iter_rows(named=True):
+            number += 1
+            yield number, {name: row[column] for name, column in columns.items()}
+
+
+def _add(row: dict, config: DataConfig, out: Builder) -> None:
+    rating, label = row.get("rating"), row.get("label")
+    item = _id(row["item"], "item")
+    out.add(
+        _id(row["user"], "user"),
+        item,
+        float("nan") if rating in _MISSING else parse_rating(rating),
+        parse_time(row["time"], TIME_UNITS[config.time_unit]),
+        text=str(row.get("text") or ""),
+        label=-1 if label in _MISSING else _flag(label, "label"),
+        split=_split(row["split"]) if "split" in row and config.split.kind == "given" else -1,
+        not_cold=-1 if row.get("not_cold") in _MISSING else _flag(row["not_cold"], "not_cold"),
+    )
+    title = row.get("title")
+    if title and item not in out.titles:
+        out.titles[item] = clean_title(str(title))
+
+
+def _id(value, what: str) -> str:
+    if value in _MISSING:
+        raise Broken(f"the {what} id is empty")
+    return str(value).strip()
+
+
+def _flag(value, what: str) -> int:
+    word = str(value).strip().lower()
+    if word in ("1", "1.0", "true", "yes"):
+        return 1
+    if word in ("0", "0.0", "false", "no"):
+        return 0
+    raise Broken(f"{what} {value!r} is neither 0 nor 1")
+
+
+def _split(value) -> int:
+    name = str(value).strip().lower()
+    if name not in _SPLIT_NAMES:
+        raise Broken(f"split {value!r} is none of train, valid, test")
+    return _SPLIT_NAMES[name]
