@@ -3,8 +3,9 @@
 ``python benchmarks/bench_linear.py [--device cpu|cuda] [--out FOLDER] [--quick]``
 
 Both are timed in turn in one run; gradients are checked against the float64 reference first, and a
-shape whose check fails gives no figure. T tasks, rank r for the shared and every task LoRA,
-sequences of 64 rows of one task, random data, B not zero.
+shape whose check fails gives no figure. T tasks, rank r for the shared and every task LoRA, random
+data, B not zero. Rows: "sorted" by task, as ckf's own batches are packed, or sequences of 64 rows
+with tasks "interleaved".
 """
 
 import argparse
@@ -30,15 +31,17 @@ class Shape:
     tasks: int
     rank: int
     dropout: float = 0.0
+    rows: str = "interleaved"
 
     @property
     def floor(self) -> float:
-        """FLOPs of forward and backward over those of the frozen linear (dense over all experts)."""
+        """FLOPs of forward and backward over the frozen linear's, dense over all experts."""
         ranks = self.rank * (self.tasks + 1)
         return 1 + 3 * ranks * (self.k + self.n) / (2 * self.k * self.n)
 
 
 CPU_SHAPES = [
+    Shape(2048, 576, 1536, 4, 16, rows="sorted"),
     Shape(2048, 576, 1536, 4, 16),
     Shape(2048, 1536, 576, 4, 16),
     Shape(2048, 576, 576, 4, 16),
@@ -75,7 +78,8 @@ class Problem:
         gates = torch.eye(s.tasks, experts).roll(1, 1)
         gates[:, 0] = 1
         self.gates = gates.to(device)
-        self.ids = (torch.arange(s.m, device=device) // 64) % s.tasks
+        length = 64 if s.rows == "interleaved" else -(-s.m // s.tasks)
+        self.ids = (torch.arange(s.m, device=device) // length) % s.tasks
         self.dy = normal(s.m, s.n)
 
     def frozen(self):
@@ -121,7 +125,9 @@ def main() -> int:
     shapes = CPU_SHAPES if device.type == "cpu" else GPU_SHAPES
     about, rows, failed = environment(device), [], False
     print(f"{about['device']}, {about['threads']} threads, torch {about['torch']}, {dtype}")
-    print("    m     k     n   T   r  drop   frozen ms  multi-lora ms  ratio  by FLOPs")
+    print(
+        "    m     k     n   T   r  drop         rows   frozen ms  multi-lora ms  ratio  by FLOPs"
+    )
     for shape in shapes[:1] if options.quick else shapes:
         problem = Problem(shape, device, dtype)
         error = problem.worst_error()
@@ -134,10 +140,11 @@ def main() -> int:
         frozen, ours = summary(seconds["frozen"]), summary(seconds["multi_lora"])
         ratio = ours["median_ms"] / frozen["median_ms"]
         s = shape
-        print(
-            f"{s.m:5d} {s.k:5d} {s.n:5d} {s.tasks:3d} {s.rank:3d}  {s.dropout:4.2f}"
-            f"  {frozen['median_ms']:10.3f}  {ours['median_ms']:13.3f}  {ratio:5.3f}  {s.floor:8.3f}"
+        size = (
+            f"{s.m:5d} {s.k:5d} {s.n:5d} {s.tasks:3d} {s.rank:3d}  {s.dropout:4.2f}  {s.rows:>11s}"
         )
+        both = f"{frozen['median_ms']:10.3f}  {ours['median_ms']:13.3f}"
+        print(f"{size}  {both}  {ratio:5.3f}  {s.floor:8.3f}")
         row = {**s.__dict__, "dtype": str(dtype), "error": error, "ratio": round(ratio, 4)}
         row |= {f"frozen_{k}": v for k, v in frozen.items()}
         row |= {f"multi_lora_{k}": v for k, v in ours.items()}

@@ -1,4 +1,4 @@
-"""Timing that can be believed: providers in turn, medians with spread, the environment beside them."""
+"""Timing that can be believed: providers in turn, medians with spread, the environment beside."""
 
 import csv
 import json

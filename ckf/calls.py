@@ -5,6 +5,7 @@ lead to the copy's own weights) and show signatures that Trainer and ``generate`
 """
 
 import inspect
+from collections.abc import Callable
 
 import torch
 import torch.utils.checkpoint
@@ -54,22 +55,26 @@ class RoutedForward(_Wrapped):
         with self.router.following(route):
             return self.original(*args, **kwargs)
 
-    def _sizes(self, args, kwargs) -> tuple[tuple[int, int], torch.device, int]:
-        """(batch, new tokens), device, tokens in the cache."""
+    def _sizes(self, args, kwargs) -> tuple[tuple[int, int], torch.device, Callable[[], int]]:
+        """(batch, new tokens), device, and a function that counts the tokens in the cache."""
         named = self._signature().bind_partial(*args, **kwargs).arguments if args else {}
         named = {**named, **named.pop("kwargs", {}), **kwargs}
         cache = named.get("past_key_values")
-        past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+        counts = hasattr(cache, "get_seq_length")
+
+        def past() -> int:
+            return int(cache.get_seq_length()) if counts else 0
+
         for name in ("input_ids", "inputs_embeds"):
             tensor = named.get(name)
             if tensor is not None:
-                return (tensor.shape[0], tensor.shape[1]), tensor.device, int(past)
+                return (tensor.shape[0], tensor.shape[1]), tensor.device, past
         tensor = next((t for t in named.values() if isinstance(t, Tensor)), None)
         if tensor is None:
             raise ValueError("the patched model got no tensor; pass input_ids or inputs_embeds")
         lead = tensor.shape[:-1] if tensor.is_floating_point() else tensor.shape
         batch = lead[0] if len(lead) else 1
-        return (batch, lead[1:].numel()), tensor.device, 0
+        return (batch, lead[1:].numel()), tensor.device, past
 
 
 class RoutedGenerate(_Wrapped):

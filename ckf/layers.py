@@ -101,7 +101,7 @@ class MultiLoRALinear(nn.Module):
         route = self.router.route
         if route is None:
             shape = (x.shape[:-1].numel(), 1)
-            route = self.router.make_route(None, shape, x.device, self.training, past=0)
+            route = self.router.make_route(None, shape, x.device, self.training)
         if route.base_only:
             return self.base_layer(x)
         dropout = self.dropout if self.training else 0.0
@@ -121,8 +121,9 @@ class MultiLoRALinear(nn.Module):
         learned = self._gate[0]
         if learned is None:
             if device not in self._hard_gates:
-                table = torch.tensor(_hard_gate(self.router.tasks, self.experts))
-                self._hard_gates[device] = (table * self._scaling_row()).to(device)
+                with torch.inference_mode(False):  # training may use the same table later
+                    table = torch.tensor(_hard_gate(self.router.tasks, self.experts))
+                    self._hard_gates[device] = (table * self._scaling_row()).to(device)
             return self._hard_gates[device]
         columns = [learned.experts.index(e) for e in self.experts]
         gate = learned.gate.float()

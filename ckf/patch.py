@@ -220,7 +220,7 @@ def _find_targets(model: nn.Module, targets: Targets) -> set[str]:
             pattern = re.compile(targets)
         except re.error as error:
             raise ValueError(
-                f"target_modules {targets!r} is not a valid regular expression ({error}); give one, "
+                f"target_modules {targets!r} is no valid regular expression ({error}); give one, "
                 'a list of suffixes, or "all-linear"'
             ) from error
 

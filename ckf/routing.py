@@ -7,7 +7,7 @@ checkpointing) runs later and elsewhere, so the checkpointed function carries it
 
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -118,9 +118,17 @@ class Router:
         return ids if device is None else ids.to(device, non_blocking=True)
 
     def make_route(
-        self, task_ids: TaskIds | None, shape: tuple[int, int], device, training: bool, past: int
+        self,
+        task_ids: TaskIds | None,
+        shape: tuple[int, int],
+        device: torch.device,
+        training: bool,
+        past: Callable[[], int] = lambda: 0,
     ) -> Route:
-        """The route of a forward pass over ``shape`` = (batch, seq) new tokens after ``past``."""
+        """The route of a forward pass over ``shape`` = (batch, seq) new tokens.
+
+        ``past`` tells how many tokens the cache holds; only per-token ids need to ask.
+        """
         if task_ids is None:
             task_ids = self.default_task
         if task_ids is None:
@@ -137,7 +145,7 @@ class Router:
         return Route(tokens.reshape(-1), shape[1], base_only, seed)
 
 
-def _token_ids(ids: Tensor, shape: tuple[int, int], past: int) -> Tensor:
+def _token_ids(ids: Tensor, shape: tuple[int, int], past: Callable[[], int]) -> Tensor:
     """An id for every new token, (batch, seq). Per-token ids go on with their last column."""
     batch, length = shape
     if ids.dim() == 0 or (ids.shape == (1,) and batch == 1):
@@ -145,10 +153,11 @@ def _token_ids(ids: Tensor, shape: tuple[int, int], past: int) -> Tensor:
     if ids.shape == (batch,):
         return ids.unsqueeze(1).expand(batch, length)
     if ids.dim() == 2 and ids.shape[0] == batch:
-        if past == 0 and ids.shape[1] == length:
+        before = past()
+        if before == 0 and ids.shape[1] == length:
             return ids
-        if past > 0 and ids.shape[1] > 0:
-            columns = torch.arange(past, past + length, device=ids.device)
+        if before > 0 and ids.shape[1] > 0:
+            columns = torch.arange(before, before + length, device=ids.device)
             return ids[:, columns.clamp(max=ids.shape[1] - 1)]
     raise ValueError(
         f"task_ids have shape {tuple(ids.shape)} for inputs of {batch} rows and {length} tokens; "

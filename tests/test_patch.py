@@ -214,6 +214,13 @@ def test_checkpointing_gives_equal_gradients(reentrant):
     assert all(torch.equal(p, q) for p, q in zip(plain, recomputed, strict=True))
 
 
+def test_training_after_inference_mode():
+    model = patched()
+    with torch.inference_mode():
+        model(input_ids=tokens(), task_ids=[0] * 4)
+    model(input_ids=tokens(), labels=tokens(), task_ids=[0] * 4).loss.backward()
+
+
 def test_siblings_share_one_dropout_mask():
     model = patched(lora_dropout=0.5).train()
     seeds = []

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from ckf.kernels.torch_backend import GroupShape, dropped, keep_mask, product, unflatten
 
-LEAST_ROWS = 32  # shorter runs on average: dense matrix products win over many small ones
+LEAST_ROWS = 128  # on average; with shorter runs dense products win over many small ones
 
 Run = tuple[int, int, int]  # first row, row after the last, task
 
