@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ckf.kernels.ops import run_group
-from ckf.routing import Router
+from ckf.routing import Route, Router
 
 SHARED = "shared"
 
@@ -81,6 +81,7 @@ class MultiLoRALinear(nn.Module):
         self.scaling = dict(scaling)
         self.dropout, self.backend = dropout, backend
         self._gate = [gate]  # in a list: the gate is registered once, on the model
+        self._siblings: list[MultiLoRALinear] = []
         self._hard_gates: dict[torch.device, Tensor] = {}
         weight = next(base_layer.parameters())
         wide = weight.dtype in (torch.float32, torch.float64)
@@ -104,17 +105,56 @@ class MultiLoRALinear(nn.Module):
             route = self.router.make_route(None, shape, x.device, self.training)
         if route.base_only:
             return self.base_layer(x)
+        ready = route.take(x, self.index)
+        if ready is not None:
+            return ready
+        group = self._group(x)
+        if group is None:
+            return self._alone(x, route)
+        outputs = self._run(x, group, [layer._fused_base(x) for layer in group], route)
+        for layer, y in zip(group[1:], outputs[1:], strict=True):
+            route.keep(x, layer.index, y)
+        return outputs[0]
+
+    def join(self, siblings: list["MultiLoRALinear"]) -> None:
+        """Layers that are fed the same tensor after this one; it computes them all at once."""
+        self._siblings = siblings
+
+    def _group(self, x: Tensor) -> list["MultiLoRALinear"] | None:
+        """This layer and its siblings, where all of them can be computed from x at once.
+
+        Not in inference mode: a change of x between two siblings' calls would go unseen there.
+        """
+        if not self._siblings or x.is_inference() or torch.compiler.is_compiling():
+            return None
+        group = [self, *self._siblings]
+        alike = all(
+            layer.training == self.training and layer._fused_base(x)[0] is not None
+            for layer in group
+        )
+        return group if alike else None
+
+    def _alone(self, x: Tensor, route: Route) -> Tensor:
+        fused = self._fused_base(x)
+        if fused[0] is not None:
+            return self._run(x, [self], [fused], route)[0]
+        base = self.base_layer(x)
+        return base + self._run(x, [self], [(None, None)], route, base.dtype)[0]
+
+    def _run(self, x: Tensor, layers, bases, route: Route, dtype=None) -> tuple[Tensor, ...]:
         dropout = self.dropout if self.training else 0.0
-        seed = route.seed_for(x, self.index) if dropout > 0 else 0
-        weight, bias = self._fused_base(x)
-        a, b = ([p[e] for e in self.experts] for p in (self.lora_A, self.lora_B))
-        base = None if weight is not None else self.base_layer(x)
-        inputs = x if base is None else x.to(base.dtype)
-        (y,) = run_group(
-            inputs, [weight], [bias], [a], [b], [self.gates(x.device)], route.ids_for(x),
-            dropout, seed, self.backend,
-        )  # fmt: skip
-        return y if base is None else base + y
+        return run_group(
+            x if dtype is None else x.to(dtype),
+            [weight for weight, _ in bases],
+            [bias for _, bias in bases],
+            [[layer.lora_A[e] for e in layer.experts] for layer in layers],
+            [[layer.lora_B[e] for e in layer.experts] for layer in layers],
+            [layer.gates(x.device) for layer in layers],
+            route.ids_for(x),
+            dropout,
+            route.seed_for(x, self.index) if dropout > 0 else 0,
+            self.backend,
+        )
 
     def gates(self, device: torch.device) -> Tensor:
         """(T, E) float32 over this layer's experts, scaling included."""

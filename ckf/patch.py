@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ckf.calls import RoutedCheckpointSwitch, RoutedForward, RoutedGenerate
+from ckf.groups import find_groups
 from ckf.kernels.config import choose_backend
 from ckf.layers import SHARED, MultiLoRALinear, TaskGate
 from ckf.routing import Router, TaskIds
@@ -121,6 +122,8 @@ def patch_model(
         _replace(model, name, _make_layer(model, name, experts, index, state, model_gate))
     model._ckf = state
     _route_calls(model, state)
+    for first, *siblings in find_groups(model):
+        first.join(siblings)
     return model
 
 

@@ -31,6 +31,7 @@ class Route:
         self.base_only = base_only
         self.seed = seed
         self._last_input: tuple[weakref.ref, int, int] | None = None
+        self._ready: dict[int, tuple[weakref.ref, int, Tensor]] = {}
 
     def ids_for(self, x: Tensor) -> Tensor:
         """Ids of x's leading shape; x may be (batch, seq, k), flattened, or one vector a row."""
@@ -48,11 +49,25 @@ class Route:
         """One dropout seed per input tensor: siblings (q, k, v) fed the same tensor share it."""
         if self._last_input is not None:
             reference, version, seed = self._last_input
-            if reference() is x and version == x._version:
+            if reference() is x and version == _version(x):
                 return seed
         seed = (self.seed + _SEED_STEP * (layer + 1)) % _SEED_RANGE
-        self._last_input = (weakref.ref(x), x._version, seed)
+        self._last_input = (weakref.ref(x), _version(x), seed)
         return seed
+
+    def keep(self, x: Tensor, layer: int, y: Tensor) -> None:
+        """Hold the output y of a layer for x, computed together with a sibling's."""
+        self._ready[layer] = (weakref.ref(x), _version(x), y)
+
+    def take(self, x: Tensor, layer: int) -> Tensor | None:
+        """The output held for a layer, if it was computed from this very tensor, unchanged."""
+        reference, version, y = self._ready.pop(layer, (lambda: None, -1, None))
+        return y if reference() is x and version == _version(x) else None
+
+
+def _version(x: Tensor) -> int:
+    """Counts in-place changes; tensors made in inference mode do not count theirs."""
+    return 0 if x.is_inference() else x._version
 
 
 class Router:

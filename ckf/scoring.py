@@ -49,7 +49,7 @@ class Scorer:
         """Whether prompts are in the vector form."""
         return self.assembly.uses_vectors and not self.base_only
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def answers(self, prompts: Sequence[Encoded], users, histories) -> Answers:
         """One-token answers of prompts (N) of one task; users (N,), histories (N, h)."""
         task = prompts[0].task if prompts else "ctr"
@@ -65,7 +65,7 @@ class Scorer:
             greedy[rows] = torch.where(says.any(1), says.int().argmax(1), -1).numpy()
         return Answers(logits, total, greedy)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def answer_logits(self, prompts: Sequence[Encoded], users, histories) -> np.ndarray:
         """Logits over the whole vocabulary (N, vocabulary) where the answer begins, any tasks."""
         rows_out: list[np.ndarray] = [np.empty(0)] * len(prompts)
@@ -75,7 +75,7 @@ class Scorer:
                 rows_out[row] = values
         return np.stack(rows_out)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def losses(self, prompts: Sequence[Encoded], users, histories) -> np.ndarray:
         """Mean cross-entropy (N,) over each prompt's answer tokens."""
         losses = np.zeros(len(prompts))
@@ -83,7 +83,7 @@ class Scorer:
             losses[rows] = self.model(**batch)["row_losses"].double().cpu().numpy()
         return losses
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def texts(
         self, questions: Sequence[Question], users, histories, max_new_tokens: int
     ) -> list[str]:

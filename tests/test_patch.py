@@ -347,3 +347,52 @@ def test_tasks_named_like_module_attributes():
     model = ckf.patch_model(tiny_model(), ["training", "forward", "keys"], r=2)
     randomise_adapters(model)
     assert logits(model, tokens(3), task_ids=["training", "forward", "keys"]).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("family", "groups"),
+    [
+        ("llama", [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]),
+        ("phi", [["q_proj", "k_proj", "v_proj", "fc1"]]),
+        ("opt", [["q_proj", "k_proj", "v_proj"]]),
+        ("gpt2", []),
+    ],
+)
+def test_layers_fed_the_same_tensor_form_groups(family, groups):
+    model = patched(family)
+    names = {layer: name.rsplit(".", 1)[-1] for name, layer in patched_layers(model).items()}
+    found = [[names[m] for m in (layer, *layer._siblings)] for layer in names if layer._siblings]
+    assert sorted(map(sorted, found)) == sorted(sorted(g) for g in groups * 2)  # two layers
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_groups_change_nothing(dropout):
+    def gradients(grouped):
+        model = patched(lora_dropout=dropout).train()
+        randomise_adapters(model)
+        if not grouped:
+            for layer in patched_layers(model).values():
+                layer.join([])
+        torch.manual_seed(5)
+        out = model(input_ids=tokens(), labels=tokens(), task_ids=[0, 1, 2, -1])
+        out.loss.backward()
+        return [out.logits, *(p.grad for p in model.parameters() if p.requires_grad)]
+
+    for together, alone in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-6)
+
+
+def test_a_sibling_fed_something_else_computes_alone():
+    model = patched()
+    randomise_adapters(model)
+    attention = model.model.layers[0].self_attn
+    x = torch.randn(1, 3, 32)
+    with ckf.use_task(model, "ctr"):
+        alone = attention.k_proj(x * 2)
+    route = model._ckf.router.make_route("ctr", (1, 3), x.device, False)
+    with model._ckf.router.following(route):
+        attention.q_proj(x)
+        assert torch.allclose(attention.k_proj(x * 2), alone)
+        attention.q_proj(x)
+        x.mul_(2)  # the same tensor, changed
+        assert torch.allclose(attention.k_proj(x), alone)

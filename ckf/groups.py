@@ -1,0 +1,58 @@
+"""Which patched layers are fed the same tensor (q, k, v; gate, up): found by watching one pass.
+
+No model family is named: two tokens go through the model, and layers that meet the same tensor
+object, unchanged, form a group, in the order of their calls. The first computes all of them with
+one shrink and one dropout mask.
+"""
+
+import warnings
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ckf.layers import MultiLoRALinear
+
+PROBE_TOKENS = 2
+
+
+@torch.no_grad()
+def find_groups(model: nn.Module) -> list[list[MultiLoRALinear]]:
+    """Groups of two or more layers of a freshly patched Hugging Face model; else none.
+
+    A model whose probe fails works all the same, layer by layer; one warning says why.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return []
+    layers = [m for m in model.modules() if isinstance(m, MultiLoRALinear)]
+    met: list[tuple[torch.Tensor, int, MultiLoRALinear]] = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, args: met.append((*_key(args[0]), layer)))
+        for layer in layers
+    ]
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        ids = torch.ones(1, PROBE_TOKENS, dtype=torch.int64, device=model.device)
+        model(input_ids=ids, task_ids=-1, use_cache=False)
+    except Exception as error:  # any model may refuse; that must not undo the patch
+        warnings.warn(
+            f"{type(model).__name__}: layers fed the same tensor were not found ({error}); each "
+            "computes its own shrink",
+            stacklevel=3,
+        )
+        return []
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module in training:
+            module.training = True
+    groups: dict[tuple[int, int], list[MultiLoRALinear]] = {}
+    for x, version, layer in met:
+        groups.setdefault((id(x), version), []).append(layer)
+    calls = [layer for _, _, layer in met]
+    return [g for g in groups.values() if len(g) > 1 and all(calls.count(m) == 1 for m in g)]
+
+
+def _key(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    return x, x._version  # x itself: alive, so that its id stays its own
