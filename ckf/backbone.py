@@ -49,7 +49,7 @@ def load_backbone(
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
-    except (OSError, ImportError, KeyError, SafetensorError) as error:
+    except (OSError, ImportError, KeyError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"cannot load the model {config.name!r} from {folder}: {error}\n"
             "Give model.name as a Hugging Face name that can be reached, a folder with "
@@ -69,6 +69,11 @@ def _locate(name: str) -> tuple[str, dict]:
         if not path.is_file():
             raise ValueError(f"model.name is {name!r}, but there is no such file")
         return str(path.parent), {"gguf_file": path.name}
+    folder = path.expanduser()
+    if folder.is_dir():
+        return str(folder), {}
+    if path.is_absolute() or name.startswith((".", "~")):
+        raise ValueError(f"model.name is {name!r}, but there is no such folder")
     return name, {}
 
 

@@ -116,7 +116,7 @@ def _evaluate_and_report(run) -> None:
 
     with _progress() as bars:
         metrics = run.evaluate(progress=bars)
-    Console().print(metrics_table(metrics))
+    Console(width=None if sys.stdout.isatty() else 110).print(metrics_table(metrics))
     print(f"report: {write_report(run.folder)}")
 
 

@@ -211,7 +211,8 @@ class PromptEncoder:
     def _text(self, text: str, keep: bool = True) -> list[int]:
         if text in self._cache:
             return self._cache[text]
-        tokens = self.tokenizer.encode(text, add_special_tokens=False)
+        # a review that spells out a control token gets its letters, not the token
+        tokens = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         if keep and len(text) < 200:
             self._cache[text] = tokens
         return tokens

@@ -77,7 +77,7 @@ class Run:
         scored = [i for i, q in enumerate(questions) if q.task != "explain"]
         written = [i for i, q in enumerate(questions) if q.task == "explain"]
         if scored:
-            prompts = [self._encode(questions[i]) for i in scored]
+            prompts = [self._encode(questions[i], i) for i in scored]
             logits = scorer.answer_logits(prompts, users[scored], histories[scored])
             for i, row in zip(scored, logits, strict=True):
                 replies[i] = self._reply(questions[i], row)
@@ -89,8 +89,11 @@ class Run:
                 replies[i] = {"text": text}
         return replies
 
-    def _encode(self, question: Question) -> Encoded:
-        return self.assembly.batcher.encoder.encode(question, self.assembly.uses_vectors)
+    def _encode(self, question: Question, number: int) -> Encoded:
+        try:
+            return self.assembly.batcher.encoder.encode(question, self.assembly.uses_vectors)
+        except ValueError as error:
+            raise ValueError(f"request {number}: {error}") from error
 
     def _reply(self, question: Question, logits: np.ndarray) -> dict:
         words = self.assembly.batcher.encoder.answer_tokens(question.task)[1]
@@ -314,6 +317,10 @@ def _data_of(config: RunConfig, folder: Path, path, prepared, log: Log) -> Prepa
                     f"the {split} split has no rows for {task}; leave the task out, or change "
                     "data.split or the number of rows under tasks"
                 )
+    if "topk" in config.tasks:  # prepared elsewhere they may lack a list: say so before training
+        data.candidates("train", config.data.train_list)
+        for name in config.data.test_lists:
+            data.candidates("test", name)
     return data
 
 

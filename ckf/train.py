@@ -218,16 +218,28 @@ def save_trained(assembly: Assembly, folder: Path) -> None:
 
 
 def load_trained(assembly: Assembly, folder: Path) -> None:
-    """Read what ``save_trained`` wrote; ValueError for missing or foreign files."""
+    """Read what ``save_trained`` wrote; ValueError, and nothing changed, for foreign files."""
+    metanet = assembly.model.metanet
+    tensors = {} if metanet is None else _read_metanet(metanet, folder / METANET_FILE)
     load_adapters(assembly.model.backbone, folder / ADAPTERS_FOLDER)
-    if assembly.model.metanet is None:
-        return
+    if metanet is not None:
+        metanet.load_state_dict(tensors)
+
+
+def _read_metanet(metanet: torch.nn.Module, file: Path) -> dict[str, torch.Tensor]:
     try:
-        assembly.model.metanet.load_state_dict(load_file(folder / METANET_FILE))
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(
-            f"{folder / METANET_FILE} does not fit this run's meta-network: {error}"
-        ) from error
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} is missing or damaged ({error}); train the run again") from error
+    own = {name: tuple(value.shape) for name, value in metanet.state_dict().items()}
+    there = {name: tuple(value.shape) for name, value in tensors.items()}
+    for name in sorted({*own, *there}):
+        if own.get(name) != there.get(name):
+            raise ValueError(
+                f"{file} has {name} of shape {there.get(name, 'none')}; this run's meta-network "
+                f"expects {own.get(name, 'none')}: the file is of another run"
+            )
+    return tensors
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+pytest_plugins = ["tests.ckf_fixtures"]
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     marked = [item for item in items if "gpu" in item.keywords]

@@ -1,0 +1,132 @@
+"""The meta-network: a map for each user, whole batches at once, at the scale of embeddings."""
+
+import pytest
+import torch
+
+from ckf.metanet import MetaNetwork
+
+DIM, WIDTH, SCALE = 5, 24, 0.2
+KINDS = ("meta", "constant", "mlp", "linear")
+
+
+def network(kind="meta", seed=0, dim=DIM):
+    torch.manual_seed(seed)
+    return MetaNetwork(dim, WIDTH, SCALE, kind, hidden=7)
+
+
+def trained(kind="meta"):
+    """A network whose every parameter has moved."""
+    made = network(kind)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.5 * torch.randn(parameter.shape))
+    return made
+
+
+def batch(rows=4, length=6, seed=1):
+    """users (b, d), history (b, h, d), mask (b, h): padded on the left, row 0 without history."""
+    generator = torch.Generator().manual_seed(seed)
+    users = torch.randn(rows, DIM, generator=generator)
+    history = torch.randn(rows, length, DIM, generator=generator)
+    mask = torch.arange(length) >= length - torch.arange(rows).unsqueeze(1)
+    return users, history * mask.unsqueeze(2), mask
+
+
+def test_maps_follow_the_formula():
+    made = trained()
+    _, history, mask = batch()
+    maps = made.user_maps(history, mask)
+    for row in range(len(mask)):
+        own = history[row, mask[row]]
+        if len(own):
+            weights = torch.softmax(own @ made.query / DIM**0.5, 0)
+            pooled = weights @ own
+        else:
+            pooled = made.no_history
+        expected = torch.eye(DIM) + made.make_map(pooled).view(DIM, DIM)
+        torch.testing.assert_close(maps[row], expected)
+
+
+def test_vectors_follow_the_formula():
+    made = trained()
+    users, history, mask = batch()
+    maps = made.user_maps(history, mask)
+    expected = torch.stack([made.user_out(u @ w) for u, w in zip(users, maps, strict=True)])
+    torch.testing.assert_close(made(users, history, mask), expected)
+    torch.testing.assert_close(made.items(users), made.item_out(users))
+
+
+def test_every_user_has_a_map_of_their_own():
+    _, history, mask = batch()
+    maps = trained().user_maps(history, mask)
+    for a in range(len(maps)):
+        for b in range(a):
+            assert (maps[a] - maps[b]).abs().max() > 1e-2
+
+
+def test_a_history_changes_the_map_of_its_row_only():
+    made = trained()
+    users, history, mask = batch()
+    before = made(users, history, mask)
+    for row in range(1, len(users)):
+        other = history.clone()
+        other[row, -1] += 1
+        changed = (made(users, other, mask) - before).abs().amax(1) > 1e-4
+        assert changed.tolist() == [r == row for r in range(len(users))]
+
+
+def test_a_batch_equals_its_rows_alone_and_padding_is_nothing():
+    made = trained()
+    users, history, mask = batch()
+    together = made(users, history, mask)
+    for row in range(len(users)):
+        own = history[row : row + 1, mask[row]]
+        if not own.shape[1]:
+            continue
+        alone = made(users[row : row + 1], own, torch.ones(own.shape[:2], dtype=torch.bool))
+        torch.testing.assert_close(together[row : row + 1], alone)
+    garbage = torch.where(mask.unsqueeze(2), history, torch.tensor(1e3))
+    torch.testing.assert_close(made(users, garbage, mask), together)
+
+
+def test_the_default_map_is_for_empty_histories_only():
+    made = trained()
+    users, history, mask = batch()
+    before = made(users, history, mask)
+    with torch.no_grad():
+        made.no_history.add_(1.0)
+    changed = (made(users, history, mask) - before).abs().amax(1) > 1e-4
+    assert changed.tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_learns_and_no_gradient_is_nan(kind):
+    made = trained(kind)
+    users, history, mask = batch()
+    loss = made(users, history, mask).square().sum() + made.items(users).square().sum()
+    loss.backward()
+    for name, parameter in made.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mapped_vectors_start_at_the_scale_of_embeddings(kind):
+    made = network(kind, dim=32)
+    users = torch.randn(200, 32)  # standardised CF vectors
+    history = torch.randn(200, 4, 32)
+    mask = torch.ones(200, 4, dtype=torch.bool)
+    for vectors in (made(users, history, mask), made.items(users)):
+        assert 0.7 * SCALE < vectors.std().item() < 1.4 * SCALE
+
+
+def test_a_fresh_map_is_near_the_identity():
+    _, history, mask = batch()
+    maps = network().user_maps(history, mask)
+    assert (maps - torch.eye(DIM)).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("kind", ["none", "deep"])
+def test_an_unknown_kind_is_an_error(kind):
+    with pytest.raises(ValueError, match=f"kind is '{kind}'; expected meta"):
+        network(kind)
