@@ -44,7 +44,7 @@ def load_backbone(
     Raises:
         ValueError: no such model, with what was tried.
     """
-    folder, options = _locate(config.name)
+    folder, options = locate_model(config.name)
     dtype = pick_dtype(config.dtype, device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
@@ -59,7 +59,11 @@ def load_backbone(
     return model.to(device).eval().requires_grad_(False), tokenizer
 
 
-def _locate(name: str) -> tuple[str, dict]:
+def locate_model(name: str) -> tuple[str, dict]:
+    """A model's folder or hub name, and what ``from_pretrained`` needs beside it.
+
+    Fetches a known download. Raises ValueError for a file or folder that is not there.
+    """
     path = Path(name)
     if name in KNOWN_DOWNLOADS and not path.exists():
         from ckf.data.fetch import fetch

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from transformers import set_seed
 
 from ckf.assembly import Assembly, assemble
-from ckf.backbone import pick_device
+from ckf.backbone import locate_model, pick_device
 from ckf.cf import CFVectors, fit_cf
 from ckf.config import RunConfig, load_config, write_config
 from ckf.data.prepared import PreparedData, load_prepared
@@ -225,6 +225,8 @@ def train_run(
             or data.
     """
     folder, chosen = Path(folder), pick_device(device)
+    config = _with_absolute_model(config)
+    locate_model(config.model.name)  # a wrong name shall not wait for the data
     if overwrite:
         _remove_run(folder)
     made = start_run(config, folder)
@@ -250,6 +252,14 @@ def train_run(
         write_json(about, folder / ABOUT)
     assembly.model.eval()
     return Run(folder, assembly)
+
+
+def _with_absolute_model(config: RunConfig) -> RunConfig:
+    """A model in a folder or file by its full path, so that the run opens from anywhere."""
+    path = Path(config.model.name).expanduser()
+    if not path.exists():
+        return config
+    return replace(config, model=replace(config.model, name=str(path.resolve())))
 
 
 def start_run(config: RunConfig, folder: Path) -> bool:
@@ -304,7 +314,7 @@ def _data_of(config: RunConfig, folder: Path, path, prepared, log: Log) -> Prepa
         shutil.rmtree(part, ignore_errors=True)
         shutil.copytree(prepared, part)
         os.rename(part, target)
-    if prepared is not None or (target.exists() and path is None and config.data.path is None):
+    if prepared is not None or (target.exists() and path is None):  # a run goes on from its folder
         data = load_prepared(target)
     else:
         from ckf.data.prepare import prepare

@@ -163,7 +163,7 @@ class CKFTrainer(Trainer):
 def training_arguments(config, folder: Path, device: torch.device) -> TrainingArguments:
     """Trainer's settings of a run."""
     train = config.train
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=train.steps,
         per_device_train_batch_size=train.batch_size,
@@ -184,6 +184,8 @@ def training_arguments(config, folder: Path, device: torch.device) -> TrainingAr
         seed=config.seed,
         data_seed=config.seed,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel would split a packed sequence
+    return arguments
 
 
 def train(assembly: Assembly, folder: Path, device: torch.device) -> dict[str, float]:
