@@ -17,21 +17,41 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def time_in_turn(
-    providers: dict[str, Callable[[], object]], repeats: int, warmup: int = 3
+    providers: dict[str, Callable[[], object]],
+    repeats: int,
+    device: torch.device | str = "cpu",
+    warmup: int = 3,
 ) -> dict[str, list[float]]:
-    """Seconds of each call; every round calls each provider once, so that drift hits all alike."""
+    """Seconds a call; every round times each provider once, so that drift hits all alike.
+
+    On a GPU a round is a group of calls between two events, so that launch gaps count as they do in
+    use and the clock's grain does not.
+    """
+    timer = _gpu_seconds if torch.device(device).type == "cuda" else _cpu_seconds
     for _ in range(warmup):
         for call in providers.values():
             call()
     seconds: dict[str, list[float]] = {name: [] for name in providers}
     for _ in range(repeats):
         for name, call in providers.items():
-            _synchronise()
-            start = time.perf_counter()
-            call()
-            _synchronise()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(timer(call))
     return seconds
+
+
+def _cpu_seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _gpu_seconds(call: Callable[[], object], calls: int = 10) -> float:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(calls):
+        call()
+    stop.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop) / 1e3 / calls
 
 
 def summary(seconds: list[float]) -> dict[str, float]:
@@ -71,8 +91,3 @@ def write_records(rows: list[dict], about: dict, out: Path, name: str) -> None:
         writer.writerows(rows)
     record = json.dumps({"environment": about, "rows": rows}, indent=1)
     (out / f"{name}.json").write_text(record + "\n", encoding="utf-8")
-
-
-def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -1,5 +1,7 @@
 """Which backend computes a call, and why: readable rules, no run-time tuning."""
 
+import importlib.util
+import os
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +9,7 @@ import torch
 from ckf.kernels import cuda
 
 BACKENDS = ("auto", "torch", "triton", "cuda")
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -20,7 +23,7 @@ def usable_backends() -> dict[str, tuple[bool, str]]:
     """For each backend: whether it can run here, and the reason if not."""
     return {
         "torch": (True, "dense-gated matrix products, any device"),
-        "triton": (False, "this version has no Triton kernels yet; use 'torch' or 'auto'"),
+        "triton": _triton_usable(),
         "cuda": cuda.available(),
     }
 
@@ -33,17 +36,42 @@ def choose_backend(backend: str, x: torch.Tensor, needs_grad: bool, rank: int = 
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
-    if backend == "torch":
-        return Choice("torch", "asked for")
-    refusal = _why_not_cuda(x, needs_grad, rank)
-    if backend == "cuda" and refusal is None:
-        return Choice("cuda", "asked for")
-    if backend == "auto":
-        if refusal is None:
-            return Choice("cuda", f"{x.shape[0]} rows without gradients: one launch")
-        return Choice("torch", refusal)
-    why = refusal if backend == "cuda" else usable_backends()["triton"][1]
-    raise ValueError(f"backend={backend!r} cannot compute this call: {why}")
+    if backend == "auto":  # the GPU kernels are chosen by name until a record on a GPU speaks
+        return Choice("torch", "no other backend was measured on this kind of device yet")
+    refusal = None
+    if backend == "triton":
+        refusal = _why_not_triton(x)
+    elif backend == "cuda":
+        refusal = _why_not_cuda(x, needs_grad, rank)
+    if refusal is not None:
+        raise ValueError(f"backend={backend!r} cannot compute this call: {refusal}")
+    return Choice(backend, "asked for")
+
+
+def _interpreting() -> bool:
+    """Whether Triton runs kernels in its interpreter, on CPU tensors: for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton_usable() -> tuple[bool, str]:
+    if importlib.util.find_spec("triton") is None:
+        return False, "triton is not installed; pip install triton, or use 'torch' or 'auto'"
+    if _interpreting():
+        return True, "Triton's interpreter (TRITON_INTERPRET=1), for tests: slow"
+    if not torch.cuda.is_available():
+        return False, "torch sees no CUDA device; use 'torch' or 'auto'"
+    return True, "forward and backward; 'auto' does not choose it yet: no measurement"
+
+
+def _why_not_triton(x: torch.Tensor) -> str | None:
+    usable, why = _triton_usable()
+    if not usable:
+        return why
+    if x.device.type != ("cpu" if _interpreting() else "cuda"):
+        return f"the input is on {x.device.type}; the Triton kernels need a GPU tensor"
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"dtype {x.dtype}; the Triton kernels take float32, float16 and bfloat16"
+    return None
 
 
 def _why_not_cuda(x: torch.Tensor, needs_grad: bool, rank: int) -> str | None:

@@ -94,6 +94,11 @@ def run_group(x, weights, biases, a, b, gates, task_ids, dropout_p, seed, backen
     with torch.autocast(x.device.type, enabled=False):
         if choice.backend == "cuda":
             return _run_cuda(x, weights, biases, a, b, gates, task_ids)
+        if choice.backend == "triton":
+            from ckf.kernels.triton_backend import multi_lora_group_triton  # imports triton
+
+            run = multi_lora_group_triton
+            return run(x, weights, biases, a, b, gates, task_ids, dropout_p, seed)
         return multi_lora_group_torch(x, weights, biases, a, b, gates, task_ids, dropout_p, seed)
 
 

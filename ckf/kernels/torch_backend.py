@@ -134,7 +134,7 @@ class _MultiLoRA(torch.autograd.Function):
         db = _b_gradients(shape, dys, h, b, need_b)
         dg = [None] * shape.linears
         if any(need_g):
-            dg = _gate_gradients(shape, dh, saved, gates, task_ids)
+            dg = gate_gradients(shape, dh, saved, gates, task_ids)
         dw = [dy.t() @ rows if needed else None for dy, needed in zip(dys, need_w, strict=True)]
         dbias = [dy.sum(0) if needed else None for dy, needed in zip(dys, need_bias, strict=True)]
         return None, dx, None, None, *dw, *dbias, *dg, *da, *db
@@ -224,7 +224,7 @@ def _b_gradients(shape: GroupShape, dys, h: Tensor, b, need_b) -> list[Tensor | 
     return gradients
 
 
-def _gate_gradients(shape: GroupShape, dh, s, gates, task_ids) -> list[Tensor]:
+def gate_gradients(shape: GroupShape, dh, s, gates, task_ids) -> list[Tensor]:
     """Per linear (T, E): the sum over the rows of a task of <dH, S> over an expert's columns."""
     ids = task_ids.reshape(-1, 1)
     products = (dh * s).split(shape.expert_ranks, 1)

@@ -1,0 +1,140 @@
+"""Outer: the gradients of A and B, sums over the rows of a batch, without atomics.
+
+    out (R, c) = scale * L (m, R)^T keep(X (m, c))
+
+dB^T = H^T dy and dA = dS^T drop(x). Programs own a (rank, column) block of one chunk of rows and
+write float32 partials (chunks, R, c); a second kernel adds them in the order of the chunks and
+rounds once. X is the right operand, so a masked X reaches the tensor cores through shared memory.
+Where R passes one block, row tiles whose rank block is all zero are skipped.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ckf.kernels.launch import OuterLaunch, dot_precision, outer_launch
+from ckf.kernels.triton_common import keep_mask
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def outer_kernel(
+    p_l,
+    p_x,
+    p_part,
+    p_seed,
+    m,
+    r,
+    c,
+    chunk,
+    stride_l,
+    stride_x,
+    threshold,
+    DROPOUT: tl.constexpr,
+    SKIP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    rank_blocks = tl.cdiv(r, BLOCK_R)
+    pid, split = tl.program_id(0), tl.program_id(1)
+    o_r = (pid % rank_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
+    first = (pid // rank_blocks) * BLOCK_C
+    o_c = first + tl.arange(0, BLOCK_C)
+    m_r, m_c = o_r < r, o_c < c
+    row = split.to(tl.int64) * chunk
+
+    acc = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    for start in range(0, chunk, BLOCK_M):
+        o_m = row + start + tl.arange(0, BLOCK_M)
+        m_m = o_m < m
+        p_lm = p_l + o_m[:, None] * stride_l + o_r[None, :]
+        p_xm = p_x + o_m[:, None] * stride_x + o_c[None, :]
+        b_l = tl.load(p_lm, mask=m_m[:, None] & m_r[None, :], other=0.0)
+        live = True
+        if SKIP:
+            live = tl.sum((b_l != 0).to(tl.int32)) > 0
+        if live:
+            b_x = tl.load(p_xm, mask=m_m[:, None] & m_c[None, :], other=0.0)
+            if DROPOUT:
+                b_keep = keep_mask(o_m, first, p_seed, threshold, BLOCK_C)
+                b_x = tl.where(b_keep, b_x, 0.0)
+            acc = tl.dot(tl.trans(b_l), b_x, acc, input_precision=PRECISION)
+    p_out = p_part + (split.to(tl.int64) * r + o_r[:, None]) * c + o_c[None, :]
+    tl.store(p_out, acc, mask=m_r[:, None] & m_c[None, :])
+
+
+@triton.jit
+def reduce_kernel(p_part, p_out, total, chunks, scale, BLOCK: tl.constexpr):
+    o_i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m_i = o_i < total
+    acc = tl.zeros([BLOCK], tl.float32)
+    p_i = p_part + o_i
+    for _ in range(chunks):
+        acc += tl.load(p_i, mask=m_i, other=0.0)
+        p_i += total
+    tl.store(p_out + o_i, (acc * scale).to(p_out.dtype.element_ty), mask=m_i)
+
+
+def outer(
+    left: Tensor,
+    x: Tensor,
+    dtype: torch.dtype,
+    dropout: tuple[Tensor, int, float] | None = None,
+    launch: OuterLaunch | None = None,
+) -> Tensor:
+    """left^T x, summed in float32 in a fixed order.
+
+    Args:
+        left: (m, R), rows strided; ``x``: (m, c), rows strided.
+        dtype: of the result.
+        dropout: seed (one int64 on x's device), threshold, scale; masks x.
+        launch: the blocks and the rows a chunk; by default ``launch.outer_launch`` chooses.
+
+    Returns:
+        (R, c), contiguous.
+    """
+    (m, r), c = left.shape, x.shape[1]
+    out = torch.empty(r, c, dtype=dtype, device=x.device)
+    if m == 0:
+        out.zero_()
+    if out.numel() == 0 or m == 0:
+        return out
+    launch = launch or outer_launch(m, r, c, x.dtype)
+    chunks = triton.cdiv(m, launch.chunk)
+    parts = torch.empty(chunks, r, c, dtype=torch.float32, device=x.device)
+    seed, threshold, scale = dropout or (left, 0, 1.0)
+    blocks = triton.cdiv(r, launch.block_r) * triton.cdiv(c, launch.block_c)
+    outer_kernel[(blocks, chunks)](
+        p_l=left,
+        p_x=x,
+        p_part=parts,
+        p_seed=seed,
+        m=m,
+        r=r,
+        c=c,
+        chunk=launch.chunk,
+        stride_l=left.stride(0),
+        stride_x=x.stride(0),
+        threshold=threshold,
+        DROPOUT=dropout is not None,
+        SKIP=r > launch.block_r,
+        BLOCK_M=launch.block_m,
+        BLOCK_R=launch.block_r,
+        BLOCK_C=launch.block_c,
+        PRECISION=dot_precision(x.dtype),
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+    block = 1024
+    reduce_kernel[(triton.cdiv(r * c, block),)](
+        p_part=parts,
+        p_out=out,
+        total=r * c,
+        chunks=chunks,
+        scale=scale,
+        BLOCK=block,
+        num_warps=4,
+    )
+    return out

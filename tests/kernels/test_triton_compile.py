@@ -1,0 +1,67 @@
+"""Every Triton kernel, compiled for three GPUs that are not here, may be launched there."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_compiles_without_spills(arch):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.triton_compile", str(arch)],
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    groups = defaultdict(list)
+    for line in lines:
+        groups[line["kernel"], line["dtype"]].append(line)
+    for (kernel, dtype), members in groups.items():
+        most = {key: max(m[key] for m in members) for key in ("registers", "stack", "shared")}
+        print(f"sm_{arch} {kernel} {dtype}: {len(members)} compiled, at most {most}")
+    kernels = {"shrink_kernel", "expand_kernel", "outer_kernel", "reduce_kernel"}
+    assert {line["kernel"] for line in lines} >= kernels | ({"gemm_kernel"} if arch > 80 else set())
+    bad = [line for line in lines if line["problems"]]
+    assert not bad, json.dumps(bad, indent=1)
+
+
+def test_rules_can_fail():
+    from tests.kernels.triton_compile import left_operands, problems
+
+    in_registers = (
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 \t{%f1, %f2}, {%r1, %r2}, %rd1, p"
+    )
+    in_memory = "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f1, %f2}, %rd2, %rd1, p, 1"
+    assert left_operands(f"{in_registers};\n{in_memory};") == ["{", "%"]
+    good = {
+        "arch": 90,
+        "kernel": "gemm_kernel",
+        "flags": {"num_stages": 3},
+        "stack": 0,
+        "shared": 1000,
+        "wgmma": 4,
+        "wgmma_register_a": 0,
+        "tma": 2,
+        "ptxas": "12.8",
+    }
+    assert not problems(good)
+    worse = {"stack": 8, "shared": 232449, "wgmma_register_a": 1, "wgmma": 0, "tma": 0}
+    for key, value in worse.items():
+        assert len(problems({**good, key: value})) == 1, key
+    assert not problems({**good, "wgmma_register_a": 1, "ptxas": "13.3"})

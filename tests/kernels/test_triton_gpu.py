@@ -1,0 +1,141 @@
+"""The Triton backend on a real GPU: values, bits, graphs, no synchronisation."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from ckf.kernels import multi_lora_linear
+from tests.kernels.cases import assert_as_good_as_reference, random_case, run_with_gradients
+
+pytestmark = pytest.mark.gpu
+triton_backend = partial(multi_lora_linear, backend="triton")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def on_gpu(case, dtype):
+    """The case on the GPU in ``dtype``, its gates in float32."""
+    gates = case.gates.detach().float().cuda().requires_grad_(case.gates.requires_grad)
+    case = case.to(dtype)
+    for name in ("x", "weight", "bias"):
+        tensor = getattr(case, name)
+        setattr(case, name, tensor.detach().cuda().requires_grad_(tensor.requires_grad))
+    case.a = [t.detach().cuda().requires_grad_() for t in case.a]
+    case.b = [t.detach().cuda().requires_grad_() for t in case.b]
+    case.gates, case.task_ids = gates, case.task_ids.cuda()
+    return case
+
+
+def assert_right(case):
+    """``assert_as_good_as_reference`` draws its output gradient on the CPU."""
+    with torch.device("cuda"):
+        assert_as_good_as_reference(triton_backend, case)
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "m, k, n, ranks",
+    [
+        (37, 41, 29, [3, 8, 1, 5]),
+        (1, 64, 48, [16, 16, 16, 16]),
+        (600, 512, 256, [16, 16, 16, 16]),
+        (4500, 256, 384, [32, 32, 32, 32]),
+        (9000, 320, 128, [8, 8, 8, 8]),
+        (3000, 256, 320, [64] * 9),
+    ],
+)
+def test_matches_reference(m, k, n, ranks, dtype, dropout_p, soft):
+    tasks = len(ranks) - 1
+    ids = torch.arange(m) // 64 % (tasks + 1) - 1
+    case = random_case(
+        m=m, k=k, n=n, tasks=tasks, ranks=ranks, soft=soft, dropout_p=dropout_p, ids=ids
+    )
+    assert_right(on_gpu(case, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_invalid_ids_become_nan_rows(dtype):
+    ids = torch.randint(-1, 3, (200,))
+    ids[[3, 70, 199]] = torch.tensor([3, -2, 2**40])
+    y = triton_backend(*on_gpu(random_case(m=200, k=64, n=64, ids=ids), dtype).arguments())
+    nan_rows = y.isnan().all(1).nonzero().squeeze(1).tolist()
+    assert nan_rows == [3, 70, 199] and y.isnan().sum() == 3 * 64
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(12))
+def test_stress(seed, dtype):
+    """Right, finite, same bits twenty times: a register overwritten in flight would show."""
+    g = torch.Generator().manual_seed(seed)
+    tasks = int(torch.randint(1, 9, (1,), generator=g))
+    ranks = (8 * torch.randint(1, 9, (tasks + 1,), generator=g)).tolist()
+    m, k, n = (
+        int(torch.randint(low, high, (1,), generator=g))
+        for low, high in ((4097, 9000), (4, 40), (4, 40))
+    )
+    case = random_case(
+        m=m, k=16 * k, n=16 * n, tasks=tasks, ranks=ranks, dropout_p=0.1 * (seed % 2), seed=seed
+    )
+    case = on_gpu(case, dtype)
+    assert_right(case)
+    dy = torch.randn(m, 16 * n, generator=g).cuda()
+    first = run_with_gradients(triton_backend, case, dy)
+    assert all(t.isfinite().all() for t in first)
+    for _ in range(19):
+        again = run_with_gradients(triton_backend, case, dy)
+        assert all(torch.equal(p, q) for p, q in zip(first, again, strict=True))
+
+
+def test_no_synchronisation():
+    case = on_gpu(random_case(m=300, k=64, n=64, soft=True, dropout_p=0.1), torch.bfloat16)
+    dy = torch.randn(300, 64, device="cuda")
+    run_with_gradients(triton_backend, case, dy)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run_with_gradients(triton_backend, case, dy)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_cuda_graph_draws_afresh_from_a_seed_tensor():
+    case = on_gpu(random_case(m=512, k=128, n=96, dropout_p=0.2), torch.bfloat16)
+    case.seed = torch.tensor([5], device="cuda")
+    dy = torch.randn(512, 96, device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run_with_gradients(triton_backend, case, dy)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run_with_gradients(triton_backend, case, dy)
+    for seed in (5, 6):
+        case.seed.fill_(seed)
+        graph.replay()
+        eager = run_with_gradients(triton_backend, case, dy)
+        assert all(torch.equal(p, q) for p, q in zip(captured, eager, strict=True))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "sizes", [(1000, 4096, 1032, 80), (8192, 1024, 4096, 24), (130, 72, 264, 8)]
+)
+def test_gemm_with_the_update_inside(sizes, dtype, bias):
+    from ckf.kernels.triton_gemm import gemm, why_not_gemm
+
+    m, k, n, r = sizes
+    x, w, h, b = (torch.randn(s, device="cuda").to(dtype) for s in ((m, k), (n, k), (m, r), (r, n)))
+    v = torch.randn(n, device="cuda").to(dtype) if bias else None
+    reason = why_not_gemm(x, w, h, b)
+    if reason is not None:
+        pytest.skip(reason)
+    exact = x.double() @ w.double().t() + h.double() @ b.double() + (0 if v is None else v.double())
+    plain = torch.nn.functional.linear(x, w, v) + h @ b
+    allowed = 2 * (plain.double() - exact).abs().max()
+    allowed += 4 * torch.finfo(dtype).eps * exact.abs().max()
+    y = gemm(x, w, v, h, b)
+    assert (y.double() - exact).abs().max() <= allowed
+    assert all(torch.equal(gemm(x, w, v, h, b), y) for _ in range(20))

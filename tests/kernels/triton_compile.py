@@ -1,0 +1,223 @@
+"""Compile the Triton kernels for GPUs that are not here, and say what they use.
+
+The launchers run on meta tensors of realistic shapes under a driver that names a GPU and launches
+nothing: Triton specialises, compiles and assembles exactly what it would on that GPU. One JSON
+line a kernel: registers, stack (spills), shared memory, the tensor-core instructions in its PTX.
+
+    python -m tests.kernels.triton_compile [80 90 100]
+
+The defect that the register-operand rule keeps away from: ptxas before 13.3 can overwrite the
+registers of a WGMMA's left operand while it still runs (github.com/triton-lang/triton/issues/9433).
+"""
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from ckf.kernels.launch import (
+    DENSE_RANK,
+    expand_launch,
+    gemm_launch,
+    outer_launch,
+    shrink_launch,
+)
+from ckf.kernels.triton_expand import expand
+from ckf.kernels.triton_gemm import gemm, why_not_gemm
+from ckf.kernels.triton_outer import outer
+from ckf.kernels.triton_shrink import shrink
+
+ARCHS = (80, 90, 100)
+SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}  # bytes a program
+ROWS = (256, 3072, 8192)
+RANKS = (8, 32, 64, 128, 1024)
+
+
+class NamedDriver:
+    """A driver for a GPU that is not there; its device number is its compute capability."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Compiler:
+    """Turns every launch into a compilation; reports each new kernel once."""
+
+    def __init__(self, report):
+        self.report, self.seen, self.arch = report, set(), None
+        self._run = JITFunction.run
+
+    def __enter__(self):
+        compiler = self
+
+        def run(self, *args, grid, warmup, **kwargs):
+            start = time.perf_counter()
+            kernel = compiler._run(self, *args, grid=grid, warmup=True, **kwargs)
+            key = (compiler.arch, kernel.hash)
+            if key not in compiler.seen:
+                compiler.seen.add(key)
+                seconds = time.perf_counter() - start
+                compiler.report(describe(kernel, compiler.arch, kwargs, seconds))
+            return kernel
+
+        JITFunction.run = run
+        return self
+
+    def __exit__(self, *_):
+        JITFunction.run = self._run
+
+    def target(self, arch: int) -> None:
+        self.arch = arch
+        triton.runtime.driver.set_active(NamedDriver(arch))
+
+
+def describe(kernel, arch: int, arguments: dict, seconds: float) -> dict:
+    """What a compiled kernel uses; ``stack`` is bytes a thread, so spills where it is not 0."""
+    ptx = kernel.asm["ptx"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(kernel.asm["cubin"])
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    fields = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage)}
+    wgmma = left_operands(ptx)
+    flags = {k: v for k, v in arguments.items() if k.isupper() or k.startswith("num_")}
+    return {
+        "arch": arch,
+        "kernel": kernel.metadata.name,
+        "dtype": element_type(arguments),
+        "flags": flags,
+        "registers": fields["REG"],
+        "stack": fields["STACK"] + fields["LOCAL"],
+        "shared": kernel.metadata.shared,
+        "wgmma": len(wgmma),
+        "wgmma_register_a": sum(first == "{" for first in wgmma),
+        "mma": len(re.findall(r"\bmma\.sync", ptx)),
+        "tcgen05": len(re.findall(r"tcgen05\.mma", ptx)),
+        "tma": len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
+        "ptxas": knobs.nvidia.ptxas.version if arch < 100 else knobs.nvidia.ptxas_blackwell.version,
+        "seconds": round(seconds, 2),
+    }
+
+
+def problems(line: dict) -> list[str]:
+    """What is wrong with a compiled kernel, in words; nothing for one that may be launched."""
+    found = []
+    if line["stack"]:
+        found.append(f"spills {line['stack']} bytes a thread")
+    if line["shared"] > SHARED_LIMIT[line["arch"]]:
+        found.append(f"{line['shared']} bytes of shared memory; {SHARED_LIMIT[line['arch']]} fit")
+    stages = line["flags"].get("num_stages", 1)
+    old = tuple(int(part) for part in line["ptxas"].split(".")[:2]) < (13, 3)
+    if line["wgmma_register_a"] and stages >= 2 and old:
+        found.append(f"WGMMA with its left operand in registers, ptxas {line['ptxas']}")
+    if line["kernel"] == "gemm_kernel" and line["arch"] == 90 and not line["wgmma"]:
+        found.append("no WGMMA instruction")
+    if line["kernel"] == "gemm_kernel" and not line["tma"]:
+        found.append("no bulk tensor copy")
+    return found
+
+
+def left_operands(ptx: str) -> list[str]:
+    """First character of every WGMMA's left operand: "{" where it lies in registers."""
+    return re.findall(r"wgmma\.mma_async\S*\s+\{[^}]*\},\s*(\S)", ptx)
+
+
+def element_type(arguments: dict) -> str:
+    first = next(iter(arguments.values()))
+    return str(getattr(first, "base", first).dtype).removeprefix("torch.")
+
+
+def launches(arch: int, tf32: bool = False):
+    """Every launch configuration that the rules in launch.py give, as calls on meta tensors.
+
+    sm_90 gets all of them; the others all but those that differ little (middle tiles, float16).
+    """
+    few, bf16, fp16, fp32 = (8, 32, 1024), torch.bfloat16, torch.float16, torch.float32
+    if tf32:
+        cases = [(fp32, 8192, 4096, r) for r in few[1:]]
+    else:
+        rows = ROWS if arch == 90 else (ROWS[0], ROWS[-1])
+        cases = [
+            *itertools.product([bf16], rows, [4096], RANKS),
+            *itertools.product([bf16, fp32], [8191], [4095], few),
+            *itertools.product([fp32], [8192], [4096], few),
+            (bf16, 8192, 4096, 100),
+            *([(fp16, 8192, 4096, 128)] if arch == 90 else []),
+        ]
+    seen = set()
+    for case, dropout_p in itertools.product(cases, (0.0, 0.1)):
+        for key, launch in calls(arch, *case, dropout_p):
+            if key not in seen:
+                seen.add(key)
+                yield launch
+
+
+def calls(arch: int, dtype, m: int, k: int, r: int, dropout_p: float):
+    """The kernels of one linear k to k, each with a key of what Triton would specialise on."""
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    x, h, a, gates = empty(m, k), empty(m, r), empty(r, k), empty(4, r, dtype=torch.float32)
+    ids, seed = empty(m, dtype=torch.int64), empty(1, dtype=torch.int64)
+    dropout = (seed, round(dropout_p * 65536), 1 / (1 - dropout_p)) if dropout_p else None
+    key = (dtype, k % 16 == 0, r == 100, dropout is not None)
+    launch = shrink_launch(m, k, r, dtype, dropout is not None)
+    yield ("shrink", launch, key), partial(shrink, x, a, gates, ids, h, None, dropout, launch)
+    if r == DENSE_RANK:
+        yield ("both", launch, key), partial(shrink, x, a, gates, ids, h, h, dropout, launch)
+    launch = expand_launch(m, k, r, dtype)
+    yield ("expand", launch, key), partial(expand, h, a, x, dropout is None, dropout, launch)
+    launch = outer_launch(m, r, k, dtype)
+    same_code = (replace(launch, chunk=0), r > launch.block_r)
+    yield ("outer", same_code, key), partial(outer, h, x, torch.float32, dropout, launch)
+    if (
+        dtype == torch.bfloat16
+        and arch >= 90
+        and not dropout
+        and why_not_gemm(x, empty(k, k), h, a) is None
+    ):
+        launch = gemm_launch(m, k, k, r)
+        yield ("gemm", launch), partial(gemm, x, empty(k, k), empty(k), h, a, launch)
+
+
+def main(archs) -> None:
+    def report(line: dict) -> None:
+        print(json.dumps({**line, "problems": problems(line)}), flush=True)
+
+    with Compiler(report) as compiler:
+        for arch in archs:
+            compiler.target(arch)
+            for launch in launches(arch):
+                launch()
+            if arch == 90:
+                torch.set_float32_matmul_precision("high")  # TF32 products
+                for launch in launches(arch, tf32=True):
+                    launch()
+                torch.set_float32_matmul_precision("highest")
+
+
+if __name__ == "__main__":
+    main([int(a) for a in sys.argv[1:]] or ARCHS)
