@@ -82,7 +82,7 @@ class MultiLoRALinear(nn.Module):
         self.dropout, self.backend = dropout, backend
         self._gate = [gate]  # in a list: the gate is registered once, on the model
         self._siblings: list[MultiLoRALinear] = []
-        self._hard_gates: dict[torch.device, Tensor] = {}
+        self._constants: dict[torch.device, Tensor] = {}  # gates and scaling, by device
         weight = next(base_layer.parameters())
         wide = weight.dtype in (torch.float32, torch.float64)
         options = {"device": weight.device, "dtype": weight.dtype if wide else torch.float32}
@@ -159,20 +159,24 @@ class MultiLoRALinear(nn.Module):
     def gates(self, device: torch.device) -> Tensor:
         """(T, E) float32 over this layer's experts, scaling included."""
         learned = self._gate[0]
+        if device not in self._constants:
+            with torch.inference_mode(False):  # training may use the same tensor later
+                self._constants[device] = self._gate_constant().to(device)
+        constant = self._constants[device]
         if learned is None:
-            if device not in self._hard_gates:
-                with torch.inference_mode(False):  # training may use the same table later
-                    table = torch.tensor(_hard_gate(self.router.tasks, self.experts))
-                    self._hard_gates[device] = (table * self._scaling_row()).to(device)
-            return self._hard_gates[device]
-        columns = [learned.experts.index(e) for e in self.experts]
+            return constant
         gate = learned.gate.float()
-        if len(columns) != gate.shape[1]:
+        if self.experts != learned.experts:
+            columns = [learned.experts.index(e) for e in self.experts]
             gate = torch.stack([gate[:, c] for c in columns], dim=1)
-        return gate.to(device) * self._scaling_row().to(device, non_blocking=True)
+        return gate.to(device) * constant
 
-    def _scaling_row(self) -> Tensor:
-        return torch.tensor([self.scaling[e] for e in self.experts])
+    def _gate_constant(self) -> Tensor:
+        """Scaling (E,); with the hard gate, the whole matrix (T, E)."""
+        scaling = torch.tensor([self.scaling[e] for e in self.experts])
+        if self._gate[0] is not None:
+            return scaling
+        return torch.tensor(_hard_gate(self.router.tasks, self.experts)) * scaling
 
     def _fused_base(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Weight (n, k) and bias where the base may be computed with the update, else None."""
