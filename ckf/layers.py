@@ -108,11 +108,15 @@ class MultiLoRALinear(nn.Module):
         ready = route.take(x, self.index)
         if ready is not None:
             return ready
-        group = self._group(x)
-        if group is None:
-            return self._alone(x, route)
-        outputs = self._run(x, group, [layer._fused_base(x) for layer in group], route)
-        for layer, y in zip(group[1:], outputs[1:], strict=True):
+        layers = self._group(x)
+        bases = [layer._fused_base(x) for layer in layers]
+        if any(weight is None for weight, _ in bases):
+            layers, bases = [self], bases[:1]
+        if bases[0][0] is None:
+            base = self.base_layer(x)
+            return base + self._run(x.to(base.dtype), layers, bases, route, x)[0]
+        outputs = self._run(x, layers, bases, route, x)
+        for layer, y in zip(layers[1:], outputs[1:], strict=True):
             route.keep(x, layer.index, y)
         return outputs[0]
 
@@ -120,31 +124,21 @@ class MultiLoRALinear(nn.Module):
         """Layers that are fed the same tensor after this one; it computes them all at once."""
         self._siblings = siblings
 
-    def _group(self, x: Tensor) -> list["MultiLoRALinear"] | None:
-        """This layer and its siblings, where all of them can be computed from x at once.
+    def _group(self, x: Tensor) -> list["MultiLoRALinear"]:
+        """This layer, and its siblings where they may be computed together with it.
 
         Not in inference mode: a change of x between two siblings' calls would go unseen there.
         """
-        if not self._siblings or x.is_inference() or torch.compiler.is_compiling():
-            return None
-        group = [self, *self._siblings]
-        alike = all(
-            layer.training == self.training and layer._fused_base(x)[0] is not None
-            for layer in group
-        )
-        return group if alike else None
+        alone = x.is_inference() or torch.compiler.is_compiling()
+        if alone or any(layer.training != self.training for layer in self._siblings):
+            return [self]
+        return [self, *self._siblings]
 
-    def _alone(self, x: Tensor, route: Route) -> Tensor:
-        fused = self._fused_base(x)
-        if fused[0] is not None:
-            return self._run(x, [self], [fused], route)[0]
-        base = self.base_layer(x)
-        return base + self._run(x, [self], [(None, None)], route, base.dtype)[0]
-
-    def _run(self, x: Tensor, layers, bases, route: Route, dtype=None) -> tuple[Tensor, ...]:
+    def _run(self, inputs: Tensor, layers, bases, route: Route, x: Tensor) -> tuple[Tensor, ...]:
+        """The layers' outputs; ``x`` is the tensor as it came, whose identity seeds the dropout."""
         dropout = self.dropout if self.training else 0.0
         return run_group(
-            x if dtype is None else x.to(dtype),
+            inputs,
             [weight for weight, _ in bases],
             [bias for _, bias in bases],
             [[layer.lora_A[e] for e in layer.experts] for layer in layers],

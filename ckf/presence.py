@@ -52,13 +52,12 @@ class TaskPresence:
         seen = self._seen.int()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
-        for task, present in zip(self.tasks, seen.tolist(), strict=True):
-            if not present:
-                for parameter in self._parameters[task]:
-                    parameter.grad = None
-        absent = (seen == 0).nonzero().squeeze(1)
+        absent = [index for index, present in enumerate(seen.tolist()) if not present]
+        for index in absent:
+            for parameter in self._parameters[self.tasks[index]]:
+                parameter.grad = None
         for gate in self._gates:
-            rows = absent.to(gate.device)
+            rows = torch.tensor(absent, dtype=torch.int64, device=gate.device)
             self._kept.append((gate, rows, gate.detach()[rows]))
         self._seen = None
 
