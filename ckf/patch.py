@@ -196,7 +196,7 @@ def _settings(tasks, r, shared_r, lora_alpha, lora_dropout, use_rslora, gate, pe
     if gate not in ("hard", "learned"):
         raise ValueError(f"gate is {gate!r}; expected 'hard' or 'learned'")
     if backend != "cuda":  # needs a tensor on a GPU to be judged
-        choose_backend(backend, torch.empty(0, 1), needs_grad=True)
+        choose_backend(backend, 0, torch.empty(0, 1), needs_grad=True)
     return PatchSettings(
         ranks, shared_r, lora_alpha, lora_dropout, use_rslora, gate, per_layer, backend
     )

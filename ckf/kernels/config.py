@@ -17,6 +17,7 @@ class Choice:
 
     backend: str
     why: str
+    plan: str = "expand"
 
 
 def usable_backends() -> dict[str, tuple[bool, str]]:
@@ -28,8 +29,10 @@ def usable_backends() -> dict[str, tuple[bool, str]]:
     }
 
 
-def choose_backend(backend: str, x: torch.Tensor, needs_grad: bool, rank: int = 1) -> Choice:
-    """The backend for rows x (m, k) and ``rank`` stacked columns of all experts (R).
+def choose_backend(
+    backend: str, m: int, x: torch.Tensor, needs_grad: bool, rank: int = 1
+) -> Choice:
+    """The backend for m rows of x (..., k) and ``rank`` stacked columns of all experts (R).
 
     Raises:
         ValueError: an unknown backend, or one that cannot run this call.
@@ -42,7 +45,7 @@ def choose_backend(backend: str, x: torch.Tensor, needs_grad: bool, rank: int = 
     if backend == "triton":
         refusal = _why_not_triton(x)
     elif backend == "cuda":
-        refusal = _why_not_cuda(x, needs_grad, rank)
+        refusal = _why_not_cuda(m, x, needs_grad, rank)
     if refusal is not None:
         raise ValueError(f"backend={backend!r} cannot compute this call: {refusal}")
     return Choice(backend, "asked for")
@@ -74,13 +77,13 @@ def _why_not_triton(x: torch.Tensor) -> str | None:
     return None
 
 
-def _why_not_cuda(x: torch.Tensor, needs_grad: bool, rank: int) -> str | None:
+def _why_not_cuda(m: int, x: torch.Tensor, needs_grad: bool, rank: int) -> str | None:
     if x.device.type != "cuda":
         return f"the input is on {x.device.type}; the CUDA kernel needs a GPU tensor"
     if needs_grad:
         return "gradients are needed; the CUDA kernel is forward only"
-    if x.shape[0] > cuda.MAX_ROWS:
-        return f"{x.shape[0]} rows; the CUDA kernel is for {cuda.MAX_ROWS} or fewer"
+    if m > cuda.MAX_ROWS:
+        return f"{m} rows; the CUDA kernel is for {cuda.MAX_ROWS} or fewer"
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"dtype {x.dtype}; the CUDA kernel takes float32, float16 and bfloat16"
     if rank > cuda.MAX_RANK:

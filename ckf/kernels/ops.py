@@ -1,14 +1,22 @@
-"""The public functions: checks, autocast, choice of backend."""
+"""The public functions: checks, autocast, choice of backend, and the ops with their gradient.
 
+Each pass is one registered op (``ckf::multi_lora``, ``ckf::multi_lora_backward``) under one
+autograd.Function, so that torch.compile sees a single node whatever the mix of tasks, and a call
+costs one op boundary a pass.
+"""
+
+import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from ckf.kernels import cuda
+from ckf.kernels import cuda, torch_backend
 from ckf.kernels.config import choose_backend
 from ckf.kernels.dropout import dropout_threshold
-from ckf.kernels.torch_backend import multi_lora_group_torch
+from ckf.kernels.group import GroupShape
 
 
 def multi_lora_linear(
@@ -76,36 +84,207 @@ def multi_lora_group(
     return run_group(x, weights, biases, a, b, gates, task_ids, dropout_p, seed, backend)
 
 
-def run_group(x, weights, biases, a, b, gates, task_ids, dropout_p, seed, backend):
-    """``multi_lora_group`` for arguments that were checked before."""
+def run_group(
+    x, weights, biases, a, b, gates, task_ids, dropout_p, seed, backend, slots=None, width=0
+) -> tuple[Tensor, ...]:
+    """``multi_lora_group`` for arguments that were checked before.
+
+    ``slots`` (T, R) and ``width``: where H may be saved compact, see ``slots.compact_slots``.
+    """
     dropout_threshold(dropout_p)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
         weights = [None if w is None else w.to(dtype) for w in weights]
         biases = [None if v is None else v.to(dtype) for v in biases]
-    needs_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad
-        for t in (x, *weights, *biases, *gates, *(t for s in (*a, *b) for t in s))
+    flat_a, flat_b = [t for s in a for t in s], [t for s in b for t in s]
+    tensors = [*weights, *biases, *gates, *flat_a, *flat_b]
+    needs_grad = torch.is_grad_enabled() and (
+        x.requires_grad or any(t is not None and t.requires_grad for t in tensors)
     )
-    rank = max(sum(t.shape[0] for t in a_l) for a_l in a)
-    rows = x.reshape(-1, x.shape[-1])
-    choice = choose_backend(backend, rows, needs_grad or dropout_p > 0, rank)
+    choice = choose_backend(
+        backend,
+        x.shape[:-1].numel(),
+        x,
+        needs_grad or dropout_p > 0,
+        rank=sum(t.shape[0] for t in flat_a),
+    )
+    save_plain = needs_grad and any(g.requires_grad for g in gates)
+    call = _Call(
+        tuple(len(experts) for experts in a),
+        width,
+        dropout_p,
+        save_plain,
+        choice.backend,
+        choice.plan,
+    )
+    seed = _seed_tensor(seed, x.device) if dropout_p > 0 else None
     with torch.autocast(x.device.type, enabled=False):
-        if choice.backend == "cuda":
-            return _run_cuda(x, weights, biases, a, b, gates, task_ids)
-        if choice.backend == "triton":
-            from ckf.kernels.triton_backend import multi_lora_group_triton  # imports triton
-
-            run = multi_lora_group_triton
-            return run(x, weights, biases, a, b, gates, task_ids, dropout_p, seed)
-        return multi_lora_group_torch(x, weights, biases, a, b, gates, task_ids, dropout_p, seed)
+        if needs_grad:
+            return _MultiLoRA.apply(call, x, task_ids, seed, slots, *tensors)
+        return tuple(_forward_op(call, x, task_ids, seed, slots, tensors)[:-1])
 
 
-def _run_cuda(x, weights, biases, a, b, gates, task_ids) -> tuple[Tensor, ...]:
+class _Call(NamedTuple):
+    """The static side of a call, as the ops take it: experts per linear, and the choices made."""
+
+    experts: tuple[int, ...]
+    width: int
+    dropout_p: float
+    save_plain: bool
+    backend: str
+    plan: str
+
+
+class _MultiLoRA(torch.autograd.Function):
+    """One node for all linears of a group: every A and B enters it, also those without rows."""
+
+    @staticmethod
+    def forward(ctx, call: _Call, x, task_ids, seed, slots, *tensors):
+        *outputs, saved = _forward_op(call, x, task_ids, seed, slots, tensors)
+        ctx.call = call
+        ctx.save_for_backward(x, saved, task_ids, seed, slots, *tensors)
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dys):
+        x, saved, task_ids, seed, slots, *tensors = ctx.saved_tensors
+        needs = [ctx.needs_input_grad[1], *ctx.needs_input_grad[5:]]
+        found = torch.ops.ckf.multi_lora_backward(
+            list(dys),
+            x,
+            saved,
+            *_lists(ctx.call, tensors),
+            task_ids,
+            seed,
+            slots,
+            *ctx.call[1:],
+            needs,
+        )
+        gradients = iter(found)
+        dx, *rest = [next(gradients) if needed else None for needed in needs]
+        return None, dx, None, None, None, *rest
+
+
+def _forward_op(call: _Call, x, task_ids, seed, slots, tensors) -> list[Tensor]:
+    """The outputs, and last the tensor saved beside x."""
+    lists = _lists(call, tensors)
+    return torch.ops.ckf.multi_lora(x, *lists, task_ids, seed, slots, *call[1:])
+
+
+def _lists(call: _Call, tensors) -> list[list[Tensor]]:
+    """weights, biases, gates, a, b."""
+    linears, experts = len(call.experts), sum(call.experts)
+    cuts = [0, linears, 2 * linears, 3 * linears, 3 * linears + experts, 3 * linears + 2 * experts]
+    return [list(tensors[i:j]) for i, j in itertools.pairwise(cuts)]
+
+
+_TENSORS = (
+    "Tensor?[] weights, Tensor?[] biases, Tensor[] gates, Tensor[] a, Tensor[] b, "
+    "Tensor task_ids, Tensor? seed, Tensor? slots"
+)
+_STATIC = "int width, float dropout_p, bool save_plain, str backend, str plan"
+_LIBRARY = torch.library.Library("ckf", "DEF")
+_LIBRARY.define(f"multi_lora(Tensor x, {_TENSORS}, {_STATIC}) -> Tensor[]")
+_LIBRARY.define(
+    f"multi_lora_backward(Tensor[] dys, Tensor x, Tensor saved, {_TENSORS}, {_STATIC}, "
+    "bool[] needs) -> Tensor[]"
+)
+
+
+def _multi_lora(
+    x, weights, biases, gates, a, b, ids, seed, slots, width, p, save_plain, backend, plan
+):
+    if backend == "cuda":
+        return [*_run_cuda(x, weights, biases, a, b, gates, ids), x.new_empty(0)]
+    shape = _shape(gates, a, p)
+    passes = _passes(backend)
+    extra = (plan,) if backend == "triton" else ()
+    outputs, saved = passes.forward_pass(
+        shape, x, weights, biases, gates, a, b, ids, seed, save_plain, slots, width, *extra
+    )
+    return [*outputs, saved]
+
+
+def _multi_lora_backward(
+    dys, x, saved, weights, biases, gates, a, b, ids, seed, slots, width, p, save_plain, backend,
+    plan, needs,
+):  # fmt: skip
+    shape = _shape(gates, a, p)
+    passes = _passes(backend)
+    extra = (plan,) if backend == "triton" else ()
+    found = passes.backward_pass(
+        shape, dys, x, saved, weights, gates, a, b, ids, seed, save_plain, slots, width, needs,
+        *extra,
+    )  # fmt: skip
+    return [g.contiguous() for g in found if g is not None]
+
+
+def _multi_lora_fake(
+    x, weights, biases, gates, a, b, ids, seed, slots, width, p, save_plain, backend, plan
+):
+    shape = _shape(gates, a, p)
+    firsts = itertools.accumulate([0, *(len(r) for r in shape.ranks[:-1])])
+    outputs = [x.new_empty(*x.shape[:-1], b[first].shape[0]) for first in firsts]
+    if backend == "cuda":
+        return [*outputs, x.new_empty(0)]
+    compact = not save_plain and _passes(backend).saves_compact(shape, x, slots)
+    columns = width if compact else shape.columns
+    return [*outputs, x.new_empty(x.shape[:-1].numel(), columns)]
+
+
+def _multi_lora_backward_fake(
+    dys, x, saved, weights, biases, gates, a, b, ids, seed, slots, width, p, save_plain, backend,
+    plan, needs,
+):  # fmt: skip
+    inputs = [x, *weights, *biases, *gates, *a, *b]
+    return [
+        t.new_empty(t.shape) for t, needed in zip(inputs, needs, strict=True) if needed
+    ]
+
+
+for _name, _function, _fake in (
+    ("multi_lora", _multi_lora, _multi_lora_fake),
+    ("multi_lora_backward", _multi_lora_backward, _multi_lora_backward_fake),
+):
+    for _device in ("CPU", "CUDA"):
+        _LIBRARY.impl(_name, _function, _device)
+    torch.library.register_fake(f"ckf::{_name}", _fake, lib=_LIBRARY)
+
+
+def _shape(gates, a, dropout_p: float) -> GroupShape:
+    ranks, first = [], 0
+    for gate in gates:
+        experts = gate.shape[1]
+        ranks.append(tuple(t.shape[0] for t in a[first : first + experts]))
+        first += experts
+    return GroupShape(tuple(ranks), dropout_p)
+
+
+def _passes(backend: str):
+    """The module whose ``forward_pass`` and ``backward_pass`` compute the ops."""
+    if backend == "torch":
+        return torch_backend
+    from ckf.kernels import triton_backend  # imports triton
+
+    return triton_backend
+
+
+def _seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
+    """One int64 on the device: a captured graph can draw afresh, a kernel never recompiles."""
+    if isinstance(seed, Tensor):
+        return seed.reshape(1).to(device=device, dtype=torch.int64, non_blocking=True)
+    signed = (seed + 2**63) % 2**64 - 2**63
+    return torch.full((1,), signed, dtype=torch.int64, device=device)
+
+
+def _run_cuda(x, weights, biases, a, b, gates, task_ids) -> list[Tensor]:
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    outputs = []
-    for weight, bias, a_l, b_l, gate in zip(weights, biases, a, b, gates, strict=True):
+    outputs, first = [], 0
+    for weight, bias, gate in zip(weights, biases, gates, strict=True):
+        a_l, b_l = a[first : first + gate.shape[1]], b[first : first + gate.shape[1]]
+        first += gate.shape[1]
         n = b_l[0].shape[0]
         if weight is None:
             y = x.new_zeros(*x.shape[:-1], n)
@@ -119,7 +298,7 @@ def _run_cuda(x, weights, biases, a, b, gates, task_ids) -> tuple[Tensor, ...]:
             y.view(-1, n), rows, stacked_a, stacked_b, column_gates, task_ids.reshape(-1)
         )
         outputs.append(y)
-    return tuple(outputs)
+    return outputs
 
 
 def check_task_ids(task_ids: Tensor, x: Tensor, tasks: int) -> Tensor:

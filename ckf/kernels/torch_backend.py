@@ -13,150 +13,154 @@ Stacking A and B copies R (k + n) elements a call, under 0.1% of the base produc
 m 2048. No atomics: the same inputs give the same bits.
 """
 
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ckf.kernels.dropout import dropout_mask, dropout_scale
+from ckf.kernels import torch_runs
+from ckf.kernels.dropout import dropout_scale
+from ckf.kernels.group import (
+    GroupShape,
+    add_base,
+    base_gradients,
+    dropped,
+    keep_mask,
+    product,
+    unflatten,
+)
 
-
-@dataclass(frozen=True)
-class GroupShape:
-    """The static side of a call: ranks[l][e] is the rank of expert e in linear l."""
-
-    ranks: tuple[tuple[int, ...], ...]
-    dropout_p: float
-
-    @property
-    def linears(self) -> int:
-        return len(self.ranks)
-
-    @property
-    def experts(self) -> int:
-        return sum(len(r) for r in self.ranks)
-
-    @property
-    def expert_ranks(self) -> list[int]:
-        return [r for ranks in self.ranks for r in ranks]
-
-    @property
-    def linear_ranks(self) -> list[int]:
-        return [sum(ranks) for ranks in self.ranks]
+COMPACT_ABOVE = 128  # rank columns from which a GPU saves H compact
 
 
-def multi_lora_group_torch(
+def forward_pass(
+    shape: GroupShape,
     x: Tensor,
     weights: Sequence[Tensor | None],
     biases: Sequence[Tensor | None],
-    a: Sequence[Sequence[Tensor]],
-    b: Sequence[Sequence[Tensor]],
     gates: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
     task_ids: Tensor,
-    dropout_p: float,
-    seed: int | Tensor,
-) -> tuple[Tensor, ...]:
-    """Linears that share x (..., k); arguments as in ``ops.multi_lora_group``, already checked.
+    seed: Tensor | None,
+    save_plain: bool,
+    slots: Tensor | None,
+    width: int,
+) -> tuple[list[Tensor], Tensor]:
+    """The outputs (..., n_l) and what backward needs beside x: S (m, R) or H, compact or dense.
 
-    A weight of None gives the LoRA update alone, without a base.
+    Args:
+        x: (..., k); ``weights``, ``biases``, ``gates``: one a linear; a weight of None gives the
+            update alone. ``a``, ``b``: the experts of all linears, one after the other.
+        seed: one int64, where the shape has dropout.
+        save_plain: keep S for the gradient of the gates instead of H.
+        slots: (T, R) place of every rank column in a compact row of H, -1 where its gate is
+            always zero; None: any gate may be non-zero. ``width``: of a compact row.
     """
-    from ckf.kernels.torch_runs import MultiLoRARuns, find_runs  # builds on this module
-
-    shape = GroupShape(tuple(tuple(t.shape[0] for t in experts) for experts in a), dropout_p)
-    flat_a = [t for experts in a for t in experts]
-    flat_b = [t for experts in b for t in experts]
-    if x.device.type == "cpu" and not any(g.requires_grad for g in gates):
-        runs = find_runs(task_ids.reshape(-1))
+    if _takes_runs(x, save_plain):
+        runs = torch_runs.find_runs(task_ids.reshape(-1))
         if runs is not None:
-            seed = int(seed)
-            return MultiLoRARuns.apply(
-                shape, runs, x, seed, *weights, *biases, *gates, *flat_a, *flat_b
+            columns = width if slots is not None else shape.columns
+            return torch_runs.forward_pass(
+                shape, runs, x, weights, biases, gates, a, b, seed, columns
             )
-    return _MultiLoRA.apply(shape, x, task_ids, seed, *weights, *biases, *gates, *flat_a, *flat_b)
+    rows = x.reshape(-1, x.shape[-1])  # (m, k)
+    keep = keep_mask(rows, shape, seed)
+    s = dropped(rows, keep, shape) @ _stack_a(a, x.dtype).t()  # (m, R)
+    h = _gated(s, _row_gates(gates, shape, task_ids))
+    outputs = []
+    for weight, bias, h_l, b_l in zip(
+        weights, biases, h.split(shape.linear_ranks, 1), _stack_b(b, shape, x.dtype), strict=True
+    ):
+        outputs.append(_expand(x, weight, bias, h_l, b_l))
+    if save_plain:
+        return outputs, s
+    if saves_compact(shape, x, slots):
+        index = _slot_index(slots, task_ids, width)  # (m, R)
+        h = h.new_zeros(h.shape[0], width + 1).scatter_(1, index, h)[:, :width].contiguous()
+    return outputs, h
 
 
-class _MultiLoRA(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, shape: GroupShape, x, task_ids, seed, *tensors):
-        weights, biases, gates, a, b = unflatten(shape, tensors)
-        rows = x.reshape(-1, x.shape[-1])  # (m, k)
-        keep = keep_mask(rows, shape, seed)
-        s = dropped(rows, keep, shape) @ _stack_a(a, x.dtype).t()  # (m, R)
-        gate = _row_gates(gates, shape, task_ids)  # (m, R)
-        h = _gated(s, gate)
-        stacked_b = _stack_b(b, shape, x.dtype)
-        outputs = []
-        for weight, bias, h_l, b_l in zip(
-            weights, biases, h.split(shape.linear_ranks, 1), stacked_b, strict=True
-        ):
-            outputs.append(_expand(x, weight, bias, h_l, b_l))
-        ctx.shape, ctx.seed = shape, None if isinstance(seed, Tensor) else seed
-        gates_need_grad = any(g.requires_grad for g in gates)
-        saved_seed = seed if isinstance(seed, Tensor) else None
-        ctx.saved_is_s = gates_need_grad
-        ctx.save_for_backward(x, s if gates_need_grad else h, task_ids, saved_seed, *tensors)
-        return tuple(outputs)
+def backward_pass(
+    shape: GroupShape,
+    dys: Sequence[Tensor],
+    x: Tensor,
+    saved: Tensor,
+    weights: Sequence[Tensor | None],
+    gates: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    task_ids: Tensor,
+    seed: Tensor | None,
+    save_plain: bool,
+    slots: Tensor | None,
+    width: int,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of x, weights, biases, gates, a and b, in this order; None where not needed.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):
-        shape: GroupShape = ctx.shape
-        x, saved, task_ids, saved_seed, *tensors = ctx.saved_tensors
-        seed = ctx.seed if saved_seed is None else saved_seed
-        weights, _, gates, a, b = unflatten(shape, tensors)
-        rows = x.reshape(-1, x.shape[-1])
-        need_w, need_bias, need_g, need_a, need_b = unflatten(shape, ctx.needs_input_grad[4:])
-        gate = _row_gates(gates, shape, task_ids)
-        h = _gated(saved, gate) if ctx.saved_is_s else saved
-        dys = [g.reshape(rows.shape[0], g.shape[-1]) for g in grads]
-        stacked_b = _stack_b(b, shape, x.dtype)
-        dh = torch.cat([dy @ b_l for dy, b_l in zip(dys, stacked_b, strict=True)], dim=1)  # (m, R)
-        ds = _gated(dh, gate)
-        dx = da = None
-        stacked_a = _stack_a(a, x.dtype)
-        keep = keep_mask(rows, shape, seed)
-        if ctx.needs_input_grad[1]:
-            dx = ds @ stacked_a  # (m, k)
-            if keep is not None:
-                dx = torch.where(keep, dx * dropout_scale(shape.dropout_p), 0)
-            for dy, weight in zip(dys, weights, strict=True):
-                if weight is not None:
-                    dx.addmm_(dy, weight)
-            dx = dx.view(x.shape)
-        da = [None] * shape.experts
-        if any(need_a):
-            stacked = product(ds.t(), dropped(rows, keep, shape), a[0].dtype)  # (R, k)
-            da = list(stacked.split(shape.expert_ranks, 0))
-        db = _b_gradients(shape, dys, h, b, need_b)
-        dg = [None] * shape.linears
-        if any(need_g):
-            dg = gate_gradients(shape, dh, saved, gates, task_ids)
-        dw = [dy.t() @ rows if needed else None for dy, needed in zip(dys, need_w, strict=True)]
-        dbias = [dy.sum(0) if needed else None for dy, needed in zip(dys, need_bias, strict=True)]
-        return None, dx, None, None, *dw, *dbias, *dg, *da, *db
+    ``needs`` has a flag for each in the same order; the rest as in ``forward_pass``.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    dys = [dy.reshape(rows.shape[0], dy.shape[-1]) for dy in dys]
+    if _takes_runs(x, save_plain):
+        runs = torch_runs.find_runs(task_ids.reshape(-1))
+        if runs is not None:
+            return torch_runs.backward_pass(
+                shape, runs, dys, x, saved, weights, gates, a, b, seed, needs
+            )
+    need_w, need_bias, need_g, need_a, need_b = unflatten(shape, needs[1:])
+    gate = _row_gates(gates, shape, task_ids)
+    stacked_b = _stack_b(b, shape, x.dtype)
+    dh = torch.cat([dy @ b_l for dy, b_l in zip(dys, stacked_b, strict=True)], dim=1)  # (m, R)
+    ds = _gated(dh, gate)
+    keep = keep_mask(rows, shape, seed)
+    dx = None
+    if needs[0]:
+        dx = ds @ _stack_a(a, x.dtype)  # (m, k)
+        if keep is not None:
+            dx = torch.where(keep, dx * dropout_scale(shape.dropout_p), 0)
+        dx = add_base(dx, dys, weights).view(x.shape)
+    da = [None] * shape.experts
+    if any(need_a):
+        stacked = product(ds.t(), dropped(rows, keep, shape), a[0].dtype)  # (R, k)
+        da = list(stacked.split(shape.expert_ranks, 0))
+    h = None
+    if any(need_b):
+        h = _saved_h(shape, x, saved, gate, save_plain, slots, task_ids)
+    db = _b_gradients(shape, dys, h, b, need_b)
+    dg = [None] * shape.linears
+    if any(need_g):
+        dg = gate_gradients(shape, dh, saved, gates, task_ids)
+    return [dx, *base_gradients(rows, dys, need_w, need_bias), *dg, *da, *db]
 
 
-def unflatten(shape: GroupShape, tensors):
-    """weights, biases, gates (one a linear each), then a and b (one an expert each)."""
-    count, experts = shape.linears, shape.experts
-    cuts = (0, count, 2 * count, 3 * count, 3 * count + experts, 3 * count + 2 * experts)
-    return [tensors[i:j] for i, j in itertools.pairwise(cuts)]
+def saves_compact(shape: GroupShape, x: Tensor, slots: Tensor | None) -> bool:
+    """Whether H is saved compact: on a GPU compacting a narrow H costs more than it frees."""
+    return slots is not None and (x.device.type == "cpu" or shape.columns > COMPACT_ABOVE)
 
 
-def keep_mask(rows: Tensor, shape: GroupShape, seed: int | Tensor) -> Tensor | None:
-    if shape.dropout_p == 0:
-        return None
-    return dropout_mask(rows.shape[0], rows.shape[1], shape.dropout_p, seed, rows.device)
+def _takes_runs(x: Tensor, save_plain: bool) -> bool:
+    return x.device.type == "cpu" and not save_plain
 
 
-def dropped(rows: Tensor, keep: Tensor | None, shape: GroupShape) -> Tensor:
-    if keep is None:
-        return rows
-    return torch.where(keep, rows * dropout_scale(shape.dropout_p), 0)
+def _saved_h(shape, x, saved, gate, save_plain, slots, task_ids) -> Tensor:
+    """H (m, R) from what forward saved."""
+    if save_plain:
+        return _gated(saved, gate)
+    if not saves_compact(shape, x, slots):
+        return saved
+    index = _slot_index(slots, task_ids, saved.shape[1])
+    return torch.cat([saved, saved.new_zeros(saved.shape[0], 1)], dim=1).gather(1, index)
+
+
+def _slot_index(slots: Tensor, task_ids: Tensor, width: int) -> Tensor:
+    """(m, R): the slot of every column in its row; ``width``, one past the last, where it has none."""
+    ids = task_ids.reshape(-1)
+    valid = (ids >= 0) & (ids < slots.shape[0])
+    index = slots.index_select(0, torch.where(valid, ids, 0)).long()
+    return torch.where(valid.unsqueeze(1) & (index >= 0), index, width)
 
 
 def _stack_a(a: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -202,15 +206,6 @@ def _expand(x: Tensor, weight: Tensor | None, bias: Tensor | None, h: Tensor, b:
     y = F.linear(x, weight, bias).contiguous()
     y.view(-1, y.shape[-1]).addmm_(h, b.t())
     return y
-
-
-def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """left @ right, accumulated and returned in ``dtype``."""
-    if left.dtype == dtype:
-        return left @ right
-    if left.is_cuda and dtype == torch.float32:
-        return torch.mm(left, right, out_dtype=dtype)
-    return left.to(dtype) @ right.to(dtype)
 
 
 def _b_gradients(shape: GroupShape, dys, h: Tensor, b, need_b) -> list[Tensor | None]:

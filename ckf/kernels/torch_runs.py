@@ -8,18 +8,26 @@ run of task t, with s = drop(x) A_t^T:
     ds = dh * gate_t    dA_t += ds^T drop(x)  dx = drop'(ds A_t) + dy W
 
 At T 4 and equal ranks that is 2/5 of the low-rank work of torch_backend.py. Ids are read on the
-host, so this is for CPU tensors; gates are constants here. Saved: x and h, compact (m, max R_t).
+host, so this is for CPU tensors; gates are constants here. Saved: x and h, compact in every row.
 Sums run in the order of the rows: the same inputs give the same bits.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ckf.kernels.torch_backend import GroupShape, dropped, keep_mask, product, unflatten
+from ckf.kernels.group import (
+    GroupShape,
+    add_base,
+    base_gradients,
+    dropped,
+    keep_mask,
+    product,
+    unflatten,
+)
 
 LEAST_ROWS = 128  # on average; with shorter runs dense products win over many small ones
 
@@ -50,78 +58,80 @@ class _TaskBlock:
     experts: list[list[tuple[int, int]]]  # per linear (flat expert index, rank)
 
 
-class MultiLoRARuns(torch.autograd.Function):
-    """Arguments as the dense function's in torch_backend.py, with the runs before them."""
+def forward_pass(
+    shape: GroupShape,
+    runs: list[Run],
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    gates: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    seed: Tensor | None,
+    columns: int,
+) -> tuple[list[Tensor], Tensor]:
+    """As torch_backend.forward_pass: outputs, and H (m, columns), compact in every row."""
+    rows = x.reshape(-1, x.shape[-1])  # (m, k)
+    blocks = _blocks(shape, runs, gates, a, b, x.dtype)
+    inputs = dropped(rows, keep_mask(rows, shape, seed), shape)
+    h = rows.new_zeros(rows.shape[0], columns)
+    outputs = [
+        x.new_zeros(*x.shape[:-1], n) if w is None else F.linear(x, w, v).contiguous()
+        for w, v, n in zip(weights, biases, _widths(shape, b), strict=True)
+    ]
+    flat = [y.view(-1, y.shape[-1]) for y in outputs]
+    for start, stop, task in runs:
+        if task not in blocks:
+            continue
+        block = blocks[task]
+        part = inputs[start:stop] @ block.a.t() * block.gate  # (rows, R_t)
+        h[start:stop, : part.shape[1]] = part
+        for y, h_l, b_l in zip(flat, part.split(block.ranks, 1), block.b, strict=True):
+            y[start:stop].addmm_(h_l, b_l.t())
+    return outputs, h
 
-    @staticmethod
-    def forward(ctx, shape: GroupShape, runs: list[Run], x: Tensor, seed: int, *tensors):
-        weights, biases, gates, a, b = unflatten(shape, tensors)
-        rows = x.reshape(-1, x.shape[-1])  # (m, k)
-        blocks = _blocks(shape, runs, gates, a, b, x.dtype)
-        inputs = dropped(rows, keep_mask(rows, shape, seed), shape)
-        widest = max((block.gate.numel() for block in blocks.values()), default=0)
-        h = rows.new_zeros(rows.shape[0], widest)
-        sizes = _widths(shape, b)
-        outputs = [
-            x.new_zeros(*x.shape[:-1], n) if w is None else F.linear(x, w, v).contiguous()
-            for w, v, n in zip(weights, biases, sizes, strict=True)
-        ]
-        flat = [y.view(-1, y.shape[-1]) for y in outputs]
-        for start, stop, task in runs:
-            if task not in blocks:
-                continue
-            block = blocks[task]
-            part = inputs[start:stop] @ block.a.t() * block.gate  # (rows, R_t)
-            h[start:stop, : part.shape[1]] = part
-            for y, h_l, b_l in zip(flat, part.split(block.ranks, 1), block.b, strict=True):
-                y[start:stop].addmm_(h_l, b_l.t())
-        ctx.shape, ctx.runs, ctx.seed = shape, runs, seed
-        ctx.save_for_backward(x, h, *tensors)
-        return tuple(outputs)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):
-        shape, runs = ctx.shape, ctx.runs
-        x, h, *tensors = ctx.saved_tensors
-        weights, _, gates, a, b = unflatten(shape, tensors)
-        need_w, need_bias, _, need_a, need_b = unflatten(shape, ctx.needs_input_grad[4:])
-        rows = x.reshape(-1, x.shape[-1])
-        dys = [g.reshape(rows.shape[0], g.shape[-1]) for g in grads]
-        blocks = _blocks(shape, runs, gates, a, b, x.dtype)
-        keep = keep_mask(rows, shape, ctx.seed)
-        inputs = dropped(rows, keep, shape) if any(need_a) else rows
-        dx = torch.zeros_like(rows) if ctx.needs_input_grad[2] else None
-        da = [torch.zeros_like(t) if n else None for t, n in zip(a, need_a, strict=True)]
-        db = [torch.zeros_like(t) if n else None for t, n in zip(b, need_b, strict=True)]
-        for start, stop, task in runs:
-            if task not in blocks:
-                continue
-            block = blocks[task]
-            parts = [dy[start:stop] for dy in dys]
-            dh = torch.cat([dy @ b_l for dy, b_l in zip(parts, block.b, strict=True)], dim=1)
-            ds = dh * block.gate  # (rows, R_t)
-            if dx is not None:
-                torch.mm(ds, block.a, out=dx[start:stop])
-            if any(need_a):
-                _add(da, product(ds.t(), inputs[start:stop], a[0].dtype), block, 0)
-            if any(need_b):
-                own = h[start:stop, : ds.shape[1]].split(block.ranks, 1)
-                _add_b(db, parts, own, block, b[0].dtype)
+def backward_pass(
+    shape: GroupShape,
+    runs: list[Run],
+    dys: Sequence[Tensor],
+    x: Tensor,
+    h: Tensor,
+    weights: Sequence[Tensor | None],
+    gates: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    seed: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """As torch_backend.backward_pass, for gates that need no gradient."""
+    need_w, need_bias, _, need_a, need_b = unflatten(shape, needs[1:])
+    rows = x.reshape(-1, x.shape[-1])
+    blocks = _blocks(shape, runs, gates, a, b, x.dtype)
+    keep = keep_mask(rows, shape, seed)
+    inputs = dropped(rows, keep, shape) if any(need_a) else rows
+    dx = torch.zeros_like(rows) if needs[0] else None
+    da = [torch.zeros_like(t) if n else None for t, n in zip(a, need_a, strict=True)]
+    db = [torch.zeros_like(t) if n else None for t, n in zip(b, need_b, strict=True)]
+    for start, stop, task in runs:
+        if task not in blocks:
+            continue
+        block = blocks[task]
+        parts = [dy[start:stop] for dy in dys]
+        dh = torch.cat([dy @ b_l for dy, b_l in zip(parts, block.b, strict=True)], dim=1)
+        ds = dh * block.gate  # (rows, R_t)
         if dx is not None:
-            dx = _finish_dx(dx, keep, shape, dys, weights).view(x.shape)
-        dw = [dy.t() @ rows if needed else None for dy, needed in zip(dys, need_w, strict=True)]
-        dbias = [dy.sum(0) if needed else None for dy, needed in zip(dys, need_bias, strict=True)]
-        return None, None, dx, None, *dw, *dbias, *[None] * shape.linears, *da, *db
-
-
-def _finish_dx(dx: Tensor, keep: Tensor | None, shape: GroupShape, dys, weights) -> Tensor:
-    if keep is not None:
-        dx = dropped(dx, keep, shape)
-    for dy, weight in zip(dys, weights, strict=True):
-        if weight is not None:
-            dx.addmm_(dy, weight)
-    return dx
+            torch.mm(ds, block.a, out=dx[start:stop])
+        if any(need_a):
+            _add(da, product(ds.t(), inputs[start:stop], a[0].dtype), block, 0)
+        if any(need_b):
+            own = h[start:stop, : ds.shape[1]].split(block.ranks, 1)
+            _add_b(db, parts, own, block, b[0].dtype)
+    if dx is not None:
+        dx = dx if keep is None else dropped(dx, keep, shape)
+        dx = add_base(dx, dys, weights).view(x.shape)
+    base = base_gradients(rows, dys, need_w, need_bias)
+    return [dx, *base, *[None] * shape.linears, *da, *db]
 
 
 def _blocks(shape: GroupShape, runs: list[Run], gates, a, b, dtype) -> dict[int, _TaskBlock]:

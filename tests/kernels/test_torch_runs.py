@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ckf.kernels import multi_lora_group, multi_lora_linear
-from ckf.kernels.torch_runs import MultiLoRARuns, find_runs
+from ckf.kernels import torch_runs
+from ckf.kernels.torch_runs import find_runs
 from tests.kernels.cases import assert_as_good_as_reference, random_case, run_with_gradients
 
 SORTED = [0] * 140 + [2] * 133 + [-1] * 135 + [1] * 1 + [2] * 270
@@ -18,8 +19,8 @@ def by_runs(*arguments):
 def calls(monkeypatch):
     """Counts the calls that go by runs."""
     count = []
-    original = MultiLoRARuns.apply
-    monkeypatch.setattr(MultiLoRARuns, "apply", lambda *a: count.append(1) or original(*a))
+    original = torch_runs.forward_pass
+    monkeypatch.setattr(torch_runs, "forward_pass", lambda *a: count.append(1) or original(*a))
     return count
 
 

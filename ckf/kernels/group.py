@@ -1,0 +1,83 @@
+"""What the backends share: the static side of a call, and the dropped input."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ckf.kernels.dropout import dropout_mask, dropout_scale
+
+
+@dataclass(frozen=True)
+class GroupShape:
+    """The static side of a call: ranks[l][e] is the rank of expert e in linear l."""
+
+    ranks: tuple[tuple[int, ...], ...]
+    dropout_p: float
+
+    @property
+    def linears(self) -> int:
+        return len(self.ranks)
+
+    @property
+    def experts(self) -> int:
+        return sum(len(r) for r in self.ranks)
+
+    @property
+    def expert_ranks(self) -> list[int]:
+        return [r for ranks in self.ranks for r in ranks]
+
+    @property
+    def linear_ranks(self) -> list[int]:
+        return [sum(ranks) for ranks in self.ranks]
+
+    @property
+    def columns(self) -> int:
+        """R: the rank columns of all linears."""
+        return sum(self.linear_ranks)
+
+
+def unflatten(shape: GroupShape, tensors):
+    """weights, biases, gates (one a linear each), then a and b (one an expert each)."""
+    count, experts = shape.linears, shape.experts
+    cuts = (0, count, 2 * count, 3 * count, 3 * count + experts, 3 * count + 2 * experts)
+    return [tensors[i:j] for i, j in itertools.pairwise(cuts)]
+
+
+def keep_mask(rows: Tensor, shape: GroupShape, seed: int | Tensor | None) -> Tensor | None:
+    if shape.dropout_p == 0:
+        return None
+    return dropout_mask(rows.shape[0], rows.shape[1], shape.dropout_p, seed, rows.device)
+
+
+def dropped(rows: Tensor, keep: Tensor | None, shape: GroupShape) -> Tensor:
+    if keep is None:
+        return rows
+    return torch.where(keep, rows * dropout_scale(shape.dropout_p), 0)
+
+
+def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left @ right, accumulated and returned in ``dtype``."""
+    if left.dtype == dtype:
+        return left @ right
+    if left.is_cuda and dtype == torch.float32:
+        return torch.mm(left, right, out_dtype=dtype)
+    return left.to(dtype) @ right.to(dtype)
+
+
+def add_base(dx: Tensor, dys: Sequence[Tensor], weights: Sequence[Tensor | None]) -> Tensor:
+    """dx (m, k) plus dy_l W_l of every linear that has a base, in place."""
+    for dy, weight in zip(dys, weights, strict=True):
+        if weight is not None:
+            dx.addmm_(dy, weight)
+    return dx
+
+
+def base_gradients(
+    rows: Tensor, dys: Sequence[Tensor], need_w: Sequence[bool], need_bias: Sequence[bool]
+) -> list[Tensor | None]:
+    """dW_l = dy_l^T x and dbias_l = sum of dy_l's rows, where needed."""
+    dw = [dy.t() @ rows if needed else None for dy, needed in zip(dys, need_w, strict=True)]
+    return dw + [dy.sum(0) if needed else None for dy, needed in zip(dys, need_bias, strict=True)]
