@@ -1,9 +1,12 @@
 // The Python module ckf._C: pointers, sizes and a stream as integers. ckf/kernels/cuda.py is its
 // only caller and checks everything that an integer cannot say (device, dtype, contiguity, sizes).
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "build_info.h"  // written by setup.py: kCkfBuildInfo, a JSON object
 #include "launchers.h"
@@ -23,25 +26,66 @@ void check(int code, const char* kernel) {
                              std::to_string(code) + ")");
 }
 
-void multi_lora_decode(uintptr_t y, uintptr_t x, uintptr_t a, uintptr_t b, uintptr_t gates,
-                       uintptr_t task_ids, int64_t m, int64_t k, int64_t n, int64_t rank,
-                       int64_t tasks, int64_t y_stride, int64_t x_stride, int dtype, int device,
-                       uintptr_t stream) {
-    const int code = ckf_multi_lora_decode(
-        pointer<void>(y), pointer<const void>(x), pointer<const void>(a), pointer<const void>(b),
-        pointer<const float>(gates), pointer<const int64_t>(task_ids), m, k, n, rank, tasks,
-        y_stride, x_stride, dtype, device, pointer<void>(stream));
-    check(code, "multi_lora_decode");
-}
+// The adapters of a group: what stays the same from call to call.
+class MultiLoraDecode {
+  public:
+    MultiLoraDecode(uintptr_t a, const std::vector<uintptr_t>& b, const std::vector<int64_t>& n,
+                    const std::vector<int64_t>& rank, uintptr_t gates, int64_t k, int64_t tasks,
+                    int dtype, int device)
+        : a_(pointer<const void>(a)),
+          gates_(pointer<const float>(gates)),
+          count_(b.size()),
+          k_(k),
+          tasks_(tasks),
+          dtype_(dtype),
+          device_(device) {
+        if (b.empty() || b.size() > kCkfMostLinears || n.size() != b.size() ||
+            rank.size() != b.size())
+            throw std::invalid_argument("multi_lora_decode: b, n and rank need one entry a linear");
+        for (size_t l = 0; l < count_; ++l)
+            linears_[l] = {nullptr, pointer<const void>(b[l]), 0, n[l], rank[l]};
+    }
+
+    void operator()(const std::vector<uintptr_t>& y, const std::vector<int64_t>& y_strides,
+                    uintptr_t x, int64_t x_stride, uintptr_t task_ids, int64_t m, bool overlap,
+                    uintptr_t stream) const {
+        if (y.size() != count_ || y_strides.size() != count_)
+            throw std::invalid_argument("multi_lora_decode: y needs one entry a linear");
+        auto linears = linears_;
+        for (size_t l = 0; l < count_; ++l) {
+            linears[l].y = pointer<void>(y[l]);
+            linears[l].y_stride = y_strides[l];
+        }
+        check(ckf_multi_lora_decode(linears.data(), static_cast<int>(count_),
+                                    pointer<const void>(x), a_, gates_,
+                                    pointer<const int64_t>(task_ids), m, k_, tasks_, x_stride,
+                                    dtype_, device_, overlap, pointer<void>(stream)),
+              "multi_lora_decode");
+    }
+
+  private:
+    const void* a_;
+    const float* gates_;
+    std::array<CkfLinear, kCkfMostLinears> linears_{};
+    size_t count_;
+    int64_t k_, tasks_;
+    int dtype_, device_;
+};
 
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
     module.doc() = "CUDA kernels of ckf over raw pointers; use ckf.kernels.cuda instead.";
-    module.def("multi_lora_decode", &multi_lora_decode, py::kw_only(), py::arg("y"), py::arg("x"),
-               py::arg("a"), py::arg("b"), py::arg("gates"), py::arg("task_ids"), py::arg("m"),
-               py::arg("k"), py::arg("n"), py::arg("rank"), py::arg("tasks"), py::arg("y_stride"),
-               py::arg("x_stride"), py::arg("dtype"), py::arg("device"), py::arg("stream"));
+    using Pointers = std::vector<uintptr_t>;
+    using Sizes = std::vector<int64_t>;
+    py::class_<MultiLoraDecode>(module, "MultiLoraDecode")
+        .def(py::init<uintptr_t, const Pointers&, const Sizes&, const Sizes&, uintptr_t, int64_t,
+                      int64_t, int, int>(),
+             py::kw_only(), py::arg("a"), py::arg("b"), py::arg("n"), py::arg("rank"),
+             py::arg("gates"), py::arg("k"), py::arg("tasks"), py::arg("dtype"), py::arg("device"))
+        .def("__call__", &MultiLoraDecode::operator(), py::arg("y"), py::arg("y_strides"),
+             py::arg("x"), py::arg("x_stride"), py::arg("task_ids"), py::arg("m"),
+             py::arg("overlap"), py::arg("stream"));
     module.def("build_info",
                [] { return py::module_::import("json").attr("loads")(kCkfBuildInfo); });
 }

@@ -1,12 +1,14 @@
 // Enough of CUDA C++ to run a kernel of this folder on the host, for tests without a GPU.
 //
-// Every CUDA thread of a block is a fiber; blocks run one after the other. A fiber runs until it
-// meets a barrier or a warp vote, so a missing barrier shows as a result that changes with the
-// order in which fibers are run (ckf_host_set_order), and a barrier that not everybody reaches is
-// reported as a failed launch instead of a hang. Strict on purpose: warp functions take the full
-// mask only, and no thread may leave before a barrier.
+// Every CUDA thread of a cluster is a fiber; the blocks of a cluster run in lock step, clusters one
+// after the other. A fiber runs until it meets a barrier or a warp vote, so a missing barrier shows
+// as a result that changes with the order in which fibers are run (ckf_host_set_order), and a
+// barrier that not everybody reaches is reported as a failed launch instead of a hang. Shared
+// memory starts as NaN. Strict on purpose: warp functions take the full mask only, no thread may
+// leave before a barrier, and no block may leave while another reads its shared memory.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -15,6 +17,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <numeric>
 #include <random>
 #include <utility>
@@ -23,10 +26,8 @@
 #define __device__
 #define __forceinline__ inline
 #define __global__
+#define __grid_constant__
 #define __launch_bounds__(...)
-#define __shared__ static
-#define CKF_LAUNCH(kernel, grid, block, stream, ...) \
-    ((void)(stream), ckf_host::launch(grid, block, [&] { (kernel)(__VA_ARGS__); }))
 
 using cudaStream_t = void*;
 enum cudaError_t : int { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
@@ -42,7 +43,7 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 namespace ckf_host {
 
 constexpr int kWarpSize = 32;
-constexpr size_t kStackBytes = 64 * 1024;
+constexpr size_t kStackBytes = 64 * 1024, kSharedBytes = 48 * 1024;
 
 struct Barrier {
     int arrived = 0;
@@ -53,93 +54,132 @@ struct Warp {
     uint64_t slot[2][kWarpSize];  // two sets: a fast lane may start the next exchange while others
                                   // still read
 };
+// Made by ucontext, switched by _setjmp and _longjmp, which make no system call.
 struct Fiber {
     ucontext_t context;
-    std::vector<char> stack = std::vector<char>(kStackBytes);
-    bool done = false;
+    jmp_buf registers;
+    std::unique_ptr<char[]> stack{new char[kStackBytes]};
+    bool started = false, done = false;
+    unsigned cluster_generation = 0;  // of the arrival that has no wait yet
+};
+struct Block {
+    Barrier barrier;
+    bool vote[2] = {false, false};
+    int left = 0;  // threads that are done
+    std::vector<Warp> warps;
+    alignas(16) char shared[kSharedBytes];
 };
 
 inline unsigned order_seed = 0;  // 0: by thread index, 1: backwards, else shuffled by this seed
+inline bool has_clusters = true;
 inline cudaError_t last_error = cudaSuccess;
 inline std::vector<Fiber> fibers;
-inline std::vector<Warp> warps;
-inline Barrier block_barrier;
+inline std::vector<Block> blocks;  // of the cluster that runs
+inline Barrier cluster_barrier;
 inline int current = 0, block_threads = 0;
 inline bool moved = false;  // did any fiber pass a barrier or end since the last look?
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline std::function<void()> body;
 inline dim3 thread_index, block_index;
 
-inline void wait(Barrier& barrier, int expected) {
-    const unsigned generation = barrier.generation;
-    if (++barrier.arrived == expected) {
-        barrier.arrived = 0;
-        ++barrier.generation;
-        moved = true;
-        return;
-    }
-    while (barrier.generation == generation) swapcontext(&fibers[current].context, &scheduler);
+inline Block& own_block() { return blocks[current / block_threads]; }
+inline Warp& own_warp() { return own_block().warps[current % block_threads / kWarpSize]; }
+
+// From a fiber to the scheduler, which comes back to it by `resume`.
+inline void pause() {
+    if (_setjmp(fibers[current].registers) == 0) _longjmp(scheduler, 1);
 }
 
 inline void run_body() {
-    body();
-    fibers[current].done = true;
+    while (true) {  // a fiber serves many launches
+        body();
+        fibers[current].done = true;
+        ++own_block().left;
+        moved = true;
+        pause();
+    }
+}
+
+inline void resume() {
+    Fiber& fiber = fibers[current];
+    if (_setjmp(scheduler) != 0) return;
+    if (fiber.started) _longjmp(fiber.registers, 1);
+    fiber.started = true;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    makecontext(&fiber.context, run_body, 0);
+    setcontext(&fiber.context);
+}
+
+// True for the one who completes the barrier.
+inline bool arrive(Barrier& barrier, int expected) {
+    if (++barrier.arrived < expected) return false;
+    barrier.arrived = 0;
+    ++barrier.generation;
     moved = true;
-    swapcontext(&fibers[current].context, &scheduler);
+    return true;
+}
+
+inline void wait_past(const Barrier& barrier, unsigned generation) {
+    while (barrier.generation == generation) pause();
+}
+
+inline void wait(Barrier& barrier, int expected) {
+    const unsigned generation = barrier.generation;
+    if (!arrive(barrier, expected)) wait_past(barrier, generation);
 }
 
 inline std::vector<int> fiber_order() {
-    std::vector<int> order(block_threads);
+    std::vector<int> order(fibers.size());
     std::iota(order.begin(), order.end(), 0);
     if (order_seed == 1) std::reverse(order.begin(), order.end());
     if (order_seed > 1) std::shuffle(order.begin(), order.end(), std::mt19937(order_seed));
     return order;
 }
 
-// Runs one block; false when its threads wait for each other for ever.
-inline bool run_block(const std::vector<int>& order) {
-    warps.assign(block_threads / kWarpSize, Warp{});
-    block_barrier = Barrier{};
-    for (Fiber& fiber : fibers) {
-        fiber.done = false;
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.data();
-        fiber.context.uc_stack.ss_size = fiber.stack.size();
-        makecontext(&fiber.context, run_body, 0);
+// Runs the blocks of one cluster; false when threads wait for each other for ever.
+inline bool run_cluster(const std::vector<int>& order, unsigned x, unsigned y) {
+    for (Block& block : blocks) {
+        block.barrier = Barrier{};
+        block.vote[0] = block.vote[1] = false;
+        block.left = 0;
+        block.warps.assign(block_threads / kWarpSize, Warp{});
+        memset(block.shared, 0xff, sizeof(block.shared));
     }
+    cluster_barrier = Barrier{};
+    for (Fiber& fiber : fibers) fiber.done = false;
     while (true) {
         bool waiting = false;
         moved = false;
         for (const int i : order) {
             if (fibers[i].done) continue;
             current = i;
-            thread_index = dim3(i, 0, 0);
-            swapcontext(&scheduler, &fibers[i].context);
+            thread_index = dim3(i % block_threads, 0, 0);
+            block_index = dim3(x + i / block_threads, y, 0);
+            resume();
             waiting = waiting || !fibers[i].done;
         }
         if (!waiting) return true;
-        if (!moved) return false;
+        if (!moved) break;
     }
+    for (Fiber& fiber : fibers) fiber.started = false;  // stuck inside a kernel: begin anew
+    return false;
 }
 
-inline void launch(dim3 grid, dim3 block, std::function<void()> kernel) {
-    block_threads = block.x;
-    if (block.y != 1 || block.z != 1 || block.x % kWarpSize != 0 || grid.x == 0 || grid.y == 0) {
-        last_error = cudaErrorInvalidValue;
-        return;
-    }
+inline cudaError_t launch(dim3 grid, int threads, int cluster, std::function<void()> kernel) {
+    if (threads % kWarpSize != 0 || grid.x == 0 || grid.y == 0 || grid.x % cluster != 0)
+        return cudaErrorInvalidValue;
+    last_error = cudaSuccess;
+    block_threads = threads;
     body = std::move(kernel);
-    fibers.resize(block_threads);
+    fibers.resize(static_cast<size_t>(threads) * cluster);
+    blocks.resize(cluster);
     const std::vector<int> order = fiber_order();
-    for (unsigned y = 0; y < grid.y; ++y) {
-        for (unsigned x = 0; x < grid.x; ++x) {
-            block_index = dim3(x, y, 0);
-            if (!run_block(order)) {
-                last_error = cudaErrorLaunchFailure;
-                return;
-            }
-        }
-    }
+    for (unsigned y = 0; y < grid.y; ++y)
+        for (unsigned x = 0; x < grid.x; x += cluster)
+            if (!run_cluster(order, x, y)) return cudaErrorLaunchFailure;
+    return last_error;
 }
 
 // Every lane gives a value and sees everybody's.
@@ -147,7 +187,7 @@ template <typename T>
 const uint64_t* exchange(unsigned mask, T value) {
     static_assert(sizeof(T) <= sizeof(uint64_t));
     if (mask != 0xffffffffu) std::abort();
-    Warp& warp = warps[current / kWarpSize];
+    Warp& warp = own_warp();
     uint64_t* slots = warp.slot[warp.barrier.generation % 2];
     uint64_t bits = 0;
     memcpy(&bits, &value, sizeof(T));
@@ -168,13 +208,19 @@ T value_of(uint64_t bits) {
 #define threadIdx ckf_host::thread_index
 #define blockIdx ckf_host::block_index
 
-inline void __syncthreads() { ckf_host::wait(ckf_host::block_barrier, ckf_host::block_threads); }
-
-template <typename T>
-T __shfl_sync(unsigned mask, T value, int source) {
-    const uint64_t* slots = ckf_host::exchange(mask, value);
-    return ckf_host::value_of<T>(slots[source % ckf_host::kWarpSize]);
+inline int __syncthreads_or(int vote) {
+    ckf_host::Block& block = ckf_host::own_block();
+    const unsigned generation = block.barrier.generation;
+    bool& votes = block.vote[generation % 2];
+    votes = votes || vote != 0;
+    if (ckf_host::arrive(block.barrier, ckf_host::block_threads))
+        block.vote[(generation + 1) % 2] = false;
+    else
+        ckf_host::wait_past(block.barrier, generation);
+    return votes;
 }
+inline void __syncthreads() { __syncthreads_or(0); }
+inline void __syncwarp() { ckf_host::wait(ckf_host::own_warp().barrier, ckf_host::kWarpSize); }
 
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes) {
@@ -190,20 +236,72 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) {
     return result;
 }
 
-inline int __ffs(unsigned v) { return __builtin_ffs(static_cast<int>(v)); }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
-template <typename T>
-T __ldg(const T* p) {
-    return *p;
-}
 
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return std::exchange(ckf_host::last_error, cudaSuccess); }
 inline const char* cudaGetErrorString(cudaError_t error) {
     if (error == cudaSuccess) return "no error";
     return error == cudaErrorInvalidValue ? "invalid argument"
-                                          : "threads of a block wait for each other for ever";
+                                          : "threads wait for each other for ever, or a block left too early";
 }
+
+// What device.h has for the GPU.
+#define CKF_SHARED(Type, name)                                 \
+    static_assert(sizeof(Type) <= ckf_host::kSharedBytes);     \
+    Type& name = *reinterpret_cast<Type*>(ckf_host::own_block().shared)
+
+namespace ckf {
+
+inline void prefetch(const void*) {}
+inline void wait_for_previous_grid() {}
+
+template <int kCluster>
+void cluster_arrive() {
+    if (kCluster == 1) return;
+    ckf_host::fibers[ckf_host::current].cluster_generation = ckf_host::cluster_barrier.generation;
+    ckf_host::arrive(ckf_host::cluster_barrier, static_cast<int>(ckf_host::fibers.size()));
+}
+
+template <int kCluster>
+void cluster_wait() {
+    if (kCluster == 1) return __syncthreads();
+    ckf_host::wait_past(ckf_host::cluster_barrier,
+                        ckf_host::fibers[ckf_host::current].cluster_generation);
+}
+
+template <int kCluster>
+float read_block(const float* p, unsigned rank) {
+    if (ckf_host::blocks[rank].left != 0) ckf_host::last_error = cudaErrorLaunchFailure;
+    const size_t offset = reinterpret_cast<const char*>(p) - ckf_host::own_block().shared;
+    return *reinterpret_cast<const float*>(ckf_host::blocks[rank].shared + offset);
+}
+
+struct LaunchAttributes {};
+struct Launch {
+    dim3 grid;
+    int threads, cluster;
+    bool overlap;
+    cudaStream_t stream;
+    LaunchAttributes attributes;
+};
+
+template <auto kKernel, typename Args>
+cudaError_t launch(const Launch& how, const Args& args) {
+    return ckf_host::launch(how.grid, how.threads, how.cluster, [&] { kKernel(args); });
+}
+
+template <auto kKernel>
+bool is_hopper_code(int) {
+    return true;
+}
+
+template <auto kKernel>
+bool clusters_work(int, int, int) {
+    return ckf_host::has_clusters;
+}
+
+}  // namespace ckf
 
 // The 16-bit types by integer arithmetic, rounding to nearest even, so that any C++17 compiler can
 // build this.
@@ -243,6 +341,7 @@ inline __half __float2half_rn(float v) {
 }
 
 extern "C" void ckf_host_set_order(unsigned seed) { ckf_host::order_seed = seed; }
+extern "C" void ckf_host_set_clusters(int able) { ckf_host::has_clusters = able != 0; }
 // The conversions above, for a test that compares all 65,536 patterns with another library's.
 extern "C" float ckf_host_half_to_float(uint16_t bits) { return __half2float(__half{bits}); }
 extern "C" uint16_t ckf_host_float_to_half(float v) { return __float2half_rn(v).bits; }

@@ -8,17 +8,30 @@
 // How the elements of x, a, b and y are stored. The numbers are shared with ckf/kernels/cuda.py.
 enum CkfDtype : int { kCkfFloat32 = 0, kCkfFloat16 = 1, kCkfBFloat16 = 2 };
 
+constexpr int kCkfMostLinears = 8;  // of one group
+
+// A linear of a group: y (m, n) with a row stride in elements, b (rank, n).
+struct CkfLinear {
+    void* y;
+    const void* b;
+    int64_t y_stride, n, rank;
+};
+
 extern "C" {
 
-// y[i, :] += sum_c gates[task_ids[i], c] * dot(a[c, :], x[i, :]) * b[c, :] over the rank columns c
-// whose gate is not zero, in one launch on `stream` (a cudaStream_t) of `device`.
-//   y (m, n) with row stride y_stride, x (m, k) with row stride x_stride (strides in elements), a
-//   (rank, k), b (rank, n), gates (tasks, rank) fp32, task_ids (m,).
+// For each linear l of a group that shares x, in one launch on `stream` (a cudaStream_t) of
+// `device`: y_l[i, :] += sum_c gates[task_ids[i], c] * dot(a[c, :], x[i, :]) * b_l[c, :] over l's
+// rank columns c whose gate is not zero.
+//   linears: `count` of them, read before this returns; x (m, k) with row stride x_stride in
+//   elements; a (R, k) and gates (tasks, R) fp32, R the sum of the ranks, the linears' columns side
+//   by side; task_ids (m,).
 // A row with id -1 is left as it is; a row with any other id outside [0, tasks) becomes NaN.
+// overlap: the kernel may start while the one before it on the stream still runs; it reads no
+// memory until that one is complete (ignored before sm_90).
 // Returns a cudaError_t: 0, or what went wrong with the arguments or the launch.
-int ckf_multi_lora_decode(void* y, const void* x, const void* a, const void* b, const float* gates,
-                          const int64_t* task_ids, int64_t m, int64_t k, int64_t n, int64_t rank,
-                          int64_t tasks, int64_t y_stride, int64_t x_stride, int dtype, int device,
+int ckf_multi_lora_decode(const CkfLinear* linears, int count, const void* x, const void* a,
+                          const float* gates, const int64_t* task_ids, int64_t m, int64_t k,
+                          int64_t tasks, int64_t x_stride, int dtype, int device, int overlap,
                           void* stream);
 
 // The runtime's text for an error code.

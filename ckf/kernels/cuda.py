@@ -4,14 +4,19 @@ Importing this module needs neither a GPU nor the extension, and asks the hardwa
 """
 
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-MAX_ROWS = 256  # the kernel recomputes the shrink in every block: past this, matrix products win
-MAX_RANK = 16384
+MAX_ROWS = 256  # the kernel reads A once for every few rows: past this, matrix products win
+MAX_RANK = 16384  # R, over all linears of a group
+MAX_LINEARS = 8  # kCkfMostLinears in csrc/launchers.h
 _MAX_SIZE = 1 << 30
+_DEVICE_TYPE = "cuda"
+# A subclass (DTensor, FakeTensor) may have no memory of its own, or another's shape.
+_PLAIN = (Tensor, torch.nn.Parameter)
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # CkfDtype in csrc/launchers.h
 
 
@@ -46,57 +51,143 @@ def build_info() -> dict:
     return {"built": True, **extension.build_info()}
 
 
+class DecodeGroup:
+    """The adapters of linears that share x, checked once, so that a call checks y, x and ids alone.
+
+    Calling it adds the gated low-rank update to every y in place, in one launch:
+    ``ys[l][i] += sum_c column_gates[task_ids[i], c] * (a[c] . x[i]) * bs[l][c]`` over l's columns,
+    summed in float32 and rounded once. Columns with gate 0 are left out by selection. Same inputs,
+    same bits, whatever the other rows and linears are. Values changed in place later are seen; for
+    a tensor that was replaced make a new group.
+
+    Args:
+        a: (R, k) contiguous; the A of all experts of the first linear one below the other, then the
+            second's, and so on. float32, float16 or bfloat16.
+        bs: at most 8 contiguous (R_l, n_l) of a's dtype, each linear's transposed B likewise; R is
+            the sum of the R_l.
+        column_gates: (T, R) float32 contiguous, the gate of the expert that owns column c.
+
+    Raises:
+        ValueError: tensors that do not fit.
+    """
+
+    def __init__(self, a: Tensor, bs: Sequence[Tensor], column_gates: Tensor) -> None:
+        if not 1 <= len(bs) <= MAX_LINEARS:
+            raise ValueError(f"bs has {len(bs)} entries; expected 1 to {MAX_LINEARS} linears")
+        dtype = a.dtype if isinstance(a, Tensor) else None
+        device = a.device if isinstance(a, Tensor) else None
+        _check_matrix("a", a, dtype, device)
+        if device.type != _DEVICE_TYPE:
+            raise ValueError(
+                f"a is on {device}; expected a CUDA tensor; move it, or use the 'torch' backend"
+            )
+        if dtype not in _DTYPES:
+            raise ValueError(f"a is {dtype}; expected one of {', '.join(map(str, _DTYPES))}")
+        for i, b in enumerate(bs):
+            _check_matrix(f"bs[{i}]", b, dtype, device)
+        _check_matrix("column_gates", column_gates, torch.float32, device)
+        self.rank, self.k = a.shape
+        self.tasks = column_gates.shape[0]
+        self.widths = [b.shape[1] for b in bs]
+        ranks = [b.shape[0] for b in bs]
+        if sum(ranks) != self.rank or column_gates.shape[1] != self.rank:
+            raise ValueError(
+                f"a has {self.rank} columns, column_gates {column_gates.shape[1]}, bs "
+                f"{' + '.join(map(str, ranks))}; expected the same R"
+            )
+        if self.rank > MAX_RANK or max(self.k, self.tasks, *self.widths) > _MAX_SIZE:
+            raise ValueError(
+                f"R={self.rank}, k={self.k}, n={self.widths}, T={self.tasks}; expected R at most "
+                f"{MAX_RANK} and the others at most {_MAX_SIZE}; use the 'torch' backend"
+            )
+        self.dtype, self.device, self.index = dtype, device, device.index or 0
+        # Aliases of their own: the memory lives as long as the pointers taken from it.
+        self._tensors = (a.detach(), [b.detach() for b in bs], column_gates.detach())
+        self._launch = None
+
+    def __call__(
+        self, ys: Sequence[Tensor], x: Tensor, task_ids: Tensor, overlap: bool = False
+    ) -> None:
+        """Add the update to ys in place.
+
+        Args:
+            ys: (m, n_l) of a's dtype, m at most 256; rows may be strided.
+            x: (m, k) of a's dtype; rows may be strided.
+            task_ids: (m,) int64 contiguous. -1 leaves the row as it is; any other id outside [0, T)
+                makes it NaN.
+            overlap: launch before the kernel ahead on the stream ends (sm_90 and later). Nothing is
+                read until that one is complete, so the result is the same whatever it wrote.
+
+        Raises:
+            ValueError: tensors that do not fit (nothing is launched).
+            RuntimeError: no extension, or CUDA refused the launch.
+        """
+        x_stride = _check_rows("x", x, None, self.k, self.dtype, self.device)
+        m = x.shape[0]
+        if m > MAX_ROWS:
+            raise ValueError(f"m is {m}; expected at most {MAX_ROWS} rows; use the 'torch' backend")
+        if len(ys) != len(self.widths):
+            raise ValueError(f"ys has {len(ys)} entries; expected {len(self.widths)}, as bs has")
+        pointers, strides = [], []
+        for y, n in zip(ys, self.widths, strict=True):
+            stride = _check_rows("y", y, m, n, self.dtype, self.device)
+            if m > 1 and stride < n:
+                raise ValueError(
+                    f"y has strides {y.stride()} for shape {tuple(y.shape)}: its rows overlap; "
+                    "expected a tensor that can be written; call .contiguous()"
+                )
+            pointers.append(y.data_ptr())
+            strides.append(stride)
+        _check_ids(task_ids, m, self.device)
+        launch = self._launch or self._prepare()
+        if m == 0:
+            return
+        arguments = (pointers, strides, x.data_ptr(), x_stride, task_ids.data_ptr(), m, overlap)
+        if torch.cuda.current_device() == self.index:  # a guard costs more than all checks of a y
+            launch(*arguments, _raw_stream(self.index))
+        else:
+            with torch.cuda.device(self.index):
+                launch(*arguments, _raw_stream(self.index))
+        torch.autograd.graph.increment_version([y for y in ys if not y.is_inference()])
+
+    def _prepare(self):
+        extension, reason = _load_extension()
+        if extension is None:
+            raise RuntimeError(f"multi_lora_decode: {reason}")
+        a, bs, gates = self._tensors
+        self._launch = extension.MultiLoraDecode(
+            a=a.data_ptr(),
+            b=[b.data_ptr() for b in bs],
+            n=self.widths,
+            rank=[b.shape[0] for b in bs],
+            gates=gates.data_ptr(),
+            k=self.k,
+            tasks=self.tasks,
+            dtype=_DTYPES[self.dtype],
+            device=self.index,
+        )
+        return self._launch
+
+
+def multi_lora_decode_group(
+    ys: Sequence[Tensor],
+    x: Tensor,
+    a: Tensor,
+    bs: Sequence[Tensor],
+    column_gates: Tensor,
+    task_ids: Tensor,
+    overlap: bool = False,
+) -> None:
+    """The update of all linears that share x, in one launch; see :class:`DecodeGroup`, which a
+    caller with the same a, bs and column_gates at every step makes once."""
+    DecodeGroup(a, bs, column_gates)(ys, x, task_ids, overlap)
+
+
 def multi_lora_decode(
     y: Tensor, x: Tensor, a: Tensor, b: Tensor, column_gates: Tensor, task_ids: Tensor
 ) -> None:
-    """Add the gated low-rank update to y in place, for few rows, in one launch.
-
-    ``y[i] += sum_c column_gates[task_ids[i], c] * (a[c] . x[i]) * b[c]``, summed in float32 and
-    rounded once. Columns with gate 0 are left out by selection. Same inputs, same bits.
-
-    Args:
-        y: (m, n) float32, float16 or bfloat16, m at most 256; rows may be strided.
-        x: (m, k) of y's dtype; rows may be strided.
-        a: (R, k) contiguous, of y's dtype, the A of all experts one below the other.
-        b: (R, n) contiguous, of y's dtype, the transposed B of all experts likewise.
-        column_gates: (T, R) float32 contiguous, the gate of the expert that owns column c.
-        task_ids: (m,) int64 contiguous. -1 leaves the row as it is; any other id outside [0, T)
-            makes it NaN.
-
-    Raises:
-        ValueError: tensors that do not fit (nothing is launched).
-        RuntimeError: no extension, or CUDA refused the launch.
-    """
-    named = {"y": y, "x": x, "a": a, "b": b, "column_gates": column_gates, "task_ids": task_ids}
-    _check_kinds(named)
-    m, n, k, rank, tasks = _check_sizes(named)
-    _check_layout(named)
-    extension, reason = _load_extension()
-    if extension is None:
-        raise RuntimeError(f"multi_lora_decode: {reason}")
-    if m == 0 or n == 0:
-        return
-    with torch.cuda.device(y.device):
-        extension.multi_lora_decode(
-            y=y.data_ptr(),
-            x=x.data_ptr(),
-            a=a.data_ptr(),
-            b=b.data_ptr(),
-            gates=column_gates.data_ptr(),
-            task_ids=task_ids.data_ptr(),
-            m=m,
-            k=k,
-            n=n,
-            rank=rank,
-            tasks=tasks,
-            y_stride=y.stride(0),
-            x_stride=x.stride(0),
-            dtype=_DTYPES[y.dtype],
-            device=y.device.index,
-            stream=torch.cuda.current_stream(y.device).cuda_stream,
-        )
-    if not y.is_inference():
-        torch.autograd.graph.increment_version(y)
+    """:func:`multi_lora_decode_group` for one linear."""
+    DecodeGroup(a, [b], column_gates)([y], x, task_ids)
 
 
 def _load_extension() -> tuple[ModuleType | None, str]:
@@ -128,75 +219,66 @@ def _covers(archs: list[str], capability: tuple[int, int]) -> bool:
     return False
 
 
-def _check_kinds(named: dict[str, Tensor]) -> None:
-    for name, tensor in named.items():
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{name} is a {type(tensor).__name__}; expected a torch.Tensor")
-    y = named["y"]
-    for name, tensor in named.items():
-        if tensor.device.type != "cuda" or tensor.layout != torch.strided:
-            raise ValueError(
-                f"{name} is a {tensor.layout} tensor on {tensor.device}; expected a strided CUDA "
-                "tensor; move it, or use the 'torch' backend"
-            )
-        if tensor.device != y.device:
-            raise ValueError(
-                f"{name} is on {tensor.device}, y on {y.device}; move all to one device"
-            )
-    if y.dtype not in _DTYPES:
-        raise ValueError(f"y is {y.dtype}; expected one of {', '.join(map(str, _DTYPES))}")
-    wanted = {"x": y.dtype, "a": y.dtype, "b": y.dtype}
-    wanted |= {"column_gates": torch.float32, "task_ids": torch.int64}
-    for name, dtype in wanted.items():
-        if named[name].dtype != dtype:
-            raise ValueError(f"{name} is {named[name].dtype}; expected {dtype}; convert it")
+def _raw_stream(index: int) -> int:
+    """The current stream of a device; without torch's Stream object where torch can."""
+    current = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    return current(index) if current else torch.cuda.current_stream(index).cuda_stream
 
 
-def _check_sizes(named: dict[str, Tensor]) -> tuple[int, int, int, int, int]:
-    """m, n, k, R, T."""
-    for name, tensor in named.items():
-        dims = 1 if name == "task_ids" else 2
-        if tensor.dim() != dims:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {dims} dimensions")
-    m, n = named["y"].shape
-    k = named["x"].shape[1]
-    rank = named["a"].shape[0]
-    tasks = named["column_gates"].shape[0]
-    wanted = {"x": (m, k), "a": (rank, k), "b": (rank, n)}
-    wanted |= {"column_gates": (tasks, rank), "task_ids": (m,)}
-    for name, shape in wanted.items():
-        if tuple(named[name].shape) != shape:
-            raise ValueError(
-                f"{name} has shape {tuple(named[name].shape)}; expected {shape} "
-                f"(m={m}, n={n} from y, k={k} from x, R={rank} from a)"
-            )
-    if m > MAX_ROWS:
-        raise ValueError(f"m is {m}; expected at most {MAX_ROWS} rows; use the 'torch' backend")
-    if rank > MAX_RANK or max(k, n, tasks) > _MAX_SIZE:
+def _check_plain(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    """ValueError unless the tensor owns strided memory of this dtype on this device."""
+    if type(tensor) not in _PLAIN:
+        raise ValueError(f"{name} is a {type(tensor).__name__}; expected a torch.Tensor")
+    if tensor.device != device or tensor.layout is not torch.strided:
         raise ValueError(
-            f"R={rank}, k={k}, n={n}, T={tasks}; expected R at most {MAX_RANK} and the others at "
-            f"most {_MAX_SIZE}; use the 'torch' backend"
+            f"{name} is a {tensor.layout} tensor on {tensor.device}; expected a strided tensor on "
+            f"{device}, where a is; move it, or use the 'torch' backend"
         )
-    return m, n, k, rank, tasks
+    if tensor.dtype is not dtype:
+        raise ValueError(f"{name} is {tensor.dtype}; expected {dtype}; convert it")
 
 
-def _check_layout(named: dict[str, Tensor]) -> None:
-    for name in ("a", "b", "column_gates", "task_ids"):
-        if not named[name].is_contiguous():
-            raise ValueError(
-                f"{name} has strides {named[name].stride()}; expected a contiguous tensor; "
-                "call .contiguous()"
-            )
-    for name in ("y", "x"):
-        tensor = named[name]
-        if tensor.shape[1] > 1 and tensor.stride(1) != 1:
-            raise ValueError(
-                f"{name} has strides {tensor.stride()}; expected its last dimension contiguous; "
-                "call .contiguous()"
-            )
-    y = named["y"]
-    if y.shape[0] > 1 and y.stride(0) < y.shape[1]:
+def _check_matrix(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    _check_plain(name, tensor, dtype, device)
+    if tensor.dim() != 2:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected 2 dimensions")
+    if not tensor.is_contiguous():
         raise ValueError(
-            f"y has strides {y.stride()} for shape {tuple(y.shape)}: its rows overlap; expected a "
-            "tensor that can be written; call .contiguous()"
+            f"{name} has strides {tensor.stride()}; expected a contiguous tensor; "
+            "call .contiguous()"
+        )
+
+
+def _check_rows(
+    name: str,
+    tensor: Tensor,
+    m: int | None,
+    n: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> int:
+    """The row stride of an (m, n) tensor, m None: any, whose rows are contiguous."""
+    _check_plain(name, tensor, dtype, device)
+    shape = tensor.shape
+    if len(shape) != 2 or shape[1] != n or (m is not None and shape[0] != m):
+        raise ValueError(
+            f"{name} has shape {tuple(shape)}; expected ({'m' if m is None else m}, {n})"
+        )
+    strides = tensor.stride()
+    if strides[1] != 1 and n > 1:
+        raise ValueError(
+            f"{name} has strides {strides}; expected its last dimension contiguous; "
+            "call .contiguous()"
+        )
+    return strides[0]
+
+
+def _check_ids(task_ids: Tensor, m: int, device: torch.device) -> None:
+    _check_plain("task_ids", task_ids, torch.int64, device)
+    if task_ids.shape != (m,):
+        raise ValueError(f"task_ids has shape {tuple(task_ids.shape)}; expected ({m},)")
+    if not task_ids.is_contiguous():
+        raise ValueError(
+            f"task_ids has strides {task_ids.stride()}; expected a contiguous tensor; "
+            "call .contiguous()"
         )

@@ -1,9 +1,12 @@
 """Cases for multi_lora_decode, its float64 reference and the error that arithmetic allows."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+
+from ckf.kernels import cuda
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 GUARD = 64  # elements before and after every tensor, poisoned
@@ -24,15 +27,48 @@ class DecodeCase:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def to(self, device: str) -> "DecodeCase":
-        """The same views into the same poisoned buffers on another device."""
-        return DecodeCase(
-            **{
-                name: t._base.to(device, copy=True).as_strided(
-                    t.shape, t.stride(), t.storage_offset()
-                )
-                for name, t in self.tensors().items()
-            }
-        )
+        return DecodeCase(**{name: moved(t, device) for name, t in self.tensors().items()})
+
+    def group(self) -> "GroupCase":
+        """The same tensors as a group of one."""
+        return GroupCase([self.y], self.x, self.a, [self.b], self.column_gates, self.task_ids)
+
+
+@dataclass
+class GroupCase:
+    """The arguments of ``multi_lora_decode_group``."""
+
+    ys: list[Tensor]
+    x: Tensor
+    a: Tensor
+    bs: list[Tensor]
+    column_gates: Tensor
+    task_ids: Tensor
+
+    def tensors(self) -> dict[str, Tensor | list[Tensor]]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def to(self, device: str) -> "GroupCase":
+        def move(value):
+            one = isinstance(value, Tensor)
+            return moved(value, device) if one else [moved(t, device) for t in value]
+
+        return GroupCase(**{name: move(value) for name, value in self.tensors().items()})
+
+    def linears(self) -> Iterable[DecodeCase]:
+        """Each linear by itself: views of this case's tensors."""
+        first = 0
+        for y, b in zip(self.ys, self.bs, strict=True):
+            columns = slice(first, first + b.shape[0])
+            first = columns.stop
+            gates = self.column_gates[:, columns]
+            yield DecodeCase(y, self.x, self.a[columns], b, gates, self.task_ids)
+
+
+def moved(t: Tensor, device: str) -> Tensor:
+    """The same view into the same poisoned buffer on another device."""
+    base = t._base.to(device, copy=True)
+    return base.as_strided(t.shape, t.stride(), t.storage_offset())
 
 
 def guarded(values: Tensor, padding: int = 0, offset: int = 0) -> Tensor:
@@ -93,6 +129,24 @@ def decode_case(
     )
 
 
+def group_case(
+    m=5, k=40, ns=(24, 8), ranks=((4, 4, 4), (2, 6, 0)), seed=0, padding=0, offset=0, **options
+) -> GroupCase:
+    """Linears of widths ``ns`` with ``ranks[l]`` (as many experts each); options: decode_case's."""
+    linears = [
+        decode_case(m, k, n, ranks_l, seed=seed + 100 * i, **options)
+        for i, (n, ranks_l) in enumerate(zip(ns, ranks, strict=True))
+    ]
+    return GroupCase(
+        ys=[guarded(case.y, padding, offset) for case in linears],
+        x=guarded(linears[0].x, padding, offset),
+        a=guarded(torch.cat([case.a for case in linears]), 0, offset),
+        bs=[guarded(case.b, 0, offset) for case in linears],
+        column_gates=guarded(torch.cat([case.column_gates for case in linears], dim=1)),
+        task_ids=linears[0].task_ids,
+    )
+
+
 def exact(case: DecodeCase) -> tuple[Tensor, Tensor]:
     """The float64 result, and how far a float32 sum rounded once may be from it.
 
@@ -137,6 +191,11 @@ def assert_poison_around(y: Tensor) -> None:
     assert y._base[outside].isnan().all(), "wrote outside y"
 
 
+def assert_group_right(case: GroupCase, results: list[Tensor]) -> None:
+    for linear, result in zip(case.linears(), results, strict=True):
+        assert_right(linear, result)
+
+
 def assert_right(case: DecodeCase, result: Tensor) -> None:
     """Every element within the allowed error; untouched and NaN rows exactly so."""
     wanted, allowed = exact(case)
@@ -145,3 +204,15 @@ def assert_right(case: DecodeCase, result: Tensor) -> None:
     excess = ((got - wanted).abs() - allowed).nan_to_num(nan=0.0)
     worst = excess.max().item() if excess.numel() else 0.0
     assert worst <= 0, f"error exceeds the allowed one by {worst:.3e}"
+
+
+def stub_cuda(monkeypatch, kernel: type) -> None:
+    """Let the bridge take CPU tensors and launch ``kernel`` instead of the extension's."""
+
+    class Extension:
+        MultiLoraDecode = kernel
+
+    monkeypatch.setattr(cuda, "_DEVICE_TYPE", "cpu")
+    monkeypatch.setattr(cuda, "_load_extension", lambda: (Extension, ""))
+    monkeypatch.setattr(cuda, "_raw_stream", lambda index: 77)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)

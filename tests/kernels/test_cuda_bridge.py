@@ -1,4 +1,4 @@
-"""The bridge refuses what must not become a raw pointer; on a GPU, the kernel is right."""
+"""The bridge refuses what must not become a raw pointer, and passes on the rest as it is."""
 
 import subprocess
 import sys
@@ -7,11 +7,29 @@ import pytest
 import torch
 
 from ckf.kernels import cuda
-from tests.kernels.decode_cases import DTYPES, assert_poison_around, assert_right, decode_case
+from tests.kernels.decode_cases import decode_case, group_case, stub_cuda
 
 
-def arguments(**changes) -> dict[str, torch.Tensor]:
-    return decode_case().tensors() | changes
+def arguments(**changes) -> dict:
+    """Of a group of two linears, n 24 and 8, R 12 + 8, m 5, k 40, T 2."""
+    return group_case().tensors() | changes
+
+
+@pytest.fixture
+def launches(monkeypatch) -> list[dict]:
+    """What the bridge hands to the extension, on CPU tensors."""
+    seen = []
+
+    class Recorder:
+        def __init__(self, **static):
+            self.static = static
+
+        def __call__(self, *moving):
+            names = ("y", "y_strides", "x", "x_stride", "task_ids", "m", "overlap", "stream")
+            seen.append(self.static | dict(zip(names, moving, strict=True)))
+
+    stub_cuda(monkeypatch, Recorder)
+    return seen
 
 
 def test_import_asks_the_hardware_nothing():
@@ -53,188 +71,220 @@ def test_arch_coverage(archs, capability, fits):
 
 
 def test_cpu_tensors_are_refused():
-    with pytest.raises(ValueError, match=r"y is a torch.strided tensor on cpu; expected .* CUDA"):
-        cuda.multi_lora_decode(**arguments())
+    with pytest.raises(ValueError, match="a is on cpu; expected a CUDA tensor"):
+        cuda.multi_lora_decode(**decode_case().tensors())
+    with pytest.raises(ValueError, match="a is on meta"):
+        meta = {name: t.to("meta") for name, t in decode_case().tensors().items()}
+        cuda.multi_lora_decode(**meta)
 
 
-def test_meta_and_other_types_are_refused():
-    with pytest.raises(ValueError, match="on meta"):
-        cuda.multi_lora_decode(**arguments(y=torch.empty(5, 24, device="meta")))
-    with pytest.raises(ValueError, match="x is a list; expected a torch.Tensor"):
-        cuda.multi_lora_decode(**arguments(x=[1.0]))
+def test_what_reaches_the_kernel(launches):
+    case = group_case(padding=3)
+    cuda.multi_lora_decode_group(**case.tensors(), overlap=True)
+    (seen,) = launches
+    assert seen == {
+        "a": case.a.data_ptr(),
+        "b": [b.data_ptr() for b in case.bs],
+        "n": [24, 8],
+        "rank": [12, 8],
+        "gates": case.column_gates.data_ptr(),
+        "k": 40,
+        "tasks": 2,
+        "dtype": 0,
+        "device": 0,
+        "y": [y.data_ptr() for y in case.ys],
+        "y_strides": [27, 11],
+        "x": case.x.data_ptr(),
+        "x_stride": 43,
+        "task_ids": case.task_ids.data_ptr(),
+        "m": 5,
+        "overlap": True,
+        "stream": 77,
+    }
 
 
-@pytest.mark.parametrize(
-    "name,shape",
-    [
-        ("x", (6, 40)),
-        ("x", (5, 41)),
-        ("x", (200,)),
-        ("a", (15, 40)),
-        ("b", (16, 25)),
-        ("b", (15, 24)),
-        ("column_gates", (3, 15)),
-        ("task_ids", (4,)),
-        ("task_ids", (5, 1)),
-        ("y", (5, 24, 1)),
-    ],
-)
-def test_sizes_are_checked(name, shape):
-    with pytest.raises(ValueError, match="expected"):
-        cuda._check_sizes(arguments(**{name: torch.zeros(shape)}))
+def test_prepared_once_called_often(launches):
+    case = group_case()
+    group = cuda.DecodeGroup(case.a, case.bs, case.column_gates)
+    for _ in range(2):
+        group(case.ys, case.x, case.task_ids)
+    assert len(launches) == 2
+    assert launches[0] == launches[1]
+    assert launches[0]["overlap"] is False
+    with torch.inference_mode():
+        group([y.clone() for y in case.ys], case.x, case.task_ids)
+    assert len(launches) == 3
 
 
-def test_too_many_rows_or_columns():
+def test_replaced_tensors_stay_alive(launches):
+    """A pointer of the group never dangles, whatever its tensors become."""
+    a = torch.nn.Parameter(torch.randn(4, 8))
+    group = cuda.DecodeGroup(a, [torch.randn(4, 8)], torch.ones(1, 4))
+    pointer = a.data_ptr()
+    a.data = torch.randn(4, 8)
+    group([torch.zeros(1, 8)], torch.ones(1, 8), torch.zeros(1, dtype=torch.int64))
+    assert launches[0]["a"] == pointer == group._tensors[0].data_ptr()
+
+
+def test_no_rows_no_launch(launches):
+    cuda.multi_lora_decode_group(**group_case(m=0).tensors())
+    assert launches == []
+
+
+class Alias(torch.Tensor):
+    """A subclass, as DTensor and FakeTensor are: its pointer may mean nothing."""
+
+
+def transposed(t):
+    return t.t().contiguous().t()
+
+
+REFUSALS = {
+    "subclass a": ({"a": torch.zeros(20, 40).as_subclass(Alias)}, "a is a Alias; expected a torch"),
+    "list x": ({"x": [1.0]}, "x is a list; expected a torch.Tensor"),
+    "meta y": (
+        {"ys": [torch.empty(5, 24, device="meta"), torch.empty(5, 8)]},
+        "y is a torch.strided tensor on meta; expected a strided tensor on cpu",
+    ),
+    "meta ids": ({"task_ids": torch.empty(5, dtype=torch.int64, device="meta")}, "on meta"),
+    "sparse x": ({"x": torch.zeros(5, 40).to_sparse()}, "x is a torch.sparse_coo tensor"),
+    "half b": (
+        {"bs": [torch.zeros(12, 24), torch.zeros(8, 8).half()]},
+        r"bs\[1\] is torch.float16",
+    ),
+    "double all": ({"a": torch.zeros(20, 40).double()}, "a is torch.float64; expected one of"),
+    "double gates": ({"column_gates": torch.zeros(2, 20).double()}, "expected torch.float32"),
+    "bfloat16 y": (
+        {"ys": [torch.zeros(5, 24).bfloat16(), torch.zeros(5, 8)]},
+        "y is torch.bfloat16; expected torch.float32; convert it",
+    ),
+    "int32 ids": ({"task_ids": torch.zeros(5, dtype=torch.int32)}, "task_ids is torch.int32"),
+    "rows of x": ({"x": torch.zeros(6, 40)}, r"y has shape \(5, 24\); expected \(6, 24\)"),
+    "columns of x": ({"x": torch.zeros(5, 41)}, r"x has shape \(5, 41\); expected \(m, 40\)"),
+    "flat x": ({"x": torch.zeros(200)}, "x has shape"),
+    "flat a": ({"a": torch.zeros(800)}, "a has shape .*; expected 2 dimensions"),
+    "columns of a": ({"a": torch.zeros(19, 40)}, r"a has 19 columns.*12 \+ 8; expected the same R"),
+    "columns of gates": ({"column_gates": torch.zeros(2, 19)}, "column_gates 19"),
+    "width of y": (
+        {"ys": [torch.zeros(5, 24), torch.zeros(5, 9)]},
+        r"y has shape \(5, 9\); expected \(5, 8\)",
+    ),
+    "a missing y": ({"ys": [torch.zeros(5, 24)]}, "ys has 1 entries; expected 2"),
+    "no linear": ({"ys": [], "bs": []}, "bs has 0 entries; expected 1 to 8"),
+    "nine linears": ({"bs": [torch.zeros(1, 8)] * 9}, "bs has 9 entries; expected 1 to 8"),
+    "ids of others": ({"task_ids": torch.zeros(4, dtype=torch.int64)}, "task_ids has shape"),
+    "ids in a column": ({"task_ids": torch.zeros(5, 1, dtype=torch.int64)}, "task_ids has shape"),
+    "strided a": ({"a": transposed(torch.zeros(20, 40))}, "a has strides .*call .contiguous"),
+    "strided b": (
+        {"bs": [torch.zeros(12, 24), transposed(torch.zeros(8, 8))]},
+        r"bs\[1\] has strides .*call .contiguous",
+    ),
+    "strided gates": ({"column_gates": torch.zeros(2, 40)[:, ::2]}, "column_gates has strides"),
+    "strided ids": ({"task_ids": torch.zeros(10, dtype=torch.int64)[::2]}, "task_ids has strides"),
+    "columns of x apart": ({"x": transposed(torch.zeros(5, 40))}, "x has strides"),
+    "columns of y apart": (
+        {"ys": [transposed(torch.zeros(5, 24)), torch.zeros(5, 8)]},
+        "y has strides .*last dimension contiguous",
+    ),
+    "one row of y for all": (
+        {"ys": [torch.zeros(1, 24).expand(5, -1), torch.zeros(5, 8)]},
+        "its rows overlap",
+    ),
+    "rows of y overlap": (
+        {"ys": [torch.zeros(120).as_strided((5, 24), (23, 1)), torch.zeros(5, 8)]},
+        "its rows overlap",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals(launches, name):
+    changes, message = REFUSALS[name]
+    with pytest.raises(ValueError, match=message):
+        cuda.multi_lora_decode_group(**arguments(**changes))
+    assert launches == []
+
+
+def test_too_many_rows_or_columns(launches):
     with pytest.raises(ValueError, match="m is 257; expected at most 256 rows"):
-        cuda._check_sizes(decode_case(m=257).tensors())
+        cuda.multi_lora_decode(**decode_case(m=257).tensors())
     with pytest.raises(ValueError, match="expected R at most 16384"):
-        cuda._check_sizes(decode_case(ranks=(1, 16384)).tensors())
+        cuda.multi_lora_decode(**decode_case(ranks=(1, 16384)).tensors())
+    assert launches == []
 
 
-@pytest.mark.parametrize(
-    "name,make",
-    [
-        ("a", lambda t: t.t().contiguous().t()),
-        ("b", lambda t: t.t().contiguous().t()),
-        ("column_gates", lambda t: t.repeat(1, 2)[:, ::2]),
-        ("task_ids", lambda t: t.repeat(2)[::2]),
-        ("x", lambda t: t.t().contiguous().t()),
-        ("y", lambda t: t.t().contiguous().t()),
-        ("y", lambda t: t[:1].expand(5, -1)),
-        ("y", lambda t: t.flatten().as_strided(t.shape, (t.shape[1] - 1, 1))),
-    ],
-)
-def test_layouts_are_checked(name, make):
+def test_another_device_is_guarded(launches, monkeypatch):
+    """The launch happens with the tensors' device current, whatever it was before."""
+    entered = []
+
+    class Guard:
+        def __init__(self, index):
+            self.index = index
+
+        def __enter__(self):
+            entered.append((self.index, len(launches)))
+
+        def __exit__(self, *error):
+            entered.append(("left", len(launches)))
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    cuda.multi_lora_decode_group(**arguments())
+    assert entered == [(0, 0), ("left", 1)]
+
+
+def test_a_failed_launch_marks_nothing_as_written(launches, monkeypatch):
     case = arguments()
-    cuda._check_layout(case)
-    case[name] = make(case[name].contiguous())
-    with pytest.raises(ValueError, match=f"{name} has strides .*call .contiguous"):
-        cuda._check_layout(case)
+
+    class Refusing:
+        def __init__(self, **static): ...
+
+        def __call__(self, *moving):
+            raise RuntimeError("multi_lora_decode: out of luck")
+
+    stub_cuda(monkeypatch, Refusing)
+    versions = [y._version for y in case["ys"]]
+    with pytest.raises(RuntimeError, match="multi_lora_decode"):
+        cuda.multi_lora_decode_group(**case)
+    assert [y._version for y in case["ys"]] == versions
+
+
+def test_without_extension_a_right_call_says_why(monkeypatch):
+    monkeypatch.setattr(cuda, "_DEVICE_TYPE", "cpu")
+    monkeypatch.setitem(sys.modules, "ckf._C", None)
+    with pytest.raises(RuntimeError, match="multi_lora_decode: .*ckf._C"):
+        cuda.multi_lora_decode(**decode_case().tensors())
+
+
+def plan(count=1, **changes):
+    """The extension's object over null pointers, of ``count`` linears."""
+    from ckf import _C
+
+    sizes = {"n": [1] * count, "rank": [1] * count, "b": [0] * count}
+    numbers = {"a": 0, "gates": 0, "k": 1, "tasks": 1, "dtype": 0, "device": 0}
+    return _C.MultiLoraDecode(**(sizes | numbers | changes))
+
+
+def test_extension_refuses():
+    if not cuda.build_info()["built"]:
+        pytest.skip(cuda.build_info()["reason"])
+    with pytest.raises(ValueError, match="one entry a linear"):
+        plan(n=[1, 1])
+    with pytest.raises(ValueError, match="one entry a linear"):
+        plan(9)
+    with pytest.raises(ValueError, match="y needs one entry a linear"):
+        plan(2)([0], [1], 0, 1, 0, 1, False, 0)
+    plan()([0], [1], 0, 1, 0, 0, False, 0)  # no rows: nothing to launch
+    with pytest.raises(
+        RuntimeError, match=r"multi_lora_decode: .*invalid argument \(CUDA error 1\)"
+    ):
+        plan(k=-1)([0], [1], 0, 1, 0, 1, False, 0)
 
 
 def test_launch_errors_name_the_kernel():
     """Without a device the runtime refuses; that must come up as a RuntimeError."""
     if not cuda.build_info()["built"]:
         pytest.skip(cuda.build_info()["reason"])
-    if torch.cuda.is_available():
-        pytest.skip("there is a device here; test_gpu_bad_device covers this")
-    from ckf import _C
-
-    numbers = dict.fromkeys(("y", "x", "a", "b", "gates", "task_ids", "stream", "device"), 0)
-    sizes = dict.fromkeys(("m", "k", "n", "rank", "tasks", "y_stride", "x_stride"), 1)
+    bad = torch.cuda.device_count() if torch.cuda.is_available() else 0
     with pytest.raises(RuntimeError, match=r"multi_lora_decode: .* \(CUDA error \d+\)"):
-        _C.multi_lora_decode(**numbers, **sizes, dtype=0)
-
-
-# On a GPU. "small" ones also run under compute-sanitizer (benchmarks/gpu.py).
-
-SMALL = [
-    {"m": 1, "k": 1, "n": 1, "ranks": (1, 1)},
-    {"m": 4, "k": 577, "n": 727, "ranks": (5, 0, 9)},
-    {"m": 9, "k": 264, "n": 264, "ranks": (16, 16, 16, 16, 16)},
-    {"m": 70, "k": 32, "n": 1000, "ranks": (4, 4)},
-    {"m": 256, "k": 40, "n": 1000, "ranks": (3, 3)},
-]
-MODEL = [
-    {"m": 16, "k": 4096, "n": 4096, "ranks": (16, 16, 16, 16, 16)},
-    {"m": 256, "k": 2048, "n": 8192, "ranks": (8, 8, 8, 8, 8, 8, 8, 8, 8)},
-    {"m": 2, "k": 64, "n": 64, "ranks": [64] * 256},
-]
-
-
-def run_on_gpu(case):
-    """The result on the host; the case stays as it was."""
-    moved = case.to("cuda")
-    version = moved.y._version
-    cuda.multi_lora_decode(**moved.tensors())
-    assert moved.y._version > version, "autograd was not told of the write"
-    assert_poison_around(moved.y)
-    return moved.y.cpu()
-
-
-@pytest.fixture
-def gpu():
-    if not cuda.build_info()["built"]:
-        pytest.skip(cuda.build_info()["reason"])
-    usable, why = cuda.available()
-    assert usable, why
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", [{}, {"padding": 8}, {"padding": 3}, {"offset": 1}], ids=str)
-@pytest.mark.parametrize("sizes", SMALL, ids=lambda s: f"small{s['m']}x{s['k']}x{s['n']}")
-def test_gpu_small(gpu, sizes, layout, dtype):
-    case = decode_case(**sizes, **layout, dtype=dtype)
-    assert_right(case, run_on_gpu(case))
-
-
-@pytest.mark.gpu
-def test_gpu_small_ids(gpu):
-    case = decode_case(m=8, ranks=(2, 2, 2, 2), ids=[-1, 0, 2, 3, -2, 2**40, -(2**62), 1])
-    assert_right(case, run_on_gpu(case))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sizes", MODEL, ids=lambda s: f"{s['m']}x{s['k']}x{s['n']}")
-def test_gpu_model_sizes(gpu, sizes, dtype):
-    """Within the rule of the other backends too: at most twice the error of same-dtype torch."""
-    case = decode_case(**sizes, dtype=dtype)
-    result = run_on_gpu(case)
-    assert_right(case, result)
-    assert torch.equal(result, run_on_gpu(case)), "not the same bits twice"
-    y, x, a, b = (t.to("cuda") for t in (case.y, case.x, case.a, case.b))
-    gates = torch.cat([case.column_gates, torch.zeros_like(case.column_gates[:1])]).to("cuda")
-    gates = gates[case.task_ids.to("cuda")]  # -1 takes the extra row of zeros
-    same_dtype = (y + ((x @ a.t()) * gates).to(dtype) @ b).double()
-    wide = y.double() + ((x.double() @ a.double().t()) * gates.double()) @ b.double()
-    band = torch.finfo(dtype).eps * wide.abs().max()
-    ours = (result.to("cuda").double() - wide).abs().max()
-    assert ours <= 2 * (same_dtype - wide).abs().max() + band
-
-
-@pytest.mark.gpu
-def test_gpu_selection(gpu):
-    case = decode_case(m=8, n=8192, ranks=(4, 4, 4), ids=[0, 1, 0, 1, -1, 0, 1, 1])
-    clean = run_on_gpu(case)
-    case.a[4:6] = float("inf")
-    case.b[6:8] = float("nan")
-    result = run_on_gpu(case)
-    others = case.task_ids != 0
-    assert torch.equal(result[others], clean[others])
-    assert not result[~others].isfinite().any()
-
-
-@pytest.mark.gpu
-def test_gpu_stream_and_graph(gpu):
-    """The launch goes to the current stream and is captured by a CUDA graph."""
-    case = decode_case(m=4, k=256, n=512).to("cuda")
-    start, wanted = case.y.clone(), run_on_gpu(decode_case(m=4, k=256, n=512))
-    cuda.multi_lora_decode(**case.tensors())
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        cuda.multi_lora_decode(**case.tensors())
-    for _ in range(2):
-        case.y.copy_(start)
-        graph.replay()
-        assert torch.equal(case.y.cpu(), wanted)
-
-
-@pytest.mark.gpu
-def test_gpu_mixed_devices_are_refused(gpu):
-    case = decode_case()
-    with pytest.raises(ValueError, match="x is a torch.strided tensor on cpu"):
-        cuda.multi_lora_decode(**(case.to("cuda").tensors() | {"x": case.x}))
-    with pytest.raises(ValueError, match="a is torch.float16; expected torch.float32"):
-        cuda.multi_lora_decode(**(case.to("cuda").tensors() | {"a": case.a.half().cuda()}))
-
-
-@pytest.mark.gpu
-def test_gpu_bad_device(gpu):
-    from ckf import _C
-
-    numbers = dict.fromkeys(("y", "x", "a", "b", "gates", "task_ids", "stream"), 0)
-    sizes = dict.fromkeys(("m", "k", "n", "rank", "tasks", "y_stride", "x_stride"), 1)
-    with pytest.raises(RuntimeError, match="multi_lora_decode: .*invalid device"):
-        _C.multi_lora_decode(**numbers, **sizes, dtype=0, device=torch.cuda.device_count())
+        plan(device=bad)([0], [1], 0, 1, 0, 1, False, 0)

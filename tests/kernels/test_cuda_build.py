@@ -1,7 +1,9 @@
 """Every kernel compiles for every GPU of the default build, and none keeps anything on a stack."""
 
 import importlib.util
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +32,19 @@ def nvcc(build) -> str:
     return found
 
 
+def cuobjdump(option: str, file: Path) -> str | None:
+    """What the toolkit's tool, or the one that comes with Triton, says; None without either."""
+    folders = [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    triton = importlib.util.find_spec("triton")
+    if triton is not None:
+        folders.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
+    tool = shutil.which("cuobjdump", path=os.pathsep.join(folders))
+    if tool is None:
+        return None
+    command = [tool, option, str(file)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 @pytest.mark.parametrize("source", sorted(p.name for p in (ROOT / "csrc").glob("*.cu")))
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100"])
 def test_no_stack_no_spills(build, nvcc, tmp_path, arch, source):
@@ -50,6 +65,17 @@ def test_no_stack_no_spills(build, nvcc, tmp_path, arch, source):
     assert len(usage) == len(kernels)
     wasteful = {k: u for k, u in zip(kernels, usage, strict=True) if u != ("0", "0", "0")}
     assert not wasteful, f"stack, spill stores, spill loads: {wasteful}"
+    resources = cuobjdump("--dump-resource-usage", tmp_path / "kernel.cubin")
+    if resources is None:
+        return
+    sizes = re.findall(r"STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", resources)
+    assert len(sizes) == len(kernels)
+    assert all(stack == local == "0" for stack, _, local in sizes)
+    assert max(int(shared) for _, shared, _ in sizes) <= 48 * 1024
+    code = cuobjdump("--dump-sass", tmp_path / "kernel.cubin")
+    assert not re.search(r"\b(LDL|STL)\b", code), "something lives in local memory"
+    assert bool(re.search("UCGABAR_WAIT", code)) is (arch != "sm_80"), "cluster barriers"
+    assert bool(re.search("ACQBULK", code)) is (arch != "sm_80"), "the wait for the grid before"
 
 
 def test_extension_is_of_these_sources(build):

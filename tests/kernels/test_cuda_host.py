@@ -1,7 +1,7 @@
 """The CUDA kernel's own source, compiled by the host's C++ compiler and run thread by thread.
 
-``csrc/host_shim.h`` stands in for the GPU, so that indices, tails, votes and barriers are tested on
-every machine. What it cannot show (memory coalescing, races inside a warp) needs a GPU.
+``csrc/host_shim.h`` stands in for the GPU, so that indices, tails, votes, barriers and clusters are
+tested on every machine. What it cannot show (memory coalescing, races inside a warp) needs a GPU.
 """
 
 import ctypes
@@ -9,6 +9,7 @@ import os
 import shlex
 import shutil
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,60 +17,109 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ckf.kernels import cuda
 from ckf.kernels.cuda import _DTYPES
 from tests.kernels.decode_cases import (
     DTYPES,
     GUARD,
     DecodeCase,
+    GroupCase,
+    assert_group_right,
     assert_poison_around,
     assert_right,
     decode_case,
+    group_case,
+    stub_cuda,
 )
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 INVALID_VALUE, LAUNCH_FAILURE = 1, 719  # of cudaError_t
 
 
-def compile_for_host(source: Path, folder: Path, strict: bool = True) -> ctypes.CDLL:
+class Linear(ctypes.Structure):
+    """CkfLinear in csrc/launchers.h."""
+
+    _fields_ = (
+        ("y", ctypes.c_void_p),
+        ("b", ctypes.c_void_p),
+        ("y_stride", ctypes.c_int64),
+        ("n", ctypes.c_int64),
+        ("rank", ctypes.c_int64),
+    )
+
+
+@dataclass
+class Host:
+    """The compiled kernel; ``clusters``: of eight blocks, as on Hopper, or blocks alone."""
+
+    library: ctypes.CDLL
+    clusters: bool = True
+
+
+def compile_for_host(source: Path, folder: Path, planted: bool = False) -> ctypes.CDLL:
+    """``planted``: a defect is in it, so compile fast and without warnings."""
     cxx = shlex.split(os.environ.get("CXX", "g++"))
     if shutil.which(cxx[0]) is None:
         pytest.skip(f"no C++ compiler: {cxx[0]} is not on PATH")
     library = folder / f"{source.stem}.so"
-    flags = ["-x", "c++", "-std=c++17", "-O1", "-shared", "-fPIC", "-DCKF_HOST_SHIM"]
-    warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"] if strict else ["-w"]
-    command = [*cxx, *flags, *warnings, f"-I{CSRC}", str(source), "-o", str(library)]
+    flags = ["-x", "c++", "-std=c++17", "-shared", "-fPIC", "-DCKF_HOST_SHIM"]
+    flags += ["-U_FORTIFY_SOURCE"]  # it forbids _longjmp between stacks
+    if planted:
+        flags += ["-O0", "-w"]
+    else:
+        flags += ["-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    command = [*cxx, *flags, f"-I{CSRC}", str(source), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[:4000]
     return ctypes.CDLL(str(library))
 
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory) -> ctypes.CDLL:
+def library(tmp_path_factory) -> ctypes.CDLL:
     return compile_for_host(CSRC / "multi_lora_decode.cu", tmp_path_factory.mktemp("host"))
 
 
-def call(host: ctypes.CDLL, case: DecodeCase, order: int = 0, **changes) -> int:
-    (m, k), (rank, n) = case.x.shape, case.b.shape
-    sizes = {"m": m, "k": k, "n": n, "rank": rank, "tasks": case.column_gates.shape[0]}
-    sizes |= {"y_stride": case.y.stride(0), "x_stride": case.x.stride(0)}
-    host.ckf_host_set_order(ctypes.c_uint(order))
-    return host.ckf_multi_lora_decode(
-        *(ctypes.c_void_p(t.data_ptr()) for t in case.tensors().values()),
-        *map(ctypes.c_int64, (sizes | changes).values()),
-        ctypes.c_int(_DTYPES[case.y.dtype]),
+@pytest.fixture(scope="module", params=["clusters", "blocks"])
+def host(library, request) -> Host:
+    return Host(library, request.param == "clusters")
+
+
+def call(host: Host, case: DecodeCase | GroupCase, order: int = 0, **changes) -> int:
+    group = case.group() if isinstance(case, DecodeCase) else case
+    (m, k), tasks = group.x.shape, group.column_gates.shape[0]
+    sizes = {"m": m, "k": k, "tasks": tasks, "x_stride": group.x.stride(0)}
+    linears = [
+        Linear(y.data_ptr(), b.data_ptr(), y.stride(0), b.shape[1], changes.get("rank", b.shape[0]))
+        for y, b in zip(group.ys, group.bs, strict=True)
+    ]
+    host.library.ckf_host_set_order(ctypes.c_uint(order))
+    host.library.ckf_host_set_clusters(ctypes.c_int(host.clusters))
+    tensors = (group.x, group.a, group.column_gates, group.task_ids)
+    return host.library.ckf_multi_lora_decode(
+        (Linear * len(linears))(*linears),
+        ctypes.c_int(changes.get("count", len(linears))),
+        *(ctypes.c_void_p(t.data_ptr()) for t in tensors),
+        *(ctypes.c_int64(changes.get(name, size)) for name, size in sizes.items()),
+        ctypes.c_int(_DTYPES[group.x.dtype]),
+        ctypes.c_int(0),
         ctypes.c_int(0),
         ctypes.c_void_p(None),
     )
 
 
-def run(host: ctypes.CDLL, case: DecodeCase, order: int = 0) -> torch.Tensor:
-    """The result; y of the case stays as it was, and nothing around y may change."""
-    before = case.y._base.clone()
+def run_group(host: Host, case: GroupCase, order: int = 0) -> list[torch.Tensor]:
+    """The results; the case stays as it was, and nothing around a y may change."""
+    before = [y._base.clone() for y in case.ys]
     assert call(host, case, order) == 0
-    result = case.y.clone()
-    assert_poison_around(case.y)
-    case.y._base.copy_(before)
-    return result
+    results = [y.clone() for y in case.ys]
+    for y, base in zip(case.ys, before, strict=True):
+        assert_poison_around(y)
+        y._base.copy_(base)
+    return results
+
+
+def run(host: Host, case: DecodeCase, order: int = 0) -> torch.Tensor:
+    return run_group(host, case.group(), order)[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -112,6 +162,47 @@ def test_two_and_four_rows_a_block(host, m, n, dtype):
 def test_any_sizes(host, m, k, n, ranks, dtype, soft, padding, seed):
     ids = torch.randint(-3, len(ranks) + 1, (m,), generator=torch.Generator().manual_seed(seed))
     case = decode_case(m, k, n, ranks, dtype, seed, ids, soft, padding)
+    assert_right(case, run(host, case))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"m": 5, "k": 64, "ns": (264, 64, 128), "ranks": ((4, 4, 4), (8, 2, 2), (0, 5, 1))},
+        {"m": 3, "k": 41, "ns": (7, 300), "ranks": ((3, 1, 2), (0, 0, 0)), "padding": 1},
+        {"m": 2, "k": 48, "ns": (16, 0, 24), "ranks": ((2, 2, 2), (3, 3, 3), (1, 1, 1))},
+        {"m": 2, "k": 16, "ns": [8] * 8, "ranks": [(2, i, 1) for i in range(8)]},
+        {"m": 6, "k": 32, "ns": (2600, 40), "ranks": ((2, 140, 128), (1, 1, 1)), "offset": 1},
+    ],
+    ids=lambda s: "-".join(map(str, s["ns"])),
+)
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+def test_group_of_unlike_linears(host, sizes, dtype, soft):
+    case = group_case(**sizes, dtype=dtype, soft=soft, ids=[-1, 0, 1, 7, 0, 1][: sizes["m"]])
+    assert_group_right(case, run_group(host, case))
+
+
+def test_same_bits_in_a_group_and_alone(library):
+    """Nor does it matter whether eight blocks share the sum over k."""
+    sizes = {"m": 6, "k": 2100, "ns": (520, 2056), "ranks": ((4, 4, 4), (8, 2, 2))}
+    case = group_case(**sizes, dtype=torch.float16, seed=4)
+    together = run_group(Host(library), case)
+    for linear, result in zip(case.linears(), together, strict=True):
+        linear.column_gates = linear.column_gates.contiguous()
+        for clusters in (True, False):
+            y = linear.y.clone()
+            alone = GroupCase(
+                [y], linear.x, linear.a, [linear.b], linear.column_gates, linear.task_ids
+            )
+            assert call(Host(library, clusters), alone) == 0
+            assert torch.equal(y, result)
+
+
+@pytest.mark.parametrize("n", [24, 4200])
+def test_many_columns_with_gaps(host, n):
+    """More than a window of 256 columns and a vote of 1024; most columns dead."""
+    case = decode_case(m=3, k=33, n=n, ranks=(2, 1500, 3, 700, 5), ids=[1, 3, -1])
     assert_right(case, run(host, case))
 
 
@@ -207,9 +298,43 @@ def test_same_bits(host, dtype):
     assert torch.equal(first, run(host, turned)[permuted].contiguous().view(torch.uint8))
 
 
+def test_through_the_bridge(library, monkeypatch):
+    """ckf.kernels.cuda with this kernel in the extension's place: each pointer and size arrives."""
+
+    class OnHost:
+        def __init__(self, a, b, n, rank, gates, k, tasks, dtype, device):
+            self.linears = list(zip(b, n, rank, strict=True))
+            self.a, self.gates, self.k, self.tasks = a, gates, k, tasks
+            self.dtype, self.device = dtype, device
+
+        def __call__(self, y, y_strides, x, x_stride, task_ids, m, overlap, stream):
+            linears = [
+                Linear(y_l, b, stride, n, rank)
+                for y_l, stride, (b, n, rank) in zip(y, y_strides, self.linears, strict=True)
+            ]
+            status = library.ckf_multi_lora_decode(
+                (Linear * len(linears))(*linears),
+                ctypes.c_int(len(linears)),
+                *map(ctypes.c_void_p, (x, self.a, self.gates, task_ids)),
+                *map(ctypes.c_int64, (m, self.k, self.tasks, x_stride)),
+                *map(ctypes.c_int, (self.dtype, self.device, overlap)),
+                ctypes.c_void_p(stream),
+            )
+            assert status == 0
+
+    stub_cuda(monkeypatch, OnHost)
+    case = group_case(m=6, k=72, ns=(264, 40), padding=8, dtype=torch.bfloat16)
+    versions = [y._version for y in case.ys]
+    expected = case.to("cpu")
+    cuda.multi_lora_decode_group(**case.tensors())
+    assert_group_right(expected, case.ys)
+    assert [y._version for y in case.ys] > versions, "autograd was not told of the write"
+
+
 def test_launcher_refuses(host):
     case = decode_case()
-    for wrong in ({"m": -1}, {"k": -1}, {"m": 65536}, {"rank": 2**31}, {"tasks": 2**40}):
+    wrongs = [{"m": -1}, {"k": -1}, {"m": 65536}, {"rank": 2**31}, {"tasks": 2**40}]
+    for wrong in (*wrongs, {"count": 9}, {"count": -1}):
         assert call(host, case, **wrong) == INVALID_VALUE, wrong
 
 
@@ -221,60 +346,80 @@ def test_the_poison_works():
     assert (case.task_ids._base[-GUARD:] > 10**14).all()
 
 
-def test_conversions_of_the_shim(host):
-    host.ckf_host_half_to_float.restype = ctypes.c_float
-    host.ckf_host_float_to_half.argtypes = [ctypes.c_float]
-    host.ckf_host_float_to_bfloat16.argtypes = [ctypes.c_float]
+def test_conversions_of_the_shim(library):
+    library.ckf_host_half_to_float.restype = ctypes.c_float
+    library.ckf_host_float_to_half.argtypes = [ctypes.c_float]
+    library.ckf_host_float_to_bfloat16.argtypes = [ctypes.c_float]
     for name in ("ckf_host_float_to_half", "ckf_host_float_to_bfloat16"):
-        getattr(host, name).restype = ctypes.c_uint16
+        getattr(library, name).restype = ctypes.c_uint16
     bits = torch.arange(0, 65536, 7, dtype=torch.int32)
     halves = bits.to(torch.int16).view(torch.float16)
-    ours = torch.tensor([host.ckf_host_half_to_float(ctypes.c_uint16(b)) for b in bits.tolist()])
+    ours = torch.tensor([library.ckf_host_half_to_float(ctypes.c_uint16(b)) for b in bits.tolist()])
     assert torch.equal(ours.nan_to_num(nan=7.0), halves.float().nan_to_num(nan=7.0))
     g = torch.Generator().manual_seed(0)
     floats = torch.randn(4000, generator=g) * 10.0 ** torch.randint(-9, 7, (4000,), generator=g)
     for dtype, convert in (
-        (torch.float16, host.ckf_host_float_to_half),
-        (torch.bfloat16, host.ckf_host_float_to_bfloat16),
+        (torch.float16, library.ckf_host_float_to_half),
+        (torch.bfloat16, library.ckf_host_float_to_bfloat16),
     ):
         ours = torch.tensor([convert(v) for v in floats.tolist()], dtype=torch.int32)
         assert torch.equal(ours.to(torch.int16), floats.to(dtype).view(torch.int16))
 
 
+KERNEL = "multi_lora_decode.h"
 DEFECTS = {
-    "tail of k": ("out.v[v] = v < left ? p[v]", "out.v[v] = v <= left ? p[v]"),
-    "no barrier": ("    __syncthreads();\n", ""),
-    "gate by multiplication": (
-        "!present[j] || !(row_live[r] >> source[j] & 1u)",
-        "!present[j]",
+    "tail of k": ("device.h", "out.v[v] = v < left ? p[v]", "out.v[v] = v <= left ? p[v]"),
+    "no barrier": (KERNEL, "    __syncthreads();\n", ""),
+    "gate by multiplication": (KERNEL, "if (!(mask >> r & 1u)) continue;", ""),
+    "id not checked": (KERNEL, 'rows.task[r] == kInvalid ? nanf("") : ', ""),
+    "another linear's A": (
+        KERNEL,
+        "p.a + static_cast<int64_t>(linear.first_column) * p.k",
+        "p.a",
     ),
-    "id not checked": (
-        'from_float<T>(task >= 0 && task < p.tasks ? to_float(*y) + sum : nanf(""))',
-        "from_float<T>(to_float(*y) + sum)",
+    "another linear's gates": (
+        KERNEL,
+        "p.rank + linear.first_column +",
+        "p.rank +",
+    ),
+    "a part of k left out": (KERNEL, "from < kParts;", "from < kParts - 1;"),
+    "no cluster barrier": (
+        KERNEL,
+        "cluster_arrive<kCluster>();\n    cluster_wait<kCluster>();\n",
+        "",
+    ),
+    "a block leaves early": (
+        KERNEL,
+        "    if (kCluster > 1 && pending) cluster_wait<kCluster>();  // nobody leaves",
+        "    //",
     ),
 }
+
+
+def compile_changed(folder: Path, file: str, right: str, wrong: str) -> Host:
+    for source in (*CSRC.glob("*.h"), *CSRC.glob("*.cu")):
+        shutil.copy(source, folder)
+    text = (folder / file).read_text()
+    assert right in text, f"{file} has no {right!r}: update this test"
+    (folder / file).write_text(text.replace(right, wrong))
+    return Host(compile_for_host(folder / "multi_lora_decode.cu", folder, planted=True))
 
 
 @pytest.mark.parametrize("name", DEFECTS)
 def test_defects_are_seen(tmp_path, name):
     """A planted defect must show: else the tests above prove nothing."""
-    source = (CSRC / "multi_lora_decode.cu").read_text()
-    right, wrong = DEFECTS[name]
-    assert right in source, f"the source has no {right!r}: update this test"
-    broken = tmp_path / "broken.cu"
-    broken.write_text(source.replace(right, wrong))
-    library = compile_for_host(broken, tmp_path, strict=False)
-    case = decode_case(m=8, k=13, n=WIDE, ranks=(3, 3, 3), ids=[0, 1, 5, -1, 0, 1, 1, 0])
-    case.b[3:6, ::2] = float("inf")
+    host = compile_changed(tmp_path, *DEFECTS[name])
+    case = group_case(
+        m=4, k=1037, ns=(300, 24), ranks=((3, 3, 3), (2, 4, 1)), ids=[0, 1, 5, -1], seed=1
+    )
+    case.bs[0][3:6, ::2] = float("inf")
     with pytest.raises(AssertionError):
         for order in (0, 1):
-            assert_right(case, run(library, case, order))
+            assert_group_right(case, run_group(host, case, order))
 
 
 def test_divergent_barrier_is_reported(tmp_path):
     """A barrier that one warp never reaches is an error of the launch, not a hang."""
-    source = (CSRC / "multi_lora_decode.cu").read_text()
-    broken = tmp_path / "divergent.cu"
-    broken.write_text(source.replace("__syncthreads();", "if (warp != 3) __syncthreads();"))
-    library = compile_for_host(broken, tmp_path, strict=False)
-    assert call(library, decode_case()) == LAUNCH_FAILURE
+    changed = ("    __syncthreads();", "    if (warp != 3) __syncthreads();")
+    host = compile_changed(tmp_path, KERNEL, *changed)
+    assert call(host, decode_case()) == LAUNCH_FAILURE

@@ -1,0 +1,226 @@
+// What the kernels of this folder share: 16-byte packs, a reduction over a warp, clusters, launches.
+// host_shim.h gives the same names on the host, for tests without a GPU.
+#pragma once
+
+#ifdef CKF_HOST_SHIM
+#include "host_shim.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#endif
+
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+
+namespace ckf {
+
+constexpr int kLanes = 32;
+constexpr unsigned kFull = 0xffffffffu;
+
+template <typename T>
+constexpr int kVec = 16 / sizeof(T);  // elements of one 16-byte load
+
+template <typename T>
+struct alignas(16) Pack {
+    T v[kVec<T>];
+};
+
+__device__ __forceinline__ float to_float(float v) { return v; }
+__device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float v);
+template <>
+__device__ __forceinline__ float from_float<float>(float v) {
+    return v;
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float v) {
+    return __float2half_rn(v);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
+    return __float2bfloat16_rn(v);
+}
+
+// Elements p[0 .. kVec) of which `left` exist; the others read as zero. kAligned: p is 16-byte
+// aligned and `left` is a multiple of kVec. Both paths give every lane the same elements, so
+// alignment never changes a bit of the result. Plain loads, not the read-only path: under an
+// overlapped launch the kernel before may still write when this one starts.
+template <typename T, bool kAligned>
+__device__ __forceinline__ Pack<T> load(const T* p, int left) {
+    Pack<T> out;
+    if constexpr (kAligned) {
+        uint4 raw = make_uint4(0, 0, 0, 0);
+        if (left > 0) raw = *reinterpret_cast<const uint4*>(p);
+        memcpy(&out, &raw, sizeof(out));
+    } else {
+#pragma unroll
+        for (int v = 0; v < kVec<T>; ++v) out.v[v] = v < left ? p[v] : from_float<T>(0.0f);
+    }
+    return out;
+}
+
+// Sums each of kCount values over the warp; afterwards value lane / (32 / kCount) is complete in
+// v[0]. Halving the values with the lanes takes kCount + log2(32 / kCount) - 1 shuffles where one
+// butterfly a value takes 5 kCount. Every value is summed in the same tree, so its bits do not
+// depend on its place among the others.
+template <int kCount, int kOffset = kLanes / 2, int kSize>
+__device__ __forceinline__ void sum_over_warp(float (&v)[kSize], int lane) {
+    static_assert((kCount & (kCount - 1)) == 0 && kCount <= kLanes);
+    if constexpr (kCount > 1) {
+        const bool upper = lane & kOffset;
+#pragma unroll
+        for (int i = 0; i < kCount / 2; ++i) {
+            const float kept = upper ? v[i + kCount / 2] : v[i];
+            const float given = upper ? v[i] : v[i + kCount / 2];
+            v[i] = kept + __shfl_xor_sync(kFull, given, kOffset);
+        }
+        if constexpr (kOffset > 1) sum_over_warp<kCount / 2, kOffset / 2>(v, lane);
+    } else {
+        v[0] += __shfl_xor_sync(kFull, v[0], kOffset);
+        if constexpr (kOffset > 1) sum_over_warp<1, kOffset / 2>(v, lane);
+    }
+}
+
+#ifndef CKF_HOST_SHIM
+
+#define CKF_SHARED(Type, name) __shared__ Type name
+
+// A hint: the bytes at p will be read soon. Safe for any mapped address at any time.
+__device__ __forceinline__ void prefetch(const void* p) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
+// Nothing that the kernels before this one wrote may be read before this. Without the overlap
+// attribute of the launch it returns at once.
+__device__ __forceinline__ void wait_for_previous_grid() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// A barrier over the cluster in two halves: writes before `arrive` are seen after `wait`. A cluster
+// of one is a block, whose second half does all.
+template <int kCluster>
+__device__ __forceinline__ void cluster_arrive() {
+    if constexpr (kCluster > 1) {
+#if __CUDA_ARCH__ >= 900
+        asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#else
+        __trap();  // clusters_work() keeps launches away from here
+#endif
+    }
+}
+
+template <int kCluster>
+__device__ __forceinline__ void cluster_wait() {
+    if constexpr (kCluster > 1) {
+#if __CUDA_ARCH__ >= 900
+        asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+    } else {
+        __syncthreads();
+    }
+}
+
+// The value at p in the shared memory of block `rank` of the cluster; p is this block's address.
+template <int kCluster>
+__device__ __forceinline__ float read_block(const float* p, [[maybe_unused]] unsigned rank) {
+    float value = 0.0f;
+    if constexpr (kCluster == 1) {
+        value = *p;
+    } else {
+#if __CUDA_ARCH__ >= 900
+        const auto own = static_cast<unsigned>(__cvta_generic_to_shared(p));
+        unsigned remote;
+        asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(own), "r"(rank));
+        asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(remote) : "memory");
+#endif
+    }
+    return value;
+}
+
+struct Launch {
+    dim3 grid;
+    int threads;
+    int cluster;   // blocks of grid.x that form a cluster
+    bool overlap;  // may start before the kernel before it ends (programmatic dependent launch)
+    cudaStream_t stream;
+    cudaLaunchAttribute attributes[2];
+
+    cudaLaunchConfig_t config() {
+        unsigned count = 0;
+        if (cluster > 1) {
+            attributes[count].id = cudaLaunchAttributeClusterDimension;
+            attributes[count].val.clusterDim.x = cluster;
+            attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
+            ++count;
+        }
+        if (overlap) {
+            attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+            attributes[count].val.programmaticStreamSerializationAllowed = 1;
+            ++count;
+        }
+        cudaLaunchConfig_t result = {};
+        result.gridDim = grid;
+        result.blockDim = dim3(threads);
+        result.stream = stream;
+        result.attrs = attributes;
+        result.numAttrs = count;
+        return result;
+    }
+};
+
+template <auto kKernel, typename Args>
+cudaError_t launch(Launch how, const Args& args) {
+    const cudaLaunchConfig_t config = how.config();
+    return cudaLaunchKernelEx(&config, kKernel, args);
+}
+
+constexpr int kMostDevices = 64;
+
+// Whether the code loaded on this device is for sm_90 or later (griddepcontrol, clusters).
+template <auto kKernel>
+bool is_hopper_code(int device) {
+    static std::atomic<int> version[kMostDevices];
+    if (device < 0 || device >= kMostDevices) return false;
+    int known = version[device].load(std::memory_order_relaxed);
+    if (known == 0) {
+        cudaFuncAttributes attributes;
+        if (cudaFuncGetAttributes(&attributes, kKernel) != cudaSuccess) return false;
+        known = attributes.ptxVersion;
+        version[device].store(known, std::memory_order_relaxed);
+    }
+    return known >= 90;
+}
+
+// Whether clusters of this size can be launched on the device: a part of a GPU (MIG) or code
+// compiled for an older one may not. Asked once for a kernel and a device.
+template <auto kKernel>
+bool clusters_work(int device, int threads, int cluster) {
+    static std::atomic<int> answer[kMostDevices];  // 0: not asked, 1: no, 2: yes
+    if (device < 0 || device >= kMostDevices) return false;
+    int known = answer[device].load(std::memory_order_relaxed);
+    if (known == 0) {
+        int able = 0, clusters = 0;
+        cudaDeviceGetAttribute(&able, cudaDevAttrClusterLaunch, device);
+        if (able != 0 && is_hopper_code<kKernel>(device)) {
+            Launch probe{dim3(cluster), threads, cluster, false, nullptr, {}};
+            const cudaLaunchConfig_t config = probe.config();
+            if (cudaOccupancyMaxActiveClusters(&clusters, kKernel, &config) != cudaSuccess)
+                clusters = 0;
+        }
+        cudaGetLastError();  // a refusal here is an answer, not an error
+        known = clusters > 0 ? 2 : 1;
+        answer[device].store(known, std::memory_order_relaxed);
+    }
+    return known == 2;
+}
+
+#endif
+
+}  // namespace ckf

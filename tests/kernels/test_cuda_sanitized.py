@@ -1,0 +1,60 @@
+"""Small calls of every Triton kernel, for compute-sanitizer (benchmarks/gpu.py runs "small").
+
+Values are checked as well: a sanitizer that saw nothing because nothing ran would be no proof.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from ckf.kernels import multi_lora_linear, ops
+from ckf.kernels.launch import PLANS
+from tests.kernels.cases import assert_as_good_as_reference, random_case
+
+pytestmark = pytest.mark.gpu
+TWO_BYTES = [torch.float16, torch.bfloat16]
+
+
+def to_gpu(case, dtype: torch.dtype):
+    """In ``dtype`` on the GPU, gates in float32; every tensor an allocation of its own."""
+    gates, case = case.gates, case.to(dtype)
+
+    def move(t):
+        return None if t is None else t.detach().cuda().requires_grad_(t.requires_grad)
+
+    return replace(
+        case,
+        x=move(case.x),
+        weight=move(case.weight),
+        bias=move(case.bias),
+        a=[move(t) for t in case.a],
+        b=[move(t) for t in case.b],
+        gates=gates.detach().float().cuda().requires_grad_(gates.requires_grad),
+        task_ids=case.task_ids.cuda(),
+    )
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(
+    "dtype, sizes",
+    [
+        *((dtype, dict(m=150, k=136, n=264, ranks=[8, 8, 8])) for dtype in TWO_BYTES),
+        (torch.bfloat16, dict(m=70, k=64, n=128, ranks=[64, 64, 64, 8])),
+        (torch.bfloat16, dict(m=37, k=41, n=29, ranks=[3, 8, 1])),
+        (torch.float32, dict(m=33, k=48, n=40, ranks=[4, 0, 9])),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("soft, dropout_p", [(False, 0.0), (False, 0.3), (True, 0.3)])
+def test_small_forward_and_backward(monkeypatch, plan, dtype, sizes, soft, dropout_p):
+    choose = ops.choose_backend
+    monkeypatch.setattr(ops, "choose_backend", lambda *a, **k: replace(choose(*a, **k), plan=plan))
+    tasks = len(sizes["ranks"]) - 1
+    ids = torch.arange(sizes["m"]) // 16 % (tasks + 1) - 1
+    case = random_case(**sizes, tasks=tasks, soft=soft, dropout_p=dropout_p, ids=ids)
+    with torch.device("cuda"):  # the check draws its output gradient on the default device
+        assert_as_good_as_reference(
+            partial(multi_lora_linear, backend="triton"), to_gpu(case, dtype)
+        )
