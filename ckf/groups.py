@@ -6,9 +6,11 @@ one shrink and one dropout mask.
 """
 
 import warnings
+from contextlib import nullcontext
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from ckf.layers import MultiLoRALinear
@@ -24,7 +26,9 @@ def find_groups(model: nn.Module) -> list[list[MultiLoRALinear]]:
     """
     if not isinstance(model, PreTrainedModel):
         return []
-    layers = [m for m in model.modules() if isinstance(m, MultiLoRALinear)]
+    layers = [m for m in model.modules() if isinstance(m, MultiLoRALinear) and m.fuses()]
+    if len(layers) < 2:
+        return []
     met: list[tuple[torch.Tensor, int, MultiLoRALinear]] = []
     hooks = [
         layer.register_forward_pre_hook(lambda layer, args: met.append((*_key(args[0]), layer)))
@@ -33,8 +37,9 @@ def find_groups(model: nn.Module) -> list[list[MultiLoRALinear]]:
     training = [m for m in model.modules() if m.training]
     model.eval()
     try:
-        ids = torch.ones(1, PROBE_TOKENS, dtype=torch.int64, device=model.device)
-        model(input_ids=ids, task_ids=-1, use_cache=False)
+        with _fake_values(model):
+            ids = torch.ones(1, PROBE_TOKENS, dtype=torch.int64, device=model.device)
+            model(input_ids=ids, task_ids=-1, use_cache=False)
     except Exception as error:  # any model may refuse; that must not undo the patch
         warnings.warn(
             f"{type(model).__name__}: layers fed the same tensor were not found ({error}); each "
@@ -52,6 +57,12 @@ def find_groups(model: nn.Module) -> list[list[MultiLoRALinear]]:
         groups.setdefault((id(x), version), []).append(layer)
     calls = [layer for _, _, layer in met]
     return [g for g in groups.values() if len(g) > 1 and all(calls.count(m) == 1 for m in g)]
+
+
+def _fake_values(model: nn.Module):
+    """Lets a model on the meta device run: fake tensors bear code that looks at values."""
+    on_meta = any(p.is_meta for p in model.parameters())
+    return FakeTensorMode(allow_non_fake_inputs=True) if on_meta else nullcontext()
 
 
 def _key(x: torch.Tensor) -> tuple[torch.Tensor, int]:

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ckf.kernels.decode import DecodeCache
 from ckf.kernels.ops import run_group
+from ckf.kernels.slots import compact_slots
 from ckf.routing import Route, Router
 
 SHARED = "shared"
@@ -29,6 +31,13 @@ class ExpertParameters(nn.Module):
         return self
 
 
+def adapter_device(base_layer: nn.Module) -> torch.device:
+    """Where a layer's adapters live: beside its weight, or where an offloaded one is run."""
+    device = next(base_layer.parameters()).device
+    runs_on = getattr(getattr(base_layer, "_hf_hook", None), "execution_device", None)
+    return device if device.type != "meta" or runs_on is None else torch.device(runs_on)
+
+
 class TaskGate(nn.Module):
     """Trainable gates (T, E) over all experts, starting at the hard gate.
 
@@ -39,12 +48,28 @@ class TaskGate(nn.Module):
 
     def __init__(self, tasks: tuple[str, ...], experts: tuple[str, ...], device=None) -> None:
         super().__init__()
-        self.experts = experts
-        self.gate = nn.Parameter(torch.tensor(_hard_gate(tasks, experts), device=device))
+        self.tasks, self.experts = tasks, experts
+        self.gate = nn.Parameter(torch.empty(len(tasks), len(experts), device=device))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The hard gate."""
+        self.gate.copy_(torch.tensor(_hard_gate(self.tasks, self.experts)))
 
 
 def _hard_gate(tasks: Iterable[str], experts: Iterable[str]) -> list[list[float]]:
     return [[float(expert in (SHARED, task)) for expert in experts] for task in tasks]
+
+
+def _slots(layers: list["MultiLoRALinear"], device: torch.device) -> tuple[Tensor | None, int]:
+    """Slots and width of the compact H of these layers; hard gates only."""
+    if any(layer._gate[0] is not None for layer in layers):
+        return None, 0
+    live = [_hard_gate(layer.router.tasks, layer.experts) for layer in layers]
+    ranks = [[layer.lora_A[e].shape[0] for e in layer.experts] for layer in layers]
+    slots, width = compact_slots(live, ranks)
+    return slots.to(device), width
 
 
 class MultiLoRALinear(nn.Module):
@@ -82,14 +107,38 @@ class MultiLoRALinear(nn.Module):
         self.dropout, self.backend = dropout, backend
         self._gate = [gate]  # in a list: the gate is registered once, on the model
         self._siblings: list[MultiLoRALinear] = []
-        self._constants: dict[torch.device, Tensor] = {}  # gates and scaling, by device
+        self._decode = (DecodeCache(), DecodeCache())  # alone, and with the siblings
+        self._leader = index  # of the group, whose dropout seed all of it draws from
         weight = next(base_layer.parameters())
         wide = weight.dtype in (torch.float32, torch.float64)
-        options = {"device": weight.device, "dtype": weight.dtype if wide else torch.float32}
+        device = adapter_device(base_layer)
+        options = {"device": device, "dtype": weight.dtype if wide else torch.float32}
         a = {e: nn.Parameter(torch.empty(r, in_features, **options)) for e, r in ranks.items()}
         b = {e: nn.Parameter(torch.zeros(out_features, r, **options)) for e, r in ranks.items()}
         self.lora_A, self.lora_B = ExpertParameters(a), ExpertParameters(b)
         self.reset_parameters()
+        self._prepare(device)
+
+    def _apply(self, fn, recurse: bool = True) -> "MultiLoRALinear":
+        super()._apply(fn, recurse)
+        self._prepare(adapter_device(self.base_layer))
+        return self
+
+    @torch.inference_mode(False)  # training may use the same tensors later
+    def _prepare(self, device: torch.device) -> None:
+        """What every call needs and no call changes: gate constants, and slots of the compact H."""
+        self._constant = self._gate_constant().to(device)
+        groups = [[self], [self, *self._siblings]] if self._siblings else [[self]]
+        self._slots = {len(layers): _slots(layers, device) for layers in groups}
+
+    def train(self, mode: bool = True) -> "MultiLoRALinear":
+        """As nn.Module's; training may change adapters in ways that no counter shows."""
+        for cache in self._decode:
+            cache.clear()
+        return super().train(mode)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_decode": (DecodeCache(), DecodeCache())}
 
     def reset_parameters(self) -> None:
         """A uniform as nn.Linear's weight, B zero: a fresh adapter changes nothing."""
@@ -103,12 +152,12 @@ class MultiLoRALinear(nn.Module):
         if route is None:
             shape = (x.shape[:-1].numel(), 1)
             route = self.router.make_route(None, shape, x.device, self.training)
-        if route.base_only:
-            return self.base_layer(x)
+        if route.base_only and not (self.training and torch.is_grad_enabled()):
+            return self.base_layer(x)  # else other ranks wait for this one's (zero) gradients
         ready = route.take(x, self.index)
         if ready is not None:
             return ready
-        layers = self._group(x)
+        layers = self._group(x, route)
         bases = [layer._fused_base(x) for layer in layers]
         if any(weight is None for weight, _ in bases):
             layers, bases = [self], bases[:1]
@@ -120,23 +169,47 @@ class MultiLoRALinear(nn.Module):
             route.keep(x, layer.index, y)
         return outputs[0]
 
+    def own_gate(self, gate: TaskGate) -> None:
+        """Take learned gates that belong to this layer alone."""
+        self.ckf_gate = gate
+        self._gate[0] = gate
+        self._prepare(gate.gate.device)
+
     def join(self, siblings: list["MultiLoRALinear"]) -> None:
         """Layers that are fed the same tensor after this one; it computes them all at once."""
         self._siblings = siblings
+        for layer in siblings:
+            layer._leader = self.index
+        self._prepare(self._constant.device)
 
-    def _group(self, x: Tensor) -> list["MultiLoRALinear"]:
+    def _group(self, x: Tensor, route: Route) -> list["MultiLoRALinear"]:
         """This layer, and its siblings where they may be computed together with it.
 
         Not in inference mode: a change of x between two siblings' calls would go unseen there.
+        Not in a checkpoint under torch.compile: it forbids what outlives a call.
         """
-        alone = x.is_inference() or torch.compiler.is_compiling()
+        if torch.compiler.is_compiling():
+            alone = not route.may_hold
+        else:
+            alone = x.is_inference()
         if alone or any(layer.training != self.training for layer in self._siblings):
             return [self]
         return [self, *self._siblings]
 
     def _run(self, inputs: Tensor, layers, bases, route: Route, x: Tensor) -> tuple[Tensor, ...]:
         """The layers' outputs; ``x`` is the tensor as it came, whose identity seeds the dropout."""
+        device = self.lora_A[self.experts[0]].device
+        if device != x.device:
+            raise ValueError(
+                f"a patched layer's adapters are on {device} and its input on {x.device}; move the "
+                "whole model, or offload with device_map before ckf.patch_model (after it: "
+                'dispatch_model(..., preload_module_classes=["MultiLoRALinear"]))'
+            )
         dropout = self.dropout if self.training else 0.0
+        if self._constant.device != x.device and not torch.compiler.is_compiling():
+            for layer in layers:
+                layer._prepare(x.device)
+        slots, width = self._slots[len(layers)]
         return run_group(
             inputs,
             [weight for weight, _ in bases],
@@ -146,17 +219,16 @@ class MultiLoRALinear(nn.Module):
             [layer.gates(x.device) for layer in layers],
             route.ids_for(x),
             dropout,
-            route.seed_for(x, self.index) if dropout > 0 else 0,
+            route.seed_for(x, self._leader) if dropout > 0 else 0,
             self.backend,
+            slots,
+            width,
+            self._decode[len(layers) > 1],
         )
 
     def gates(self, device: torch.device) -> Tensor:
         """(T, E) float32 over this layer's experts, scaling included."""
-        learned = self._gate[0]
-        if device not in self._constants:
-            with torch.inference_mode(False):  # training may use the same tensor later
-                self._constants[device] = self._gate_constant().to(device)
-        constant = self._constants[device]
+        constant, learned = self._constant.to(device), self._gate[0]
         if learned is None:
             return constant
         gate = learned.gate.float()
@@ -168,20 +240,33 @@ class MultiLoRALinear(nn.Module):
     def _gate_constant(self) -> Tensor:
         """Scaling (E,); with the hard gate, the whole matrix (T, E)."""
         scaling = torch.tensor([self.scaling[e] for e in self.experts])
-        if self._gate[0] is not None:
-            return scaling
-        return torch.tensor(_hard_gate(self.router.tasks, self.experts)) * scaling
+        if self._gate[0] is None:
+            scaling = torch.tensor(_hard_gate(self.router.tasks, self.experts)) * scaling
+        return scaling
+
+    def fuses(self) -> bool:
+        """Whether the base is a plain linear: not quantized, sharded by tensors, or hooked."""
+        base = self.base_layer
+        hooked = base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__
+        plain = type(base) is nn.Linear or type(base) is Conv1D
+        return plain and not hooked and not hasattr(base.weight, "__tensor_flatten__")
 
     def _fused_base(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Weight (n, k) and bias where the base may be computed with the update, else None."""
         base = self.base_layer
-        hooked = base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__
-        if hooked or (type(base) is not nn.Linear and type(base) is not Conv1D):
+        if not self.fuses() or base.weight.device != x.device:
             return None, None
         if x.dtype != base.weight.dtype and not torch.is_autocast_enabled(x.device.type):
             return None, None
         weight = base.weight if type(base) is nn.Linear else base.weight.t()
         return weight, base.bias
+
+    def _replicate_for_data_parallel(self):
+        raise ValueError(
+            "torch.nn.DataParallel (Trainer's choice for several GPUs in one process) splits a "
+            "batch without its tasks; start one process a GPU with torchrun or accelerate launch, "
+            "or show one GPU with CUDA_VISIBLE_DEVICES"
+        )
 
     def extra_repr(self) -> str:
         ranks = ", ".join(f"{e}: {self.lora_A[e].shape[0]}" for e in self.experts)

@@ -23,46 +23,71 @@ TaskIds = Tensor | Sequence[str] | Sequence[int] | str | int
 
 
 class Route:
-    """What the layers of one forward pass need: an id per token, and the dropout seed."""
+    """What the layers of one forward pass need: an id per token, and the dropout seed.
 
-    def __init__(self, ids: Tensor, tokens_per_row: int, base_only: bool, seed: int) -> None:
+    The seed is an int; a one-element tensor where torch.compile traces, so that the compiled code
+    draws afresh at every call.
+    """
+
+    def __init__(
+        self, ids: Tensor, tokens_per_row: int, base_only: bool, seed: int | Tensor
+    ) -> None:
         self.ids = ids  # (rows * tokens_per_row,)
         self.tokens_per_row = tokens_per_row
         self.base_only = base_only
         self.seed = seed
         self._last_input: tuple[weakref.ref, int, int] | None = None
         self._ready: dict[int, tuple[weakref.ref, int, Tensor]] = {}
+        self.may_hold = True  # outputs of siblings, while torch.compile traces
+        self._traced: dict[int, tuple[Tensor, Tensor]] = {}
 
     def ids_for(self, x: Tensor) -> Tensor:
         """Ids of x's leading shape; x may be (batch, seq, k), flattened, or one vector a row."""
         count = x.shape[:-1].numel()
-        if count == self.ids.numel():
-            return self.ids.view(x.shape[:-1])
-        if count * self.tokens_per_row == self.ids.numel():
-            return self.ids.view(-1, self.tokens_per_row)[:, -1].view(x.shape[:-1])
+        ids = self.ids.to(x.device, non_blocking=True)  # layers may lie on several devices
+        if count == ids.numel():
+            return ids.view(x.shape[:-1])
+        if count * self.tokens_per_row == ids.numel():
+            return ids.view(-1, self.tokens_per_row)[:, -1].view(x.shape[:-1])
         raise ValueError(
             f"a patched layer got {count} rows, but the forward pass has task ids for "
             f"{self.ids.numel()} tokens; leave this layer out of target_modules"
         )
 
-    def seed_for(self, x: Tensor, layer: int) -> int:
+    def seed_for(self, x: Tensor, layer: int) -> int | Tensor:
         """One dropout seed per input tensor: siblings (q, k, v) fed the same tensor share it."""
+        if isinstance(self.seed, Tensor):
+            return self.seed + _signed(_SEED_STEP * (layer + 1))
         if self._last_input is not None:
             reference, version, seed = self._last_input
             if reference() is x and version == _version(x):
                 return seed
-        seed = (self.seed + _SEED_STEP * (layer + 1)) % _SEED_RANGE
+        seed = _signed(self.seed + _SEED_STEP * (layer + 1))
         self._last_input = (weakref.ref(x), _version(x), seed)
         return seed
 
     def keep(self, x: Tensor, layer: int, y: Tensor) -> None:
         """Hold the output y of a layer for x, computed together with a sibling's."""
-        self._ready[layer] = (weakref.ref(x), _version(x), y)
+        if torch.compiler.is_compiling():  # no weak references and versions in a traced graph
+            if self.may_hold:
+                self._traced[layer] = (x, y)
+        else:
+            self._ready[layer] = (weakref.ref(x), _version(x), y)
 
     def take(self, x: Tensor, layer: int) -> Tensor | None:
         """The output held for a layer, if it was computed from this very tensor, unchanged."""
+        if torch.compiler.is_compiling():
+            if not self.may_hold:
+                return None
+            held, y = self._traced.pop(layer, (None, None))
+            return y if held is x else None
         reference, version, y = self._ready.pop(layer, (lambda: None, -1, None))
         return y if reference() is x and version == _version(x) else None
+
+
+def _signed(word: int) -> int:
+    """The low 64 bits as a signed integer, as int64 tensors hold them."""
+    return (word + 2**63) % 2**64 - 2**63
 
 
 def _version(x: Tensor) -> int:
@@ -75,6 +100,7 @@ class Router:
 
     def __init__(self, tasks: Sequence[str]) -> None:
         self.tasks = tuple(tasks)
+        self.traced: Route | None = None  # while torch.compile traces: no thread-locals there
         self._local = threading.local()
 
     def __getstate__(self) -> dict:
@@ -85,6 +111,8 @@ class Router:
 
     @property
     def route(self) -> Route | None:
+        if torch.compiler.is_compiling():
+            return self.traced
         return getattr(self._local, "route", None)
 
     @property
@@ -94,6 +122,11 @@ class Router:
     @contextmanager
     def following(self, route: Route | None) -> Iterator[None]:
         """Layers called inside take this route."""
+        if torch.compiler.is_compiling():
+            self.traced = route
+            yield
+            self.traced = None
+            return
         before = self.route
         self._local.route = route
         try:
@@ -144,6 +177,8 @@ class Router:
 
         ``past`` tells how many tokens the cache holds; only per-token ids need to ask.
         """
+        if torch.compiler.is_compiling():
+            return self._traced_route(task_ids, shape, device, training, past)
         if task_ids is None:
             task_ids = self.default_task
         if task_ids is None:
@@ -158,6 +193,16 @@ class Router:
         tokens = _token_ids(ids, shape, past).to(device, non_blocking=True)
         seed = int(torch.randint(_SEED_RANGE, ())) if training else 0
         return Route(tokens.reshape(-1), shape[1], base_only, seed)
+
+    def _traced_route(self, task_ids, shape, device, training, past) -> Route:
+        if not isinstance(task_ids, Tensor):
+            raise ValueError(
+                f"task_ids are {task_ids!r}; under torch.compile they must be a tensor, for names "
+                "would make a graph for each mix of tasks: pass ckf.task_ids(model, [...])"
+            )
+        tokens = _token_ids(task_ids.long(), shape, past).to(device)
+        seed = torch.randint(_SEED_RANGE, (1,), device=device) if training else 0
+        return Route(tokens.reshape(-1), shape[1], False, seed)
 
 
 def _token_ids(ids: Tensor, shape: tuple[int, int], past: Callable[[], int]) -> Tensor:
@@ -198,4 +243,10 @@ class RoutedCheckpoint:
         self.router, self.checkpoint = router, checkpoint
 
     def __call__(self, function, *args, **kwargs):
+        if torch.compiler.is_compiling():  # the compiler recomputes; nothing runs later
+            route = self.router.traced
+            route.may_hold = False
+            result = self.checkpoint(function, *args, **kwargs)
+            route.may_hold = True
+            return result
         return self.checkpoint(CarriedRoute(self.router, function), *args, **kwargs)

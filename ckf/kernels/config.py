@@ -1,23 +1,16 @@
-"""Which backend computes a call, and why: readable rules, no run-time tuning."""
+"""Which backend computes a call, and why: measured tables per GPU, no run-time tuning."""
 
 import importlib.util
 import os
-from dataclasses import dataclass
 
 import torch
 
 from ckf.kernels import cuda
+from ckf.kernels.dispatch import Call, Choice, load_table, measured_choice
+from ckf.kernels.launch import PLANS
 
 BACKENDS = ("auto", "torch", "triton", "cuda")
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A backend and the reason for it, in words."""
-
-    backend: str
-    why: str
-    plan: str = "expand"
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def usable_backends() -> dict[str, tuple[bool, str]]:
@@ -29,26 +22,79 @@ def usable_backends() -> dict[str, tuple[bool, str]]:
     }
 
 
-def choose_backend(
-    backend: str, m: int, x: torch.Tensor, needs_grad: bool, rank: int = 1
-) -> Choice:
-    """The backend for m rows of x (..., k) and ``rank`` stacked columns of all experts (R).
+def explain_auto() -> str:
+    """What "auto" goes by on this machine, in words."""
+    if not torch.cuda.is_available():
+        return "torch: there is no GPU"
+    device = torch.cuda.get_device_name()
+    table = load_table(device)
+    if table is None:
+        return f"torch: nothing was measured on {device} yet (make gpu, benchmarks/make_table.py)"
+    return (
+        f"the fastest at the nearest of {len(table['rows'])} shapes measured on {device} (commit "
+        f"{table['record']['commit']}); "
+        "each choice is logged once (logger ckf.kernels, level INFO)"
+    )
+
+
+def check_backend(backend: str) -> None:
+    """ValueError for a backend that is unknown or cannot run on this machine."""
+    name, _ = _split(backend)
+    usable, why = usable_backends().get(name, (True, ""))
+    if not usable:
+        raise ValueError(f"backend={backend!r} cannot run here: {why}")
+
+
+def choose_backend(backend: str, x: torch.Tensor, call: Call) -> Choice:
+    """The backend for a call on x (..., k).
+
+    Args:
+        backend: one of BACKENDS; "triton:PLAN" asks for one of ``PLANS`` as well.
 
     Raises:
         ValueError: an unknown backend, or one that cannot run this call.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
-    if backend == "auto":  # the GPU kernels are chosen by name until a record on a GPU speaks
-        return Choice("torch", "no other backend was measured on this kind of device yet")
-    refusal = None
-    if backend == "triton":
-        refusal = _why_not_triton(x)
-    elif backend == "cuda":
-        refusal = _why_not_cuda(m, x, needs_grad, rank)
+    name, plan = _split(backend)
+    if name == "auto":
+        return _automatic(x, call)
+    refusal = _refusal(name, x, call)
     if refusal is not None:
         raise ValueError(f"backend={backend!r} cannot compute this call: {refusal}")
-    return Choice(backend, "asked for")
+    return Choice(name, "asked for", plan or PLANS[0])
+
+
+def _split(backend: str) -> tuple[str, str]:
+    """The name and the plan asked for, if any."""
+    name, _, plan = backend.partition(":") if isinstance(backend, str) else ("", "", "")
+    known = name in BACKENDS and (name == backend or (name == "triton" and plan in PLANS))
+    if not known:
+        plans = ", ".join(f"triton:{plan}" for plan in PLANS)
+        raise ValueError(
+            f"backend is {backend!r}; expected one of {', '.join(BACKENDS)} (or {plans})"
+        )
+    return name, plan
+
+
+def _automatic(x: torch.Tensor, call: Call) -> Choice:
+    if x.device.type != "cuda":
+        return Choice("torch", "the other backends need a GPU")
+    device = torch.cuda.get_device_name(x.device)
+    if load_table(device) is not None and torch.compiler.is_compiling():
+        call = _bucketed(call)
+    usable = tuple(b for b in BACKENDS[1:] if _refusal(b, x, call) is None)
+    return measured_choice(device, call, usable)
+
+
+def _bucketed(call: Call) -> Call:
+    """With m rounded up to a power of four: a traced m would make a graph for every length."""
+    bucket = next((4**i for i in range(12) if call.m <= 4**i), 4**12)
+    return Call(bucket, call.k, call.n, call.rank, call.train, call.dropout)
+
+
+def _refusal(backend: str, x: torch.Tensor, call: Call) -> str | None:
+    if backend == "triton":
+        return _why_not_triton(x)
+    return _why_not_cuda(x, call) if backend == "cuda" else None
 
 
 def _interpreting() -> bool:
@@ -63,7 +109,7 @@ def _triton_usable() -> tuple[bool, str]:
         return True, "Triton's interpreter (TRITON_INTERPRET=1), for tests: slow"
     if not torch.cuda.is_available():
         return False, "torch sees no CUDA device; use 'torch' or 'auto'"
-    return True, "forward and backward; 'auto' does not choose it yet: no measurement"
+    return True, "forward and backward"
 
 
 def _why_not_triton(x: torch.Tensor) -> str | None:
@@ -72,21 +118,21 @@ def _why_not_triton(x: torch.Tensor) -> str | None:
         return why
     if x.device.type != ("cpu" if _interpreting() else "cuda"):
         return f"the input is on {x.device.type}; the Triton kernels need a GPU tensor"
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if x.dtype not in _FLOATS:
         return f"dtype {x.dtype}; the Triton kernels take float32, float16 and bfloat16"
     return None
 
 
-def _why_not_cuda(m: int, x: torch.Tensor, needs_grad: bool, rank: int) -> str | None:
+def _why_not_cuda(x: torch.Tensor, call: Call) -> str | None:
     if x.device.type != "cuda":
         return f"the input is on {x.device.type}; the CUDA kernel needs a GPU tensor"
-    if needs_grad:
+    if call.train or call.dropout:
         return "gradients are needed; the CUDA kernel is forward only"
-    if m > cuda.MAX_ROWS:
-        return f"{m} rows; the CUDA kernel is for {cuda.MAX_ROWS} or fewer"
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if call.m > cuda.MAX_ROWS:
+        return f"{call.m} rows; the CUDA kernel is for {cuda.MAX_ROWS} or fewer"
+    if x.dtype not in _FLOATS:
         return f"dtype {x.dtype}; the CUDA kernel takes float32, float16 and bfloat16"
-    if rank > cuda.MAX_RANK:
-        return f"{rank} rank columns; the CUDA kernel takes {cuda.MAX_RANK} at most"
+    if call.rank > cuda.MAX_RANK:
+        return f"{call.rank} rank columns; the CUDA kernel takes {cuda.MAX_RANK} at most"
     usable, why = cuda.available()
     return None if usable else why

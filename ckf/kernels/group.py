@@ -81,3 +81,38 @@ def base_gradients(
     """dW_l = dy_l^T x and dbias_l = sum of dy_l's rows, where needed."""
     dw = [dy.t() @ rows if needed else None for dy, needed in zip(dys, need_w, strict=True)]
     return dw + [dy.sum(0) if needed else None for dy, needed in zip(dys, need_bias, strict=True)]
+
+
+@dataclass
+class Gradients:
+    """What a backward pass returns, in tensors that share no memory; None where not needed.
+
+    a: (R, k), the experts of all linears one below the other.
+    b: per linear (n_l * R_l,): the (n_l, r_e) gradients of its experts one after the other, so that
+        each is contiguous.
+    gates: (T, E) over the experts of all linears.
+    """
+
+    x: Tensor | None
+    base: list[Tensor | None]  # of the weights, then of the biases
+    gates: Tensor | None
+    a: Tensor | None
+    b: list[Tensor | None]
+
+    def packed(self) -> list[Tensor]:
+        """Those that exist, in order."""
+        every = [self.x, *self.base, self.gates, self.a, *self.b]
+        return [t for t in every if t is not None]
+
+
+def pack_experts(stacked: Tensor, ranks: Sequence[int]) -> Tensor:
+    """(n, R) with the experts side by side to (n * R,) with one after the other."""
+    if len(set(ranks)) == 1 and ranks[0]:
+        return stacked.view(-1, len(ranks), ranks[0]).transpose(0, 1).reshape(-1)
+    return torch.cat([part.reshape(-1) for part in stacked.split(list(ranks), 1)])
+
+
+def expert_parts(packed: Tensor, n: int, ranks: Sequence[int]) -> list[Tensor]:
+    """The (n, r_e) views of what ``pack_experts`` made."""
+    parts = packed.split([n * r for r in ranks])
+    return [part.view(n, r) for part, r in zip(parts, ranks, strict=True)]

@@ -5,22 +5,34 @@ rules keep every kernel without spills and inside the shared memory of sm_80, sm
 (tests/kernels/test_triton_compile.py compiles all of them). None was measured on a GPU yet.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-PROGRAMS = 264  # wanted in flight: two for each of an H200's 132 multiprocessors
-DENSE_RANK = 128  # up to here all rank columns of a tile are one block
+MULTIPROCESSORS = 132  # an H200's
+PROGRAMS = 2 * MULTIPROCESSORS  # wanted in flight
+DENSE_RANK = 128  # up to here all rank columns of a tile are one block; past it tiles gather theirs
 FEWEST_CHUNK_ROWS = 256
+FEWEST_SPLIT_COLUMNS = 256
+
+# How the base gets under the update; LOG.md has the bytes of each. "expand": cuBLAS writes the
+# base, the expand adds in place. "addmm": the expand stores, cuBLAS adds the base in place (as dx
+# always does; two bytes an element less to read in the expand, which cuBLAS can hide).
+# "gemm": one product for both (triton_gemm.py), of y and of dx, where operands are aligned and
+# H is dense; else as "expand".
+PLANS = ("expand", "addmm", "gemm")
 
 
 @dataclass(frozen=True)
 class ShrinkLaunch:
+    """``split``: programs that share k."""
+
     block_m: int
     block_r: int
     block_k: int
     num_warps: int
     num_stages: int
+    split: int = 1
 
 
 @dataclass(frozen=True)
@@ -61,18 +73,25 @@ class GemmLaunch:
 
 
 def shrink_launch(m: int, k: int, r: int, dtype: torch.dtype, dropout: bool) -> ShrinkLaunch:
-    """Few rows a program where rows are few; blocks of 64 columns to skip where R is large."""
+    """Tiles of 64 rows, k split where they are too few; blocks of 64 columns where R is large.
+
+    A tile reads all of A from the L2 cache, R / BLOCK_M of the bytes of x. At m 2048, k 4096, R 80
+    tiles of 16 rows fill the chip but read 84 MB of A for 17 MB of x; 32 tiles of 64 rows on four
+    parts of k read 21 MB, and 5 MB of float32 sums go out and back.
+    """
     if dtype == torch.float32:
         return ShrinkLaunch(
             32 if _wide(k) else 16, _power(r, 16, 32), 32, num_warps=4, num_stages=2
         )
     if not _wide(k):
         return ShrinkLaunch(16, _power(r, 16, 32), 64, num_warps=4, num_stages=2)
-    block_m = _rows(m)
+    block_m = _power(m, 16, 64)
     block_r = _power(r, 16, DENSE_RANK) if r <= DENSE_RANK else 64
     block_k = 64 if dropout and block_m > 16 else 128  # the mask of a tile lives in registers
     warps = 8 if block_m * block_r == 64 * DENSE_RANK else 4
-    return ShrinkLaunch(block_m, block_r, block_k, num_warps=warps, num_stages=3)
+    tiles = -(-m // block_m) * -(-r // block_r)
+    split = max(1, min(MULTIPROCESSORS // tiles, k // FEWEST_SPLIT_COLUMNS))
+    return ShrinkLaunch(block_m, block_r, block_k, num_warps=warps, num_stages=3, split=split)
 
 
 def expand_launch(m: int, n: int, r: int, dtype: torch.dtype) -> ExpandLaunch:
@@ -96,19 +115,73 @@ def outer_launch(m: int, r: int, c: int, dtype: torch.dtype) -> OuterLaunch:
     else:
         block_m, block_r, block_c = 64, _power(r, 64, DENSE_RANK), 128  # 64: the least for wgmma
         warps = 8 if block_r == DENSE_RANK else 4
-    blocks = -(-r // block_r) * -(-c // block_c)
-    chunks = max(1, min(-(-PROGRAMS // blocks), m // FEWEST_CHUNK_ROWS))
-    rows = -(-m // chunks)
-    chunk = -(-rows // block_m) * block_m
+    chunk = _chunk(m, -(-r // block_r) * -(-c // block_c), block_m)
     return OuterLaunch(block_m, block_r, block_c, chunk, num_warps=warps, num_stages=stages)
 
 
-def gemm_launch(m: int, n: int, k: int, r: int) -> GemmLaunch:
+def _chunk(m: int, blocks: int, block_m: int) -> int:
+    """Rows a program sums, where each chunk of them takes ``blocks`` programs."""
+    chunks = max(1, min(-(-PROGRAMS // blocks), m // FEWEST_CHUNK_ROWS))
+    rows = -(-m // chunks)
+    return -(-rows // block_m) * block_m
+
+
+def gather_shrink_launch(
+    m: int, k: int, width: int, dtype: torch.dtype, dropout: bool
+) -> ShrinkLaunch:
+    """``width``: the slots of a task, so A's share of the traffic is small for small tiles too."""
+    if dtype == torch.float32:
+        return ShrinkLaunch(16, _power(width, 16, 32), 32, num_warps=4, num_stages=2)
+    if not _wide(k):
+        return ShrinkLaunch(16, _power(width, 16, 32), 64, num_warps=4, num_stages=2)
+    block_m, block_r = _rows(m), _power(width, 16, DENSE_RANK)
+    block_k = 64 if block_r == DENSE_RANK or (dropout and block_m > 16) else 128
+    warps = 8 if block_m * block_r == 64 * DENSE_RANK else 4
+    return ShrinkLaunch(block_m, block_r, block_k, num_warps=warps, num_stages=3)
+
+
+def gather_expand_launch(m: int, n: int, width: int, dtype: torch.dtype) -> ExpandLaunch:
+    """As the dense expand's; nothing to skip."""
+    return replace(expand_launch(m, n, width, dtype), skip=False)
+
+
+def gather_outer_launch(m: int, width: int, c: int, dtype: torch.dtype) -> OuterLaunch:
+    """As the dense outer's, in rank blocks that fit a task's slots.
+
+    Five stages: the row index is loaded before the rows, which takes two of them, so that two
+    tiles of x are in flight.
+    """
+    launch = outer_launch(m, width, c, dtype)
+    if dtype == torch.float32:
+        return replace(launch, block_m=16)
+    if not _wide(c):
+        return launch
+    block_m, block_r = launch.block_m, _power(width, 16, DENSE_RANK)
+    block_c = 64 if block_r == DENSE_RANK else 128
+    chunk = _chunk(m, -(-width // block_r) * -(-c // block_c), block_m)
+    return OuterLaunch(block_m, block_r, block_c, chunk, num_warps=4, num_stages=5)
+
+
+def reduce_blocks(rank: int) -> tuple[int, int]:
+    """Rank columns and linear columns of a program that adds up an outer's partials."""
+    return _power(rank, 1, 16), 128
+
+
+def gemm_launch(m: int, n: int, r: int, dropout: bool = False) -> GemmLaunch:
     """Wide tiles where there are enough of them to fill the chip; 16-bit operands only."""
     block_r = _power(r, 16, 64)
+    if dropout:  # the mask of a tile lives in registers beside the accumulator
+        return GemmLaunch(128, 128, 64, block_r, group_m=8, num_warps=8, num_stages=4)
     if -(-m // 128) * -(-n // 256) * 2 >= PROGRAMS:
         return GemmLaunch(128, 256, 64, block_r, group_m=8, num_warps=8, num_stages=3)
     return GemmLaunch(128, 128, 64, block_r, group_m=8, num_warps=4, num_stages=4)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Programs of a persistent kernel."""
+    if device.type != "cuda":
+        return 3  # the interpreter: more tiles than programs even in small tests
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ckf.kernels import cuda, torch_backend
+from ckf.kernels import decode, torch_backend
 from ckf.kernels.config import choose_backend
+from ckf.kernels.dispatch import Call
 from ckf.kernels.dropout import dropout_threshold
-from ckf.kernels.group import GroupShape
+from ckf.kernels.group import GroupShape, expert_parts, unflatten
 
 
 def multi_lora_linear(
@@ -78,18 +79,21 @@ def multi_lora_group(
     Returns:
         One (..., n_l) tensor a linear.
     """
-    gates = [gates] * len(weights) if isinstance(gates, Tensor) else list(gates)
+    if isinstance(gates, Tensor):  # views: a traced node takes no tensor twice
+        gates = [gates.view_as(gates) for _ in weights]
     check_group(x, weights, biases, a, b, gates)
     task_ids = check_task_ids(task_ids, x, gates[0].shape[0])
     return run_group(x, weights, biases, a, b, gates, task_ids, dropout_p, seed, backend)
 
 
 def run_group(
-    x, weights, biases, a, b, gates, task_ids, dropout_p, seed, backend, slots=None, width=0
-) -> tuple[Tensor, ...]:
+    x, weights, biases, a, b, gates, task_ids, dropout_p, seed, backend,
+    slots=None, width=0, decode_cache=None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """``multi_lora_group`` for arguments that were checked before.
 
-    ``slots`` (T, R) and ``width``: where H may be saved compact, see ``slots.compact_slots``.
+    ``slots``, ``width``: of ``slots.compact_slots``, where gates are hard. ``decode_cache``: a
+    ``decode.DecodeCache`` of this group.
     """
     dropout_threshold(dropout_p)
     if torch.is_autocast_enabled(x.device.type):
@@ -102,15 +106,17 @@ def run_group(
     needs_grad = torch.is_grad_enabled() and (
         x.requires_grad or any(t is not None and t.requires_grad for t in tensors)
     )
-    choice = choose_backend(
-        backend,
-        x.shape[:-1].numel(),
-        x,
-        needs_grad or dropout_p > 0,
+    call = Call(
+        m=x.shape[:-1].numel(),
+        k=x.shape[-1],
+        n=sum(experts[0].shape[0] for experts in b),
         rank=sum(t.shape[0] for t in flat_a),
+        train=needs_grad,
+        dropout=dropout_p > 0,
     )
+    choice = choose_backend(backend, x, call)
     save_plain = needs_grad and any(g.requires_grad for g in gates)
-    call = _Call(
+    static = _Static(
         tuple(len(experts) for experts in a),
         width,
         dropout_p,
@@ -120,12 +126,16 @@ def run_group(
     )
     seed = _seed_tensor(seed, x.device) if dropout_p > 0 else None
     with torch.autocast(x.device.type, enabled=False):
+        if choice.backend == "cuda" and decode_cache and not torch.compiler.is_compiling():
+            shape = _shape(gates, flat_a, 0.0)
+            arguments = (x, weights, biases, gates, flat_a, flat_b, task_ids)
+            return tuple(decode.forward_pass(shape, *arguments, decode_cache))
         if needs_grad:
-            return _MultiLoRA.apply(call, x, task_ids, seed, slots, *tensors)
-        return tuple(_forward_op(call, x, task_ids, seed, slots, tensors)[:-1])
+            return _MultiLoRA.apply(static, x, task_ids, seed, slots, *tensors)
+        return tuple(_forward_op(static, x, task_ids, seed, slots, tensors)[:-1])
 
 
-class _Call(NamedTuple):
+class _Static(NamedTuple):
     """The static side of a call, as the ops take it: experts per linear, and the choices made."""
 
     experts: tuple[int, ...]
@@ -140,9 +150,9 @@ class _MultiLoRA(torch.autograd.Function):
     """One node for all linears of a group: every A and B enters it, also those without rows."""
 
     @staticmethod
-    def forward(ctx, call: _Call, x, task_ids, seed, slots, *tensors):
-        *outputs, saved = _forward_op(call, x, task_ids, seed, slots, tensors)
-        ctx.call = call
+    def forward(ctx, static: _Static, x, task_ids, seed, slots, *tensors):
+        *outputs, saved = _forward_op(static, x, task_ids, seed, slots, tensors)
+        ctx.static = static
         ctx.save_for_backward(x, saved, task_ids, seed, slots, *tensors)
         return tuple(outputs)
 
@@ -155,27 +165,46 @@ class _MultiLoRA(torch.autograd.Function):
             list(dys),
             x,
             saved,
-            *_lists(ctx.call, tensors),
+            *_lists(ctx.static, tensors),
             task_ids,
             seed,
             slots,
-            *ctx.call[1:],
+            *ctx.static[1:],
             needs,
         )
-        gradients = iter(found)
-        dx, *rest = [next(gradients) if needed else None for needed in needs]
+        *_, gates, a, b = _lists(ctx.static, tensors)
+        dx, *rest = _by_input(_shape(gates, a, 0.0), b, found, needs)
         return None, dx, None, None, None, *rest
 
 
-def _forward_op(call: _Call, x, task_ids, seed, slots, tensors) -> list[Tensor]:
+def _by_input(shape: GroupShape, inputs_b, found, needs: list[bool]) -> list[Tensor | None]:
+    """The packed gradients by input: x, weights, biases, gates, a, b; None where not needed."""
+    packed = iter(found)
+    need_w, need_bias, need_g, need_a, need_b = unflatten(shape, needs[1:])
+    first = [next(packed) if needed else None for needed in (needs[0], *need_w, *need_bias)]
+    counts = [len(ranks) for ranks in shape.ranks]
+    gates = next(packed).split(counts, 1) if any(need_g) else [None] * shape.linears
+    a = next(packed).split(shape.expert_ranks) if any(need_a) else [None] * shape.experts
+    b, start = [], 0
+    for ranks in shape.ranks:
+        needed = any(need_b[start : start + len(ranks)])
+        n = inputs_b[start].shape[0]
+        b += expert_parts(next(packed), n, ranks) if needed else [None] * len(ranks)
+        start += len(ranks)
+    rest = [*gates, *a, *b]
+    flags = [*need_g, *need_a, *need_b]
+    return first + [t if needed else None for t, needed in zip(rest, flags, strict=True)]
+
+
+def _forward_op(static: _Static, x, task_ids, seed, slots, tensors) -> list[Tensor]:
     """The outputs, and last the tensor saved beside x."""
-    lists = _lists(call, tensors)
-    return torch.ops.ckf.multi_lora(x, *lists, task_ids, seed, slots, *call[1:])
+    lists = _lists(static, tensors)
+    return torch.ops.ckf.multi_lora(x, *lists, task_ids, seed, slots, *static[1:])
 
 
-def _lists(call: _Call, tensors) -> list[list[Tensor]]:
+def _lists(static: _Static, tensors) -> list[list[Tensor]]:
     """weights, biases, gates, a, b."""
-    linears, experts = len(call.experts), sum(call.experts)
+    linears, experts = len(static.experts), sum(static.experts)
     cuts = [0, linears, 2 * linears, 3 * linears, 3 * linears + experts, 3 * linears + 2 * experts]
     return [list(tensors[i:j]) for i, j in itertools.pairwise(cuts)]
 
@@ -196,9 +225,11 @@ _LIBRARY.define(
 def _multi_lora(
     x, weights, biases, gates, a, b, ids, seed, slots, width, p, save_plain, backend, plan
 ):
-    if backend == "cuda":
-        return [*_run_cuda(x, weights, biases, a, b, gates, ids), x.new_empty(0)]
+    check_id_range(ids, gates[0].shape[0])
     shape = _shape(gates, a, p)
+    if backend == "cuda":
+        outputs = decode.forward_pass(shape, x, weights, biases, gates, a, b, ids)
+        return [*outputs, x.new_empty(0)]
     passes = _passes(backend)
     extra = (plan,) if backend == "triton" else ()
     outputs, saved = passes.forward_pass(
@@ -218,7 +249,27 @@ def _multi_lora_backward(
         shape, dys, x, saved, weights, gates, a, b, ids, seed, save_plain, slots, width, needs,
         *extra,
     )  # fmt: skip
-    return [g.contiguous() for g in found if g is not None]
+    if backend == "triton":
+        return _packed(shape, found, needs)
+    return found.packed()
+
+
+def _packed(shape, found, needs):
+    linears, experts = shape.linears, shape.experts
+    first, rest = found[: 1 + 2 * linears], found[1 + 2 * linears :]
+    dg, da, db = rest[:linears], rest[linears : linears + experts], rest[linears + experts :]
+    out = [t for t, n in zip(first, needs, strict=False) if n]
+    if any(t is not None for t in dg):
+        out.append(torch.cat(dg, 1))
+    if any(t is not None for t in da):
+        out.append(torch.cat(da))
+    start = 0
+    for ranks in shape.ranks:
+        own = db[start : start + len(ranks)]
+        start += len(ranks)
+        if any(t is not None for t in own):
+            out.append(torch.cat([t.reshape(-1) for t in own]))
+    return out
 
 
 def _multi_lora_fake(
@@ -238,10 +289,20 @@ def _multi_lora_backward_fake(
     dys, x, saved, weights, biases, gates, a, b, ids, seed, slots, width, p, save_plain, backend,
     plan, needs,
 ):  # fmt: skip
-    inputs = [x, *weights, *biases, *gates, *a, *b]
-    return [
-        t.new_empty(t.shape) for t, needed in zip(inputs, needs, strict=True) if needed
-    ]
+    shape = _shape(gates, a, p)
+    need_w, need_bias, need_g, need_a, need_b = unflatten(shape, needs[1:])
+    pairs = zip([x, *weights, *biases], [needs[0], *need_w, *need_bias], strict=True)
+    found = [t.new_empty(t.shape) for t, needed in pairs if needed]
+    if any(need_g):
+        found.append(gates[0].new_empty(gates[0].shape[0], shape.experts))
+    if any(need_a):
+        found.append(a[0].new_empty(shape.columns, x.shape[-1]))
+    start = 0
+    for ranks in shape.ranks:
+        if any(need_b[start : start + len(ranks)]):
+            found.append(b[start].new_empty(b[start].shape[0] * sum(ranks)))
+        start += len(ranks)
+    return found
 
 
 for _name, _function, _fake in (
@@ -279,28 +340,6 @@ def _seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
     return torch.full((1,), signed, dtype=torch.int64, device=device)
 
 
-def _run_cuda(x, weights, biases, a, b, gates, task_ids) -> list[Tensor]:
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    outputs, first = [], 0
-    for weight, bias, gate in zip(weights, biases, gates, strict=True):
-        a_l, b_l = a[first : first + gate.shape[1]], b[first : first + gate.shape[1]]
-        first += gate.shape[1]
-        n = b_l[0].shape[0]
-        if weight is None:
-            y = x.new_zeros(*x.shape[:-1], n)
-        else:
-            y = torch.nn.functional.linear(x, weight, bias)
-        stacked_a = torch.cat([t.to(x.dtype) for t in a_l])  # (R, k)
-        stacked_b = torch.cat([t.to(x.dtype).t() for t in b_l])  # (R, n)
-        columns = [gate[:, e : e + 1].expand(-1, t.shape[0]) for e, t in enumerate(a_l)]
-        column_gates = torch.cat(columns, dim=1).float()  # (T, R)
-        cuda.multi_lora_decode(
-            y.view(-1, n), rows, stacked_a, stacked_b, column_gates, task_ids.reshape(-1)
-        )
-        outputs.append(y)
-    return outputs
-
-
 def check_task_ids(task_ids: Tensor, x: Tensor, tasks: int) -> Tensor:
     """The ids as int64 on x's device; the range is checked where they lie on the host."""
     if not isinstance(task_ids, Tensor) or task_ids.dtype not in (torch.int64, torch.int32):
@@ -311,7 +350,8 @@ def check_task_ids(task_ids: Tensor, x: Tensor, tasks: int) -> Tensor:
             f"task_ids have shape {tuple(task_ids.shape)}; expected x's leading shape "
             f"{tuple(x.shape[:-1])}, one id a row"
         )
-    check_id_range(task_ids, tasks)
+    if task_ids.device != x.device:  # else the op looks at them, also under torch.compile
+        check_id_range(task_ids, tasks)
     return task_ids.to(device=x.device, dtype=torch.int64, non_blocking=True)
 
 
@@ -319,7 +359,7 @@ def check_id_range(task_ids: Tensor, tasks: int) -> None:
     """ValueError for an id outside [-1, tasks) on the host; device ids cost no check."""
     if task_ids.device.type != "cpu" or task_ids.numel() == 0 or torch.compiler.is_compiling():
         return
-    low, high = int(task_ids.min()), int(task_ids.max())
+    low, high = (int(v) for v in task_ids.aminmax())
     if low < -1 or high >= tasks:
         wrong = low if low < -1 else high
         raise ValueError(

@@ -22,11 +22,13 @@ from torch import Tensor
 from ckf.kernels import torch_runs
 from ckf.kernels.dropout import dropout_scale
 from ckf.kernels.group import (
+    Gradients,
     GroupShape,
     add_base,
     base_gradients,
     dropped,
     keep_mask,
+    pack_experts,
     product,
     unflatten,
 )
@@ -55,8 +57,8 @@ def forward_pass(
             update alone. ``a``, ``b``: the experts of all linears, one after the other.
         seed: one int64, where the shape has dropout.
         save_plain: keep S for the gradient of the gates instead of H.
-        slots: (T, R) place of every rank column in a compact row of H, -1 where its gate is
-            always zero; None: any gate may be non-zero. ``width``: of a compact row.
+        slots: where the rank columns of a task lie in a compact row of H of ``width`` columns
+            (slots.compact_slots); None: any gate may be non-zero.
     """
     if _takes_runs(x, save_plain):
         runs = torch_runs.find_runs(task_ids.reshape(-1))
@@ -77,7 +79,7 @@ def forward_pass(
     if save_plain:
         return outputs, s
     if saves_compact(shape, x, slots):
-        index = _slot_index(slots, task_ids, width)  # (m, R)
+        index = _slot_index(slots, task_ids, h.shape[1], width)  # (m, R)
         h = h.new_zeros(h.shape[0], width + 1).scatter_(1, index, h)[:, :width].contiguous()
     return outputs, h
 
@@ -97,10 +99,10 @@ def backward_pass(
     slots: Tensor | None,
     width: int,
     needs: Sequence[bool],
-) -> list[Tensor | None]:
-    """Gradients of x, weights, biases, gates, a and b, in this order; None where not needed.
+) -> Gradients:
+    """The gradients; ``needs`` says which, of x, weights, biases, gates, a and b in this order.
 
-    ``needs`` has a flag for each in the same order; the rest as in ``forward_pass``.
+    The other arguments as in ``forward_pass``.
     """
     rows = x.reshape(-1, x.shape[-1])
     dys = [dy.reshape(rows.shape[0], dy.shape[-1]) for dy in dys]
@@ -122,18 +124,15 @@ def backward_pass(
         if keep is not None:
             dx = torch.where(keep, dx * dropout_scale(shape.dropout_p), 0)
         dx = add_base(dx, dys, weights).view(x.shape)
-    da = [None] * shape.experts
+    da = None
     if any(need_a):
-        stacked = product(ds.t(), dropped(rows, keep, shape), a[0].dtype)  # (R, k)
-        da = list(stacked.split(shape.expert_ranks, 0))
-    h = None
+        da = product(ds.t(), dropped(rows, keep, shape), a[0].dtype)  # (R, k)
+    db = [None] * shape.linears
     if any(need_b):
         h = _saved_h(shape, x, saved, gate, save_plain, slots, task_ids)
-    db = _b_gradients(shape, dys, h, b, need_b)
-    dg = [None] * shape.linears
-    if any(need_g):
-        dg = gate_gradients(shape, dh, saved, gates, task_ids)
-    return [dx, *base_gradients(rows, dys, need_w, need_bias), *dg, *da, *db]
+        db = _b_gradients(shape, dys, h, b, need_b)
+    dg = stacked_gate_gradients(shape, dh, saved, gates, task_ids) if any(need_g) else None
+    return Gradients(dx, base_gradients(rows, dys, need_w, need_bias), dg, da, db)
 
 
 def saves_compact(shape: GroupShape, x: Tensor, slots: Tensor | None) -> bool:
@@ -151,48 +150,45 @@ def _saved_h(shape, x, saved, gate, save_plain, slots, task_ids) -> Tensor:
         return _gated(saved, gate)
     if not saves_compact(shape, x, slots):
         return saved
-    index = _slot_index(slots, task_ids, saved.shape[1])
+    index = _slot_index(slots, task_ids, shape.columns, saved.shape[1])
     return torch.cat([saved, saved.new_zeros(saved.shape[0], 1)], dim=1).gather(1, index)
 
 
-def _slot_index(slots: Tensor, task_ids: Tensor, width: int) -> Tensor:
-    """(m, R): the slot of every column in its row; ``width``, one past the last, where it has none."""
+def _slot_index(slots: Tensor, task_ids: Tensor, columns: int, width: int) -> Tensor:
+    """(m, R): the slot of every column in its row; one past the last where it has none."""
     ids = task_ids.reshape(-1)
     valid = (ids >= 0) & (ids < slots.shape[0])
-    index = slots.index_select(0, torch.where(valid, ids, 0)).long()
+    index = slots[:, :columns].index_select(0, torch.where(valid, ids, 0)).long()
     return torch.where(valid.unsqueeze(1) & (index >= 0), index, width)
 
 
 def _stack_a(a: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    return torch.cat([t.to(dtype) for t in a])  # (R, k)
+    return torch.cat(list(a)).to(dtype)  # (R, k)
 
 
 def _stack_b(b: Sequence[Tensor], shape: GroupShape, dtype: torch.dtype) -> list[Tensor]:
     stacked, start = [], 0
     for ranks in shape.ranks:
         experts = b[start : start + len(ranks)]
-        stacked.append(torch.cat([t.to(dtype) for t in experts], dim=1))  # (n_l, R_l)
+        stacked.append(torch.cat(list(experts), dim=1).to(dtype))  # (n_l, R_l)
         start += len(ranks)
     return stacked
 
 
 def _row_gates(gates: Sequence[Tensor], shape: GroupShape, task_ids: Tensor) -> Tensor:
     """The gate of every row and rank column, (m, R); id -1 gets zeros, an invalid id gets NaN."""
-    tasks = gates[0].shape[0]
-    columns = torch.cat(
-        [
-            gate[:, e : e + 1].expand(tasks, rank)
-            for gate, ranks in zip(gates, shape.ranks, strict=True)
-            for e, rank in enumerate(ranks)
-        ],
-        dim=1,
-    )
-    edges = columns.new_zeros(2, columns.shape[1])
-    edges[1] = float("nan")
-    table = torch.cat([columns, edges])  # (T + 2, R)
-    valid = (task_ids >= 0) & (task_ids < tasks)
-    index = torch.where(valid, task_ids, torch.where(task_ids == -1, tasks, tasks + 1))
-    return table.index_select(0, index.reshape(-1))
+    columns = [_repeat_columns(gate, ranks) for gate, ranks in zip(gates, shape.ranks, strict=True)]
+    table = torch.cat(columns, dim=1) if len(columns) > 1 else columns[0]
+    table = F.pad(table, (0, 0, 2, 1), value=float("nan"))  # rows of ids -2, -1, 0 .. T
+    table[1] = 0
+    return table.index_select(0, task_ids.reshape(-1).clamp(-2, gates[0].shape[0]) + 2)
+
+
+def _repeat_columns(gate: Tensor, ranks: Sequence[int]) -> Tensor:
+    """(T, E) to (T, R_l): every gate as often as its expert has rank columns."""
+    if len(set(ranks)) == 1:
+        return gate.unsqueeze(2).expand(*gate.shape, ranks[0]).flatten(1)
+    return torch.cat([gate[:, e : e + 1].expand(-1, rank) for e, rank in enumerate(ranks)], dim=1)
 
 
 def _gated(s: Tensor, gate: Tensor) -> Tensor:
@@ -209,21 +205,25 @@ def _expand(x: Tensor, weight: Tensor | None, bias: Tensor | None, h: Tensor, b:
 
 
 def _b_gradients(shape: GroupShape, dys, h: Tensor, b, need_b) -> list[Tensor | None]:
-    gradients: list[Tensor | None] = []
+    gradients, first = [], 0
     for dy, h_l, ranks in zip(dys, h.split(shape.linear_ranks, 1), shape.ranks, strict=True):
-        start = len(gradients)
-        if not any(need_b[start : start + len(ranks)]):
-            gradients += [None] * len(ranks)
-            continue
-        gradients += product(dy.t(), h_l, b[start].dtype).split(list(ranks), 1)  # (n_l, r_e)
+        needed = any(need_b[first : first + len(ranks)])
+        stacked = product(dy.t(), h_l, b[first].dtype) if needed else None  # (n_l, R_l)
+        gradients.append(pack_experts(stacked, ranks) if needed else None)
+        first += len(ranks)
     return gradients
 
 
 def gate_gradients(shape: GroupShape, dh, s, gates, task_ids) -> list[Tensor]:
-    """Per linear (T, E): the sum over the rows of a task of <dH, S> over an expert's columns."""
+    """Per linear (T, E)."""
+    total = stacked_gate_gradients(shape, dh, s, gates, task_ids)
+    return list(total.split([len(ranks) for ranks in shape.ranks], 1))
+
+
+def stacked_gate_gradients(shape: GroupShape, dh, s, gates, task_ids) -> Tensor:
+    """(T, E), experts of all linears: over the rows of a task, the sum of an expert's <dH, S>."""
     ids = task_ids.reshape(-1, 1)
     products = (dh * s).split(shape.expert_ranks, 1)
     per_row = torch.stack([p.sum(1, dtype=gates[0].dtype) for p in products], dim=1)  # (m, experts)
     tasks = range(gates[0].shape[0])
-    total = torch.stack([torch.where(ids == t, per_row, 0).sum(0) for t in tasks])  # (T, experts)
-    return list(total.split([len(ranks) for ranks in shape.ranks], 1))
+    return torch.stack([torch.where(ids == t, per_row, 0).sum(0) for t in tasks])

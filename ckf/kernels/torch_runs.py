@@ -20,10 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ckf.kernels.group import (
+    Gradients,
     GroupShape,
     add_base,
     base_gradients,
     dropped,
+    expert_parts,
     keep_mask,
     product,
     unflatten,
@@ -103,7 +105,7 @@ def backward_pass(
     b: Sequence[Tensor],
     seed: Tensor | None,
     needs: Sequence[bool],
-) -> list[Tensor | None]:
+) -> Gradients:
     """As torch_backend.backward_pass, for gates that need no gradient."""
     need_w, need_bias, _, need_a, need_b = unflatten(shape, needs[1:])
     rows = x.reshape(-1, x.shape[-1])
@@ -111,8 +113,17 @@ def backward_pass(
     keep = keep_mask(rows, shape, seed)
     inputs = dropped(rows, keep, shape) if any(need_a) else rows
     dx = torch.zeros_like(rows) if needs[0] else None
-    da = [torch.zeros_like(t) if n else None for t, n in zip(a, need_a, strict=True)]
-    db = [torch.zeros_like(t) if n else None for t, n in zip(b, need_b, strict=True)]
+    da = a[0].new_zeros(shape.columns, rows.shape[1]) if any(need_a) else None
+    db = [
+        b[0].new_zeros(n * rank)
+        for n, rank in zip(_widths(shape, b), shape.linear_ranks, strict=True)
+    ]
+    a_parts = list(da.split(shape.expert_ranks)) if any(need_a) else []
+    b_parts = [
+        part
+        for packed, n, ranks in zip(db, _widths(shape, b), shape.ranks, strict=True)
+        for part in expert_parts(packed, n, ranks)
+    ]
     for start, stop, task in runs:
         if task not in blocks:
             continue
@@ -123,15 +134,17 @@ def backward_pass(
         if dx is not None:
             torch.mm(ds, block.a, out=dx[start:stop])
         if any(need_a):
-            _add(da, product(ds.t(), inputs[start:stop], a[0].dtype), block, 0)
+            _add(a_parts, product(ds.t(), inputs[start:stop], a[0].dtype), block, 0)
         if any(need_b):
             own = h[start:stop, : ds.shape[1]].split(block.ranks, 1)
-            _add_b(db, parts, own, block, b[0].dtype)
+            _add_b(b_parts, parts, own, block, b[0].dtype)
     if dx is not None:
         dx = dx if keep is None else dropped(dx, keep, shape)
         dx = add_base(dx, dys, weights).view(x.shape)
-    base = base_gradients(rows, dys, need_w, need_bias)
-    return [dx, *base, *[None] * shape.linears, *da, *db]
+    needed = iter(need_b)
+    own = [[next(needed) for _ in ranks] for ranks in shape.ranks]
+    db = [packed if any(flags) else None for packed, flags in zip(db, own, strict=True)]
+    return Gradients(dx, base_gradients(rows, dys, need_w, need_bias), None, da, db)
 
 
 def _blocks(shape: GroupShape, runs: list[Run], gates, a, b, dtype) -> dict[int, _TaskBlock]:
@@ -178,8 +191,7 @@ def _add(totals: list, stacked: Tensor, block: _TaskBlock, dim: int) -> None:
     experts = [pair for linear in block.experts for pair in linear]
     parts = stacked.split([r for _, r in experts], dim)
     for (index, _), part in zip(experts, parts, strict=True):
-        if totals[index] is not None:
-            totals[index] += part
+        totals[index] += part
 
 
 def _add_b(totals: list, dys: list[Tensor], h: tuple, block: _TaskBlock, dtype) -> None:
@@ -188,5 +200,4 @@ def _add_b(totals: list, dys: list[Tensor], h: tuple, block: _TaskBlock, dtype) 
             continue
         stacked = product(dy.t(), h_l, dtype)  # (n_l, R_tl)
         for (index, _), part in zip(linear, stacked.split([r for _, r in linear], 1), strict=True):
-            if totals[index] is not None:
-                totals[index] += part
+            totals[index] += part

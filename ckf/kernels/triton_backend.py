@@ -2,235 +2,142 @@
 
 For linears l that share x (m, k), with the experts of all of them stacked along R:
 
-    forward   H = shrink(x, A)                  y_l = x W_l^T + bias_l, then += H_l B_l^T in place
+    forward   H = shrink(x, A)                  y_l = x W_l^T + bias_l + H_l B_l^T
     backward  dS_l = shrink(dy_l, B_l^T)        dB_l^T = outer(H_l, dy_l)    dA = outer(dS, x)
               dx = mask * (dS A), then += dy_l W_l by cuBLAS (a later mask would hit dy W too)
 
 Gates act where the shrink stores, dropout where x is loaded: no (m, k) or (m, n) tensor exists
-beside x, y, dy and dx. Saved: x and one (m, R) tensor (H, or S where gates need a gradient).
+beside x, y, dy and dx. Saved: x and one more tensor: the compact H of hard gates, H, or S where
+gates need a gradient. Past DENSE_RANK columns hard gates take the gather kernels, which touch the
+columns of a row's own task alone. dB follows dS at once, while the L2 cache still holds part of dy.
 No host synchronisation, no shape that depends on values, no atomics.
 """
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ckf.kernels.dropout import dropout_scale, dropout_threshold
-from ckf.kernels.torch_backend import GroupShape, gate_gradients, unflatten
-from ckf.kernels.triton_expand import expand
-from ckf.kernels.triton_gemm import gemm, why_not_gemm
-from ckf.kernels.triton_outer import outer
-from ckf.kernels.triton_shrink import shrink
+from ckf.kernels.group import Gradients, GroupShape, base_gradients, expert_parts, unflatten
+from ckf.kernels.launch import DENSE_RANK, PLANS
+from ckf.kernels.torch_backend import stacked_gate_gradients
+from ckf.kernels.triton_stacks import Stacks
+from ckf.kernels.triton_update import Dense, Gathered
 
 
-def multi_lora_group_triton(
+def forward_pass(
+    shape: GroupShape,
     x: Tensor,
     weights: Sequence[Tensor | None],
     biases: Sequence[Tensor | None],
-    a: Sequence[Sequence[Tensor]],
-    b: Sequence[Sequence[Tensor]],
     gates: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
     task_ids: Tensor,
-    dropout_p: float,
-    seed: int | Tensor,
-    fuse_base: bool = False,
-) -> tuple[Tensor, ...]:
-    """Linears that share x (..., k); arguments as in ``ops.multi_lora_group``, already checked.
+    seed: Tensor | None,
+    save_plain: bool,
+    slots: Tensor | None,
+    width: int,
+    plan: str,
+) -> tuple[list[Tensor], Tensor]:
+    """One new (..., n_l) output a linear, and what backward needs beside the inputs.
 
-    A weight of None gives the LoRA update alone, without a base. ``fuse_base`` computes base and
-    update in one product (triton_gemm.py) where sizes are aligned for it.
+    Args:
+        x: (..., k); ``weights``, ``biases``, ``gates``: one a linear; ``a``, ``b``: the experts of
+            all linears, one after another.
+        task_ids: int64, one a row of x; ``seed``: one int64 on x's device, None: no dropout.
+        save_plain: gates need a gradient, so S is saved.
+        slots, width: of ``slots.compact_slots`` for hard gates; None, 0: any gate may be non-zero.
+        plan: one of ``launch.PLANS``.
     """
-    shape = GroupShape(tuple(tuple(t.shape[0] for t in experts) for experts in a), dropout_p)
-    flat_a = [t for experts in a for t in experts]
-    flat_b = [t for experts in b for t in experts]
-    ids = task_ids.reshape(-1).contiguous()
-    seed = _seed_tensor(seed, x.device) if dropout_p > 0 else None
-    save_plain = torch.is_grad_enabled() and any(g.requires_grad for g in gates)
-    call = _Call(shape, save_plain, fuse_base)
-    tensors = (*weights, *biases, *gates, *flat_a, *flat_b)
-    return _MultiLoRATriton.apply(call, x, ids, seed, *tensors)
-
-
-@dataclass(frozen=True)
-class _Call:
-    """The static side of a call; ``save_plain``: gates need a gradient, so S is kept, not H."""
-
-    shape: GroupShape
-    save_plain: bool
-    fuse_base: bool
-
-
-class _MultiLoRATriton(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, call: _Call, x, task_ids, seed, *tensors):
-        shape = call.shape
-        weights, biases, gates, a, b = unflatten(shape, tensors)
-        rows = _rows(x)  # (m, k)
-        with torch.cuda.device_of(x):
-            stacks = _Stacks.of(shape, gates, a, b, x.dtype)
-            h = rows.new_empty(rows.shape[0], stacks.a.shape[0])  # (m, R)
-            s = torch.empty_like(h) if call.save_plain else None
-            dropout = _dropout(shape, seed)
-            shrink(rows, stacks.a, stacks.gates, task_ids, h, s, dropout)
-            outputs = []
-            for weight, bias, h_l, b_l in zip(
-                weights, biases, h.split(shape.linear_ranks, 1), stacks.b, strict=True
-            ):
-                outputs.append(_base_and_update(x, weight, bias, h_l, b_l, call.fuse_base))
-        ctx.call = call
-        ctx.save_for_backward(x, h if s is None else s, task_ids, seed, *tensors)
-        return tuple(outputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):
-        shape: GroupShape = ctx.call.shape
-        x, saved, task_ids, seed, *tensors = ctx.saved_tensors
-        weights, _, gates, a, b = unflatten(shape, tensors)
-        need_w, need_bias, need_g, need_a, need_b = unflatten(shape, ctx.needs_input_grad[4:])
-        rows = _rows(x)
-        dys = [_rows(g) for g in grads]
-        dx = None
-        da, db = [None] * shape.experts, [None] * shape.experts
-        dg = [None] * shape.linears
-        with torch.cuda.device_of(x):
-            stacks = _Stacks.of(shape, gates, a, b, x.dtype)
-            dropout = _dropout(shape, seed)
-            ds, dh = _rank_gradients(shape, dys, stacks, task_ids, saved, any(need_g))
-            if ctx.needs_input_grad[1]:
-                dx = _input_gradient(ds, stacks.a, dys, weights, dropout).view(x.shape)
-            if any(need_a):
-                da = outer(ds, rows, _widest(a), dropout).split(shape.expert_ranks, 0)
-            if any(need_b):
-                h = _regated(saved, stacks.gates, task_ids) if ctx.call.save_plain else saved
-                db = _b_gradients(shape, dys, h, b, need_b)
-            if any(need_g):
-                dg = gate_gradients(shape, dh, saved, gates, task_ids)
-            dw = [dy.t() @ rows if n else None for dy, n in zip(dys, need_w, strict=True)]
-            dbias = [dy.sum(0) if n else None for dy, n in zip(dys, need_bias, strict=True)]
-        return None, dx, None, None, *dw, *dbias, *dg, *da, *db
-
-
-@dataclass(frozen=True)
-class _Stacks:
-    """The experts of a group as the kernels read them."""
-
-    a: Tensor  # (R, k)
-    b: list[Tensor]  # per linear (R_l, n_l): B transposed
-    gates: Tensor  # (T, R) float32, one column a rank column
-
-    @classmethod
-    def of(cls, shape: GroupShape, gates, a, b, dtype: torch.dtype) -> "_Stacks":
-        stacked_b, start = [], 0
-        for ranks in shape.ranks:
-            experts = b[start : start + len(ranks)]
-            stacked_b.append(torch.cat([t.to(dtype).t() for t in experts]).contiguous())
-            start += len(ranks)
-        columns = [
-            _column_gates(gate.detach(), ranks)
-            for gate, ranks in zip(gates, shape.ranks, strict=True)
+    assert plan in PLANS, plan
+    rows = _rows(x)
+    with torch.cuda.device_of(x):
+        stacks = Stacks.of(shape, gates, a, b, x.dtype)
+        compact = not save_plain and saves_compact(shape, x, slots)
+        saved = rows.new_empty(rows.shape[0], width if compact else shape.columns)
+        kind = Gathered if gathers(shape, save_plain, slots) else Dense
+        update = kind(shape, stacks, task_ids, seed, save_plain, slots, width)
+        update.shrink(rows, saved)
+        outputs = [
+            update.output(x, rows, linear, weight, bias, plan)
+            for linear, (weight, bias) in enumerate(zip(weights, biases, strict=True))
         ]
-        return cls(
-            a=torch.cat([t.to(dtype) for t in a]).contiguous(),
-            b=stacked_b,
-            gates=torch.cat(columns, dim=1).contiguous(),
-        )
+    return outputs, saved
 
 
-def _column_gates(gate: Tensor, ranks: Sequence[int]) -> Tensor:
-    """(T, E) to (T, R_l) float32: every gate as often as its expert has rank columns."""
-    gate = gate.float()
-    if len(set(ranks)) == 1:
-        return gate.unsqueeze(2).expand(*gate.shape, ranks[0]).flatten(1)
-    columns = [gate[:, e : e + 1].expand(gate.shape[0], rank) for e, rank in enumerate(ranks)]
-    return torch.cat(columns, dim=1)
+def gradients(
+    shape: GroupShape,
+    dys: Sequence[Tensor],
+    x: Tensor,
+    saved: Tensor,
+    weights: Sequence[Tensor | None],
+    gates: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    task_ids: Tensor,
+    seed: Tensor | None,
+    save_plain: bool,
+    slots: Tensor | None,
+    width: int,
+    needs: Sequence[bool],
+    plan: str,
+) -> Gradients:
+    """The gradients; ``needs`` says which, of x, weights, biases, gates, a and b in this order.
+
+    ``dys``: one (..., n_l) a linear; ``saved``: of :func:`forward_pass`, whose arguments the others
+    are.
+    """
+    assert plan in PLANS, plan
+    need_w, need_bias, need_g, need_a, need_b = unflatten(shape, needs[1:])
+    rows, dys = _rows(x), [_rows(dy) for dy in dys]
+    firsts = list(itertools.accumulate([0, *map(len, shape.ranks)]))
+    needed = [any(need_b[i:j]) for i, j in itertools.pairwise(firsts)]
+    dtypes = [b[first].dtype for first in firsts[:-1]]
+    dx = da = dg = None
+    with torch.cuda.device_of(x):
+        stacks = Stacks.of(shape, gates, a, b, x.dtype)
+        kind = Gathered if gathers(shape, save_plain, slots) else Dense
+        update = kind(shape, stacks, task_ids, seed, save_plain, slots, width)
+        db = update.rank_gradients(dys, saved, needed, dtypes, any(need_g))
+        if needs[0]:
+            dx = update.input_gradient(dys, weights, plan).view(x.shape)
+        if any(need_a):
+            da = update.a_gradient(rows, a[0].dtype)
+        if any(need_g):
+            dg = stacked_gate_gradients(shape, update.dh, saved, gates, task_ids)
+        base = base_gradients(rows, dys, need_w, need_bias)
+    return Gradients(dx, base, dg, da, db)
+
+
+def backward_pass(shape: GroupShape, *arguments) -> list[Tensor | None]:
+    """:func:`gradients` one by one: of x, weights, biases, gates, a and b; experts as views."""
+    *_, b, _, _, _, _, _, needs, _ = arguments
+    found = gradients(shape, *arguments)
+    counts = [len(ranks) for ranks in shape.ranks]
+    dg = [None] * shape.linears if found.gates is None else found.gates.split(counts, 1)
+    da = [None] * shape.experts if found.a is None else found.a.split(shape.expert_ranks)
+    db, start = [], 0
+    for packed, ranks in zip(found.b, shape.ranks, strict=True):
+        n = b[start].shape[0]
+        db += [None] * len(ranks) if packed is None else expert_parts(packed, n, ranks)
+        start += len(ranks)
+    each = [found.x, *found.base, *dg, *da, *db]
+    return [g if needed else None for g, needed in zip(each, needs, strict=True)]
+
+
+def saves_compact(shape: GroupShape, x: Tensor, slots: Tensor | None) -> bool:
+    """Whether H is saved compact, (m, C): wherever the slots are known; the shrink packs it."""
+    return slots is not None
+
+
+def gathers(shape: GroupShape, save_plain: bool, slots: Tensor | None) -> bool:
+    """Whether row tiles gather their own columns: hard gates, and too many columns for a block."""
+    return slots is not None and not save_plain and shape.columns > DENSE_RANK
 
 
 def _rows(x: Tensor) -> Tensor:
     """(m, k) with neighbouring columns side by side; a copy only where they are not."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-
-
-def _seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
-    """One int64 on the device: a captured graph can draw afresh, a kernel never recompiles."""
-    if isinstance(seed, Tensor):
-        return seed.to(device=device, dtype=torch.int64, non_blocking=True)
-    signed = (seed + 2**63) % 2**64 - 2**63
-    return torch.full((1,), signed, dtype=torch.int64, device=device)
-
-
-def _dropout(shape: GroupShape, seed: Tensor | None) -> tuple[Tensor, int, float] | None:
-    if seed is None:
-        return None
-    return seed, dropout_threshold(shape.dropout_p), dropout_scale(shape.dropout_p)
-
-
-def _base_and_update(x: Tensor, weight, bias, h: Tensor, b: Tensor, fuse_base: bool) -> Tensor:
-    """x W^T + bias + H B^T; the update alone where there is no weight."""
-    n = b.shape[1]
-    if fuse_base and weight is not None and why_not_gemm(_rows(x), weight, h, b) is None:
-        return gemm(_rows(x), weight, bias, h, b).view(*x.shape[:-1], n)
-    if weight is None:
-        y = x.new_empty(*x.shape[:-1], n)
-    else:
-        y = F.linear(x, weight, bias).contiguous()
-    expand(h, b, y.view(-1, n), accumulate=weight is not None)
-    return y
-
-
-def _rank_gradients(
-    shape: GroupShape, dys, stacks: _Stacks, task_ids: Tensor, like: Tensor, plain: bool
-) -> tuple[Tensor, Tensor | None]:
-    """dS = gate * dH and, where asked for, dH = dy B; both (m, R)."""
-    ds = torch.empty_like(like)
-    dh = torch.empty_like(like) if plain else None
-    start = 0
-    for dy, b_l, rank in zip(dys, stacks.b, shape.linear_ranks, strict=True):
-        columns = slice(start, start + rank)
-        gates = stacks.gates[:, columns].contiguous()
-        dh_l = None if dh is None else dh[:, columns]
-        shrink(dy, b_l, gates, task_ids, ds[:, columns], dh_l)
-        start += rank
-    return ds, dh
-
-
-def _input_gradient(ds: Tensor, a: Tensor, dys, weights, dropout) -> Tensor:
-    dx = ds.new_empty(ds.shape[0], a.shape[1])  # (m, k)
-    expand(ds, a, dx, accumulate=False, dropout=dropout)
-    for dy, weight in zip(dys, weights, strict=True):
-        if weight is not None:
-            dx.addmm_(dy, weight)
-    return dx
-
-
-def _b_gradients(shape: GroupShape, dys, h: Tensor, b, need_b) -> list[Tensor | None]:
-    gradients: list[Tensor | None] = []
-    for dy, h_l, ranks in zip(dys, h.split(shape.linear_ranks, 1), shape.ranks, strict=True):
-        start = len(gradients)
-        if not any(need_b[start : start + len(ranks)]):
-            gradients += [None] * len(ranks)
-            continue
-        stacked = outer(h_l, dy, b[start].dtype)  # (R_l, n_l)
-        gradients += [part.t() for part in stacked.split(list(ranks), 0)]
-    return gradients
-
-
-def _regated(s: Tensor, column_gates: Tensor, task_ids: Tensor) -> Tensor:
-    """H from S as the shrink kernel stores it: 0 for id -1, NaN for an invalid id."""
-    tasks = column_gates.shape[0]
-    valid = (task_ids >= 0) & (task_ids < tasks)
-    gate = column_gates.index_select(0, torch.where(valid, task_ids, 0))
-    gate = torch.where(valid.unsqueeze(1), gate, 0)
-    gate.masked_fill_((~valid & (task_ids != -1)).unsqueeze(1), float("nan"))
-    return torch.where(gate != 0, s * gate, 0).to(s.dtype)
-
-
-def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
-    """float32 if any of them is; else the dtype they share."""
-    dtypes = {t.dtype for t in tensors}
-    return torch.float32 if torch.float32 in dtypes else dtypes.pop()

@@ -41,12 +41,20 @@ def keep_mask(o_row, column, p_seed, threshold, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def tile_gates(p_gates, p_ids, o_row, o_column, m, columns, tasks):
+def tile_gates(p_gates, p_ids, o_row, o_column, m, columns, tasks, stride_gates):
     """Gates (rows, columns) of a tile: 0 for id -1, NaN for any other id outside [0, tasks)."""
-    m_row = o_row < m
-    b_id = tl.load(p_ids + o_row, mask=m_row, other=-1)
+    b_id = tl.load(p_ids + o_row, mask=o_row < m, other=-1)
     valid = (b_id >= 0) & (b_id < tasks)
-    p_gate = p_gates + tl.where(valid, b_id, 0)[:, None] * columns + o_column[None, :]
+    p_gate = p_gates + tl.where(valid, b_id, 0)[:, None] * stride_gates + o_column[None, :]
     b_gate = tl.load(p_gate, mask=valid[:, None] & (o_column < columns)[None, :], other=0.0)
     invalid = (b_id != -1) & (valid == 0)
     return tl.where(invalid[:, None], float("nan"), b_gate)
+
+
+@triton.jit
+def tile_slots(p_slots, p_ids, o_row, o_column, m, columns, tasks, stride_slots):
+    """Compact slots (rows, columns) of a tile, -1 for a column that the row has no gate in."""
+    b_id = tl.load(p_ids + o_row, mask=o_row < m, other=-1)
+    valid = (b_id >= 0) & (b_id < tasks)
+    p_slot = p_slots + tl.where(valid, b_id, 0)[:, None] * stride_slots + o_column[None, :]
+    return tl.load(p_slot, mask=valid[:, None] & (o_column < columns)[None, :], other=-1)

@@ -2,9 +2,11 @@
 
     y (m, n) [+]= [scale * keep *] (H (m, R) B^T (R, n))
 
-Accumulated in float32, rounded at the store. Forward adds to the base's output in place; for dx,
-H is dS, B^T is A, the dropout mask acts on the accumulator and the result is stored (the base's
-dy W comes on top). Where R passes one block, blocks of H that are all zero are skipped.
+Accumulated in float32, rounded at the store. Forward adds to the base's output in place, or stores
+the update (and the bias) for cuBLAS to add the base to; for dx, H is dS, B^T is A, the dropout mask
+acts on the accumulator and the result is stored (the base's dy W comes on top). Where R passes one
+block, blocks of H that are all zero are skipped. Tiles run from the last to the first: what
+cuBLAS wrote last, and what it reads first, is then what the L2 cache still holds.
 """
 
 import triton
@@ -20,6 +22,7 @@ def expand_kernel(
     p_h,
     p_b,
     p_y,
+    p_bias,
     p_seed,
     m,
     n,
@@ -38,7 +41,7 @@ def expand_kernel(
     PRECISION: tl.constexpr,
 ):
     column_blocks = tl.cdiv(n, BLOCK_N)
-    pid = tl.program_id(0)
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
     o_m = (pid // column_blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     first = (pid % column_blocks) * BLOCK_N
     o_n = first + tl.arange(0, BLOCK_N)
@@ -61,6 +64,8 @@ def expand_kernel(
 
     if DROPOUT:
         acc = tl.where(keep_mask(o_m, first, p_seed, threshold, BLOCK_N), acc * scale, 0.0)
+    if p_bias is not None:
+        acc += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
     m_y = m_m[:, None] & m_n[None, :]
     p_out = p_y + o_m[:, None] * stride_y + o_n[None, :]
     if ACCUMULATE:
@@ -74,28 +79,29 @@ def expand(
     y: Tensor,
     accumulate: bool,
     dropout: tuple[Tensor, int, float] | None = None,
+    bias: Tensor | None = None,
     launch: ExpandLaunch | None = None,
 ) -> None:
-    """Add H B^T to y in place, or store it there.
+    """Add H B^T + bias to y in place, or store it there.
 
     Args:
         h: (m, R), rows strided; ``b``: (R, n), B transposed, rows strided.
         y: (m, n), rows strided; ``accumulate``: add to what y holds.
         dropout: seed (one int64 on h's device), threshold, scale; the mask of y's elements.
+        bias: (n,) or None.
         launch: the blocks; by default ``launch.expand_launch`` chooses.
     """
     (m, r), n = h.shape, b.shape[1]
-    if r == 0 and not accumulate:
-        y.zero_()
-    if m == 0 or n == 0 or r == 0:
+    if m == 0 or n == 0 or (r == 0 and accumulate and bias is None):
         return
     launch = launch or expand_launch(m, n, r, h.dtype)
-    seed, threshold, scale = dropout or (h, 0, 1.0)
+    seed, threshold, scale = dropout or (None, 0, 1.0)
     grid = (triton.cdiv(m, launch.block_m) * triton.cdiv(n, launch.block_n),)
     expand_kernel[grid](
         p_h=h,
         p_b=b,
         p_y=y,
+        p_bias=bias,
         p_seed=seed,
         m=m,
         n=n,

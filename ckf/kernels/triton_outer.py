@@ -3,17 +3,21 @@
     out (R, c) = scale * L (m, R)^T keep(X (m, c))
 
 dB^T = H^T dy and dA = dS^T drop(x). Programs own a (rank, column) block of one chunk of rows and
-write float32 partials (chunks, R, c); a second kernel adds them in the order of the chunks and
-rounds once. X is the right operand, so a masked X reaches the tensor cores through shared memory.
-Where R passes one block, row tiles whose rank block is all zero are skipped.
+write float32 partials (chunks, R, c); a second kernel adds them in the order of the chunks, rounds
+once and lays the result out as the experts' gradients lie, B's transposed, so that autograd keeps
+them without a copy an expert. X is the right operand, so a masked X reaches the tensor cores
+through shared memory. Where R passes one block, row tiles whose rank block is all zero are skipped.
 """
+
+import itertools
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ckf.kernels.launch import OuterLaunch, dot_precision, outer_launch
+from ckf.kernels.launch import OuterLaunch, dot_precision, outer_launch, reduce_blocks
 from ckf.kernels.triton_common import keep_mask
 
 
@@ -65,22 +69,53 @@ def outer_kernel(
     tl.store(p_out, acc, mask=m_r[:, None] & m_c[None, :])
 
 
-@triton.jit
-def reduce_kernel(p_part, p_out, total, chunks, scale, BLOCK: tl.constexpr):
-    o_i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    m_i = o_i < total
-    acc = tl.zeros([BLOCK], tl.float32)
-    p_i = p_part + o_i
+@triton.jit(do_not_specialize=["low"])
+def reduce_kernel(
+    p_part,
+    p_out,
+    c,
+    low,
+    rank,
+    chunks,
+    size,
+    scale,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    rank_blocks = tl.cdiv(rank, BLOCK_R)
+    expert, block = tl.program_id(0) // rank_blocks, tl.program_id(0) % rank_blocks
+    first = low + expert * rank
+    o_j = block * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_i = (o_j < rank)[:, None] & (o_c < c)[None, :]
+    p_i = p_part + (first + o_j).to(tl.int64)[:, None] * c + o_c[None, :]
+    acc = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for _ in range(chunks):
         acc += tl.load(p_i, mask=m_i, other=0.0)
-        p_i += total
-    tl.store(p_out + o_i, (acc * scale).to(p_out.dtype.element_ty), mask=m_i)
+        p_i += size
+    store_expert(acc * scale, p_out, first, rank, o_j, o_c, c, TRANSPOSED)
+
+
+@triton.jit
+def store_expert(acc, p_out, first, rank, o_j, o_c, c, TRANSPOSED: tl.constexpr):
+    """Rows ``o_j`` of the expert whose columns start at ``first``: (rank, c), or (c, rank)."""
+    p_out += first.to(tl.int64) * c
+    m_i = (o_j < rank)[:, None] & (o_c < c)[None, :]
+    if TRANSPOSED:
+        p_i = p_out + o_c.to(tl.int64)[:, None] * rank + o_j[None, :]
+        tl.store(p_i, tl.trans(acc).to(p_out.dtype.element_ty), mask=tl.trans(m_i))
+    else:
+        p_i = p_out + o_j.to(tl.int64)[:, None] * c + o_c[None, :]
+        tl.store(p_i, acc.to(p_out.dtype.element_ty), mask=m_i)
 
 
 def outer(
     left: Tensor,
     x: Tensor,
+    ranks: Sequence[int],
     dtype: torch.dtype,
+    transposed: bool,
     dropout: tuple[Tensor, int, float] | None = None,
     launch: OuterLaunch | None = None,
 ) -> Tensor:
@@ -88,23 +123,23 @@ def outer(
 
     Args:
         left: (m, R), rows strided; ``x``: (m, c), rows strided.
+        ranks: of the experts, R in all.
         dtype: of the result.
+        transposed: gradients of B.
         dropout: seed (one int64 on x's device), threshold, scale; masks x.
         launch: the blocks and the rows a chunk; by default ``launch.outer_launch`` chooses.
 
     Returns:
-        (R, c), contiguous.
+        (R, c); if transposed (R * c,), the (c, r_e) of the experts one after the other.
     """
     (m, r), c = left.shape, x.shape[1]
-    out = torch.empty(r, c, dtype=dtype, device=x.device)
-    if m == 0:
-        out.zero_()
-    if out.numel() == 0 or m == 0:
-        return out
+    out = torch.empty(r * c if transposed else (r, c), dtype=dtype, device=x.device)
+    if m == 0 or r == 0:
+        return out.zero_()
     launch = launch or outer_launch(m, r, c, x.dtype)
     chunks = triton.cdiv(m, launch.chunk)
     parts = torch.empty(chunks, r, c, dtype=torch.float32, device=x.device)
-    seed, threshold, scale = dropout or (left, 0, 1.0)
+    seed, threshold, scale = dropout or (None, 0, 1.0)
     blocks = triton.cdiv(r, launch.block_r) * triton.cdiv(c, launch.block_c)
     outer_kernel[(blocks, chunks)](
         p_l=left,
@@ -127,14 +162,31 @@ def outer(
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )
-    block = 1024
-    reduce_kernel[(triton.cdiv(r * c, block),)](
-        p_part=parts,
-        p_out=out,
-        total=r * c,
-        chunks=chunks,
-        scale=scale,
-        BLOCK=block,
-        num_warps=4,
-    )
+    for low, count, rank in rank_runs(ranks) if transposed else [(0, 1, r)]:
+        block_r, block_c = reduce_blocks(rank)
+        reduce_kernel[(count * triton.cdiv(rank, block_r), triton.cdiv(c, block_c))](
+            p_part=parts,
+            p_out=out,
+            c=c,
+            low=low,
+            rank=rank,
+            chunks=chunks,
+            size=r * c,
+            scale=scale,
+            TRANSPOSED=transposed,
+            BLOCK_R=block_r,
+            BLOCK_C=block_c,
+            num_warps=4,
+        )
     return out
+
+
+def rank_runs(ranks: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(first column, experts, rank) of every run of experts of one rank: a launch each."""
+    runs, low = [], 0
+    for rank, members in itertools.groupby(ranks):
+        count = len(list(members))
+        if rank:
+            runs.append((low, count, rank))
+        low += count * rank
+    return runs

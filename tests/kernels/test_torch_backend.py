@@ -66,6 +66,23 @@ def test_tasks_without_rows_get_zero_gradients():
         assert da[expert].any() and db[expert].any()
 
 
+@pytest.mark.parametrize("frozen", ["a0", "b2", "x", "all a", "all b"])
+@pytest.mark.parametrize("rows", [13, 400], ids=["dense", "runs"])
+def test_frozen_inputs_leave_the_other_gradients(rows, frozen):
+    ids = torch.arange(rows) * 3 // rows
+    case = random_case(m=rows, ids=ids, dtype=torch.float64)
+    dy = torch.randn(rows, 17, dtype=torch.float64)
+    names = ["x", *(f"a{e}" for e in range(4)), *(f"b{e}" for e in range(4))]
+    full = dict(zip(names, run_with_gradients(torch_backend, case, dy)[1:], strict=True))
+    still = {n for n in names if n == frozen or (frozen[:4] == "all " and n[0] == frozen[-1])}
+    for name, leaf in zip(names, [case.x, *case.a, *case.b], strict=True):
+        leaf.requires_grad_(name not in still)
+    gradients = run_with_gradients(torch_backend, case, dy)[1:]
+    moving = [name for name in names if name not in still]
+    for name, gradient in zip(moving, gradients, strict=True):
+        torch.testing.assert_close(gradient, full[name])
+
+
 def test_base_only_rows_equal_the_frozen_linear():
     case = random_case(ids=torch.full((13,), -1))
     y = torch_backend(*case.arguments())

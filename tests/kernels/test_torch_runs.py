@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from ckf.kernels import multi_lora_group, multi_lora_linear
-from ckf.kernels import torch_runs
+from ckf.kernels import multi_lora_group, multi_lora_linear, torch_runs
 from ckf.kernels.torch_runs import find_runs
 from tests.kernels.cases import assert_as_good_as_reference, random_case, run_with_gradients
 

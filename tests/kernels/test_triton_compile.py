@@ -35,7 +35,9 @@ def test_compiles_without_spills(arch):
     for (kernel, dtype), members in groups.items():
         most = {key: max(m[key] for m in members) for key in ("registers", "stack", "shared")}
         print(f"sm_{arch} {kernel} {dtype}: {len(members)} compiled, at most {most}")
-    kernels = {"shrink_kernel", "expand_kernel", "outer_kernel", "reduce_kernel"}
+    families = "shrink shrink_sum expand outer reduce group gather_shrink gather_expand"
+    families += " gather_outer gather_reduce"
+    kernels = {f"{name}_kernel" for name in families.split()}
     assert {line["kernel"] for line in lines} >= kernels | ({"gemm_kernel"} if arch > 80 else set())
     bad = [line for line in lines if line["problems"]]
     assert not bad, json.dumps(bad, indent=1)

@@ -5,7 +5,8 @@ from functools import partial
 import pytest
 import torch
 
-from ckf.kernels import multi_lora_linear
+from ckf.kernels import multi_lora_linear, ops
+from ckf.kernels.slots import compact_slots
 from tests.kernels.cases import assert_as_good_as_reference, random_case, run_with_gradients
 
 pytestmark = pytest.mark.gpu
@@ -26,10 +27,101 @@ def on_gpu(case, dtype):
     return case
 
 
-def assert_right(case):
+def assert_right(case, function=triton_backend):
     """``assert_as_good_as_reference`` draws its output gradient on the CPU."""
     with torch.device("cuda"):
-        assert_as_good_as_reference(triton_backend, case)
+        assert_as_good_as_reference(function, case)
+
+
+def compact_backend(ranks, plan="expand"):
+    """The Triton backend with the slots of hard gates, on the GPU once, by a plan."""
+    live = [[e in (0, 1 + t) for e in range(len(ranks))] for t in range(len(ranks) - 1)]
+    slots, width = compact_slots([live], [ranks])
+    slots = slots.cuda()
+
+    def run(x, weight, bias, a, b, gates, ids, dropout_p, seed):
+        group = (x, [weight], [bias], [a], [b], [gates], ids, dropout_p, seed)
+        return ops.run_group(*group, f"triton:{plan}", slots, width)[0]
+
+    return run
+
+
+NARROW, WIDE, UNEVEN = [16] * 5, [16] * 65, [64, 3, 40, 0, 128, 17]
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["runs", "mixed"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("plan", ["expand", "addmm", "gemm"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ranks", [NARROW, WIDE, UNEVEN], ids=["narrow", "wide", "uneven"])
+@pytest.mark.parametrize("m, k, n", [(5000, 512, 384), (300, 264, 129)])
+def test_compact_matches_reference(m, k, n, ranks, dtype, plan, dropout_p, mixed):
+    tasks = len(ranks) - 1
+    ids = torch.arange(m) // 200 % (tasks + 1) - 1
+    if mixed:
+        ids = ids[torch.randperm(m, generator=torch.Generator().manual_seed(0))]
+    case = random_case(m=m, k=k, n=n, tasks=tasks, ranks=ranks, dropout_p=dropout_p, ids=ids)
+    assert_right(on_gpu(case, dtype), compact_backend(ranks, plan))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("ranks", [NARROW, WIDE, UNEVEN], ids=["narrow", "wide", "uneven"])
+@pytest.mark.parametrize("plan", ["expand", "gemm"])
+def test_compact_gives_the_same_bits_100_times(plan, ranks, dtype):
+    tasks = len(ranks) - 1
+    case = random_case(m=6000, k=512, n=768, tasks=tasks, ranks=ranks, dropout_p=0.1)
+    case = on_gpu(case, dtype)
+    dy = torch.randn(6000, 768, device="cuda")
+    function = compact_backend(ranks, plan)
+    first = run_with_gradients(function, case, dy)
+    assert all(t.isfinite().all() for t in first)
+    for _ in range(99):
+        again = run_with_gradients(function, case, dy)
+        assert all(torch.equal(p, q) for p, q in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("ranks", [NARROW, WIDE], ids=["narrow", "wide"])
+def test_compact_invalid_ids_become_nan_rows(ranks):
+    ids = torch.randint(-1, len(ranks) - 1, (200,))
+    ids[[3, 70, 199]] = torch.tensor([len(ranks) - 1, -2, 2**40])
+    case = random_case(m=200, k=64, n=64, tasks=len(ranks) - 1, ranks=ranks, ids=ids)
+    function = compact_backend(ranks)
+    y, dx, *_ = run_with_gradients(
+        function, on_gpu(case, torch.bfloat16), torch.ones(200, 64, device="cuda")
+    )
+    for rows in (y, dx):
+        assert rows.isnan().all(1).nonzero().squeeze(1).tolist() == [3, 70, 199]
+        assert rows.isnan().sum() == 3 * 64
+
+
+@pytest.mark.parametrize("ranks", [NARROW, WIDE], ids=["narrow", "wide"])
+def test_compact_in_a_cuda_graph_follows_ids_and_seed_without_sync(ranks):
+    tasks = len(ranks) - 1
+    case = random_case(m=1024, k=256, n=384, tasks=tasks, ranks=ranks, dropout_p=0.2)
+    case = on_gpu(case, torch.bfloat16)
+    case.seed = torch.tensor([5], device="cuda")
+    dy = torch.randn(1024, 384, device="cuda")
+    function = compact_backend(ranks)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run_with_gradients(function, case, dy)  # compiles
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run_with_gradients(function, case, dy)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run_with_gradients(function, case, dy)
+    ids = [torch.randint(-1, tasks, (1024,), device="cuda"), torch.arange(1024).cuda() // 16 % 3]
+    for seed, fresh in zip((5, 6), ids, strict=True):
+        case.seed.fill_(seed)
+        case.task_ids.copy_(fresh)
+        graph.replay()
+        eager = run_with_gradients(function, case, dy)
+        assert all(torch.equal(p, q) for p, q in zip(captured, eager, strict=True))
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
@@ -139,3 +231,31 @@ def test_gemm_with_the_update_inside(sizes, dtype, bias):
     y = gemm(x, w, v, h, b)
     assert (y.double() - exact).abs().max() <= allowed
     assert all(torch.equal(gemm(x, w, v, h, b), y) for _ in range(20))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(1000, 1032, 4096, 80), (8192, 4096, 1024, 24)])
+def test_gemm_of_dx(sizes, dtype, p):
+    from ckf.kernels import dropout_mask
+    from ckf.kernels.dropout import dropout_scale, dropout_threshold
+    from ckf.kernels.triton_gemm import gemm_dx, why_not_gemm
+
+    m, k, n, r = sizes
+    dy, w, ds, a = (
+        torch.randn(s, device="cuda").to(dtype) for s in ((m, n), (n, k), (m, r), (r, k))
+    )
+    reason = why_not_gemm(dy, w, ds, a)
+    if reason is not None:
+        pytest.skip(reason)
+    dropout = (torch.tensor([9], device="cuda"), dropout_threshold(p), dropout_scale(p))
+    keep = dropout_mask(m, k, p, 9, "cuda")
+
+    def formula(dy, w, ds, a):
+        return torch.where(keep, (ds @ a) * dropout_scale(p), 0) + dy @ w
+
+    exact = formula(*(t.double() for t in (dy, w, ds, a)))
+    allowed = 2 * (formula(dy, w, ds, a).double() - exact).abs().max()
+    allowed += 4 * torch.finfo(dtype).eps * exact.abs().max()
+    dx = gemm_dx(dy, w, ds, a, dropout if p else None)
+    assert (dx.double() - exact).abs().max() <= allowed

@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: interpreter_suite.py in a process with TRITON_INTERPRET=1."""
+"""The Triton kernels without a GPU: the suites, each in a process with TRITON_INTERPRET=1."""
 
 import importlib.util
 import os
@@ -10,14 +10,17 @@ import pytest
 import torch
 
 from ckf.kernels.config import choose_backend, usable_backends
+from ckf.kernels.dispatch import Call
 
 HERE = Path(__file__).parent
+CALL = Call(m=2, k=3, n=3, rank=1, train=True, dropout=False)
 installed = importlib.util.find_spec("triton") is not None
 
 
 @pytest.mark.skipif(not installed, reason="triton is not installed")
-def test_suite_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-x", str(HERE / "interpreter_suite.py")]
+@pytest.mark.parametrize("suite", ["interpreter_suite.py", "interpreter_slots.py"])
+def test_in_the_interpreter(suite):
+    command = [sys.executable, "-m", "pytest", "-q", "-x", str(HERE / suite)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True
@@ -32,7 +35,7 @@ def test_says_why_it_is_not_usable(monkeypatch):
     usable, why = usable_backends()["triton"]
     assert not usable and ("CUDA" in why or "installed" in why)
     with pytest.raises(ValueError, match="backend='triton' cannot compute this call"):
-        choose_backend("triton", torch.zeros(2, 3), needs_grad=True)
+        choose_backend("triton", torch.zeros(2, 3), CALL)
 
 
 def test_says_that_triton_is_missing(monkeypatch):
@@ -45,5 +48,5 @@ def test_says_that_triton_is_missing(monkeypatch):
 def test_refuses_dtypes_without_a_kernel(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(ValueError, match="float64"):
-        choose_backend("triton", torch.zeros(2, 3, dtype=torch.float64), needs_grad=True)
-    assert choose_backend("auto", torch.zeros(2, 3), needs_grad=True).backend == "torch"
+        choose_backend("triton", torch.zeros(2, 3, dtype=torch.float64), CALL)
+    assert choose_backend("auto", torch.zeros(2, 3), CALL).backend == "torch"

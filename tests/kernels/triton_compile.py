@@ -30,12 +30,18 @@ from triton.runtime.jit import JITFunction
 from ckf.kernels.launch import (
     DENSE_RANK,
     expand_launch,
+    gather_expand_launch,
+    gather_outer_launch,
+    gather_shrink_launch,
     gemm_launch,
     outer_launch,
     shrink_launch,
 )
 from ckf.kernels.triton_expand import expand
-from ckf.kernels.triton_gemm import gemm, why_not_gemm
+from ckf.kernels.triton_gather import gather_expand, gather_shrink
+from ckf.kernels.triton_gather_outer import gather_outer
+from ckf.kernels.triton_gemm import gemm, gemm_dx, why_not_gemm
+from ckf.kernels.triton_groups import group_rows
 from ckf.kernels.triton_outer import outer
 from ckf.kernels.triton_shrink import shrink
 
@@ -145,7 +151,8 @@ def left_operands(ptx: str) -> list[str]:
 
 
 def element_type(arguments: dict) -> str:
-    first = next(iter(arguments.values()))
+    names = ("p_x", "d_x", "p_h", "p_part", "p_ids")
+    first = next(arguments[name] for name in names if name in arguments)
     return str(getattr(first, "base", first).dtype).removeprefix("torch.")
 
 
@@ -154,21 +161,31 @@ def launches(arch: int, tf32: bool = False):
 
     sm_90 gets all of them; the others all but those that differ little (middle tiles, float16).
     """
-    few, bf16, fp16, fp32 = (8, 32, 1024), torch.bfloat16, torch.float16, torch.float32
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    hopper = arch == 90
     if tf32:
-        cases = [(fp32, 8192, 4096, r) for r in few[1:]]
+        cases = [(fp32, 8192, 4096, r) for r in (32, 1024)]
+        gathered = [(fp32, 8192, 4096, 32)]
     else:
-        rows = ROWS if arch == 90 else (ROWS[0], ROWS[-1])
+        rows, ranks = (ROWS, RANKS) if hopper else (ROWS[-1:], RANKS[1::2])
         cases = [
-            *itertools.product([bf16], rows, [4096], RANKS),
-            *itertools.product([bf16, fp32], [8191], [4095], few),
-            *itertools.product([fp32], [8192], [4096], few),
-            (bf16, 8192, 4096, 100),
-            *([(fp16, 8192, 4096, 128)] if arch == 90 else []),
+            *itertools.product([bf16], rows, [4096], ranks),
+            *itertools.product([fp32], [8192], [4096], (8, 32, 1024)),
+            *itertools.product([bf16, fp32], [8191], [4095], [32]),
+            *([(bf16, 8192, 4096, 100), (fp16, 8192, 4096, 128)] if hopper else []),
+        ]
+        gathered = [
+            *itertools.product([bf16], rows, [4096], (32, 128)),
+            *itertools.product([bf16], ROWS[-1:], [4096], (16, 48, 384) if hopper else ()),
+            *itertools.product([bf16, fp32], [8191], [4095], [40]),
+            (fp32, 8192, 4096, 32),
         ]
     seen = set()
-    for case, dropout_p in itertools.product(cases, (0.0, 0.1)):
-        for key, launch in calls(arch, *case, dropout_p):
+    for (kind, case), dropout_p in itertools.product(
+        [*(("dense", c) for c in cases), *(("gathered", c) for c in gathered)], (0.0, 0.1)
+    ):
+        found = calls if kind == "dense" else gathered_calls
+        for key, launch in found(arch, *case, dropout_p):
             if key not in seen:
                 seen.add(key)
                 yield launch
@@ -176,31 +193,70 @@ def launches(arch: int, tf32: bool = False):
 
 def calls(arch: int, dtype, m: int, k: int, r: int, dropout_p: float):
     """The kernels of one linear k to k, each with a key of what Triton would specialise on."""
-
-    def empty(*shape, dtype=dtype):
-        return torch.empty(*shape, dtype=dtype, device="meta")
-
-    x, h, a, gates = empty(m, k), empty(m, r), empty(r, k), empty(4, r, dtype=torch.float32)
-    ids, seed = empty(m, dtype=torch.int64), empty(1, dtype=torch.int64)
-    dropout = (seed, round(dropout_p * 65536), 1 / (1 - dropout_p)) if dropout_p else None
+    x, h, a = meta(m, k, dtype=dtype), meta(m, r, dtype=dtype), meta(r, k, dtype=dtype)
+    gates, slots = meta(4, r, dtype=torch.float32), meta(4, r, dtype=torch.int32)
+    ids, packed = meta(m, dtype=torch.int64), meta(m, 32, dtype=dtype)
+    dropout = dropout_of(dropout_p)
     key = (dtype, k % 16 == 0, r == 100, dropout is not None)
     launch = shrink_launch(m, k, r, dtype, dropout is not None)
-    yield ("shrink", launch, key), partial(shrink, x, a, gates, ids, h, None, dropout, launch)
-    if r == DENSE_RANK:
-        yield ("both", launch, key), partial(shrink, x, a, gates, ids, h, h, dropout, launch)
+    given = partial(shrink, x, a, gates, ids, h, dropout=dropout, launch=launch)
+    code = (replace(launch, split=min(launch.split, 2)), *key)
+    if r <= DENSE_RANK:  # forward with slots
+        yield ("packs", *code), partial(given, slots=slots, packed=packed)
+    else:
+        yield ("shrink", *code), given
+    if r == DENSE_RANK and not dropout:  # backward
+        yield ("both", *code), partial(given, plain=h, saved=h, restored=h)
+        yield ("restores", *code), partial(given, slots=slots, saved=packed, restored=h)
     launch = expand_launch(m, k, r, dtype)
-    yield ("expand", launch, key), partial(expand, h, a, x, dropout is None, dropout, launch)
+    bias = None if dropout else meta(k, dtype=dtype)
+    for accumulate in {dropout is None, dropout is None and r != DENSE_RANK}:
+        given = partial(expand, h, a, x, accumulate, dropout, None if accumulate else bias, launch)
+        yield ("expand", launch, accumulate, key), given
     launch = outer_launch(m, r, k, dtype)
     same_code = (replace(launch, chunk=0), r > launch.block_r)
-    yield ("outer", same_code, key), partial(outer, h, x, torch.float32, dropout, launch)
-    if (
-        dtype == torch.bfloat16
-        and arch >= 90
-        and not dropout
-        and why_not_gemm(x, empty(k, k), h, a) is None
-    ):
-        launch = gemm_launch(m, k, k, r)
-        yield ("gemm", launch), partial(gemm, x, empty(k, k), empty(k), h, a, launch)
+    for transposed in (False, True) if r == 128 and not dropout else (False,):
+        given = partial(outer, h, x, [r], torch.float32, transposed, dropout, launch)
+        yield ("outer", same_code, transposed, key), given
+    weight = meta(k, k, dtype=dtype)
+    if dtype == torch.bfloat16 and arch >= 90 and why_not_gemm(x, weight, h, a) is None:
+        launch = gemm_launch(m, k, r, dropout is not None)
+        yield ("dx", launch, key), partial(gemm_dx, x, weight, h, a, dropout, launch)
+        if not dropout:
+            yield ("gemm", launch), partial(gemm, x, weight, meta(k, dtype=dtype), h, a, launch)
+
+
+def gathered_calls(arch: int, dtype, m: int, k: int, width: int, dropout_p: float):
+    """The gather kernels of one linear k to k, ``width`` columns a task, 64 tasks."""
+    tasks, ranks = 64, [width // 2] * 65
+    x, h = meta(m, k, dtype=dtype), meta(m, width, dtype=dtype)
+    a = meta(sum(ranks), k, dtype=dtype)
+    gates = meta(tasks, sum(ranks), dtype=torch.float32)
+    slots = meta(tasks, sum(ranks), dtype=torch.int32)
+    dropout, aligned = dropout_of(dropout_p), width % 16 == 0
+    key = (dtype, k % 16 == 0, width % 16 == 0, dropout is not None)
+    groups = group_rows(meta(m, dtype=torch.int64), slots, width)
+    launch = gather_shrink_launch(m, k, width, dtype, dropout is not None)
+    given = (x, a, gates, groups, 0, h, aligned, dropout, launch)
+    yield ("gather_shrink", launch, key), partial(gather_shrink, *given)
+    launch = gather_expand_launch(m, k, width, dtype)
+    given = (h, a, x, groups, 0, aligned, dropout is None, dropout, None, launch)
+    yield ("gather_expand", launch, key), partial(gather_expand, *given)
+    launch = gather_outer_launch(m, width, k, dtype)
+    for transposed in (False, True) if not dropout else (False,):
+        given = (h, x, ranks, torch.float32, transposed, groups, slots, 0, aligned, dropout, launch)
+        same_code = ("gather_outer", replace(launch, chunk=0), transposed, key)
+        yield same_code, partial(gather_outer, *given)
+
+
+def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def dropout_of(p: float):
+    """Seed, threshold and scale; None without dropout."""
+    seed = meta(1, dtype=torch.int64)
+    return (seed, round(p * 65536), 1 / (1 - p)) if p else None
 
 
 def main(archs) -> None:

@@ -1,0 +1,97 @@
+"""What "auto" takes on a GPU: the fastest backend of the nearest shape that was measured there.
+
+``tables/<gpu>.json`` holds milliseconds by backend (``benchmarks/make_table.py`` makes it from the
+records of ``make gpu``). Nearest: the least sum of doublings between m, k, n and R; farther than
+FARTHEST says nothing, and then torch's own products are taken, as on a GPU without a table.
+"""
+
+import json
+import logging
+import math
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+logger = logging.getLogger("ckf.kernels")
+
+TABLES = Path(__file__).parent / "tables"
+FARTHEST = 4.0  # doublings
+LEAST_GAIN = 0.03  # of torch's time, below which its well-worn products are kept
+_SIZES = ("m", "k", "n", "rank")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend, the way in which it adds the base (Triton's plan), and the reason in words."""
+
+    backend: str
+    why: str
+    plan: str = "expand"
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a choice depends on: sizes (n summed over a group, R likewise) and the pass."""
+
+    m: int
+    k: int
+    n: int
+    rank: int
+    train: bool
+    dropout: bool
+
+
+def device_slug(name: str) -> str:
+    """NVIDIA H200 -> h200: the name of a GPU's table and of its results."""
+    words = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return words.removeprefix("nvidia-")
+
+
+@lru_cache
+def load_table(device: str, folder: Path = TABLES) -> dict | None:
+    """The table of a GPU by its name, or None."""
+    file = folder / f"{device_slug(device)}.json"
+    if not file.exists():
+        return None
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+@lru_cache(maxsize=1024)
+def measured_choice(
+    device: str, call: Call, usable: tuple[str, ...], folder: Path = TABLES
+) -> Choice:
+    """The fastest of the ``usable`` backends for a call on a GPU; one log line a distinct call."""
+    choice = _choose(load_table(device, folder), device, call, usable)
+    logger.info("auto on %s, %s: %s (%s)", device, _words(call), choice.backend, choice.why)
+    return choice
+
+
+def _choose(table: dict | None, device: str, call: Call, usable: tuple[str, ...]) -> Choice:
+    if table is None:
+        return Choice("torch", f"nothing was measured on {device} yet: make gpu measures")
+    wanted = "train" if call.train else "forward"
+    rows = [r for r in table["rows"] if r["pass"] == wanted and r["dropout"] == call.dropout]
+    near = min(rows, key=lambda row: _doublings(row, call), default=None)
+    if near is None or _doublings(near, call) > FARTHEST:
+        return Choice("torch", "no measured shape is near")
+    times = {name: near[name] for name in usable if near.get(name) is not None}
+    best = min(times, key=times.__getitem__, default="torch")
+    if best != "torch" and times[best] > (1 - LEAST_GAIN) * times.get("torch", math.inf):
+        best = "torch"
+    sizes = ", ".join(f"{size} {near[size]}" for size in _SIZES)
+    why = f"at {sizes} it took " + ", ".join(f"{name} {ms:.3g} ms" for name, ms in times.items())
+    return Choice(best, why, near["triton_plan"] or "expand" if best == "triton" else "expand")
+
+
+def _doublings(row: dict, call: Call) -> float:
+    return sum(
+        abs(math.log2(max(row[size], 1)) - math.log2(max(getattr(call, size), 1)))
+        for size in _SIZES
+    )
+
+
+def _words(call: Call) -> str:
+    sizes = ", ".join(f"{size} {getattr(call, size)}" for size in _SIZES)
+    kind = "forward and backward" if call.train else "forward"
+    return f"{sizes}, {kind}{' with dropout' if call.dropout else ''}"

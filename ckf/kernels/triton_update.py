@@ -1,0 +1,236 @@
+"""The update of a group's linears in two forms with the same steps, for triton_backend.py.
+
+``Dense``: all R columns of every row, one kernel block of them up to DENSE_RANK. ``Gathered``: the
+C columns of a row's own task. A step launches kernels and nothing else; what later steps of the
+same pass read (H; dS, dH) stays on the object.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ckf.kernels.dropout import dropout_scale, dropout_threshold
+from ckf.kernels.group import GroupShape
+from ckf.kernels.triton_expand import expand
+from ckf.kernels.triton_gather import gather_expand, gather_shrink
+from ckf.kernels.triton_gather_outer import gather_outer
+from ckf.kernels.triton_gemm import gemm, gemm_dx, why_not_gemm
+from ckf.kernels.triton_groups import group_rows
+from ckf.kernels.triton_outer import outer
+from ckf.kernels.triton_shrink import shrink
+from ckf.kernels.triton_stacks import Stacks
+
+
+class _Update:
+    """What both forms share: the columns of every linear, and how base and update meet."""
+
+    ds: Tensor
+    dh: Tensor | None = None
+
+    def __init__(
+        self,
+        shape: GroupShape,
+        stacks: Stacks,
+        task_ids: Tensor,
+        seed: Tensor | None,
+        save_plain: bool,
+        slots: Tensor | None,
+        width: int,
+    ) -> None:
+        self.shape, self.stacks = shape, stacks
+        self.ids = task_ids.reshape(-1).contiguous()
+        self.save_plain, self.slots, self.width = save_plain, slots, width
+        self.dropout = None
+        if seed is not None:
+            p = shape.dropout_p
+            self.dropout = seed, dropout_threshold(p), dropout_scale(p)
+        ends = itertools.accumulate(shape.linear_ranks, initial=0)
+        self.columns = [slice(*pair) for pair in itertools.pairwise(ends)]
+
+    def output(self, x: Tensor, rows: Tensor, linear: int, weight, bias, plan: str) -> Tensor:
+        """x W^T + bias + update, (..., n); the update alone where there is no weight."""
+        n = self.stacks.b[linear].shape[1]
+        if weight is None or plan == "addmm":
+            y = x.new_empty(*x.shape[:-1], n)
+            self.expand(
+                linear, y.view(-1, n), accumulate=False, bias=None if weight is None else bias
+            )
+            if weight is not None:
+                y.view(-1, n).addmm_(rows, weight.t())
+            return y
+        if plan == "gemm":
+            fused = self.fused_output(rows, linear, weight, bias)
+            if fused is not None:
+                return fused.view(*x.shape[:-1], n)
+        y = F.linear(x, weight, bias).contiguous()
+        self.expand(linear, y.view(-1, n), accumulate=True)
+        return y
+
+    def input_gradient(self, dys: Sequence[Tensor], weights, plan: str) -> Tensor:
+        """drop'(dS A) + sum over linears of dy W, (m, k)."""
+        bases = [(dy, w) for dy, w in zip(dys, weights, strict=True) if w is not None]
+        dx = self.fused_input_gradient(*bases[0]) if plan == "gemm" and bases else None
+        if dx is None:
+            dx = self.ds.new_empty(self.ds.shape[0], self.stacks.a.shape[1])
+            self.expand_back(dx)
+        else:
+            bases = bases[1:]
+        for dy, weight in bases:
+            dx.addmm_(dy, weight)
+        return dx
+
+    def fused_output(self, rows, linear: int, weight, bias) -> Tensor | None:
+        """Base and update in one product, where the operands allow it."""
+        return None
+
+    def fused_input_gradient(self, dy, weight) -> Tensor | None:
+        return None
+
+
+class Dense(_Update):
+    """H and dS (m, R)."""
+
+    def shrink(self, rows: Tensor, saved: Tensor) -> None:
+        """H, and what is saved of it: S, H itself, or H packed by the slots."""
+        packs = self.slots is not None and not self.save_plain
+        new = self.save_plain or packs
+        self.h = rows.new_empty(rows.shape[0], self.stacks.a.shape[0]) if new else saved
+        shrink(
+            rows,
+            self.stacks.a,
+            self.stacks.gates,
+            self.ids,
+            gated=self.h,
+            plain=saved if self.save_plain else None,
+            dropout=self.dropout,
+            slots=self.slots if packs else None,
+            packed=saved if packs else None,
+        )
+
+    def expand(self, linear: int, y: Tensor, accumulate: bool, bias: Tensor | None = None) -> None:
+        h = self.h[:, self.columns[linear]]
+        expand(h, self.stacks.b[linear], y, accumulate, bias=bias)
+
+    def expand_back(self, dx: Tensor) -> None:
+        expand(self.ds, self.stacks.a, dx, accumulate=False, dropout=self.dropout)
+
+    def fused_output(self, rows, linear: int, weight, bias) -> Tensor | None:
+        h, b = self.h[:, self.columns[linear]], self.stacks.b[linear]
+        return gemm(rows, weight, bias, h, b) if why_not_gemm(rows, weight, h, b) is None else None
+
+    def fused_input_gradient(self, dy, weight) -> Tensor | None:
+        ds, a = self.ds, self.stacks.a
+        if why_not_gemm(dy, weight, ds, a) is not None:
+            return None
+        return gemm_dx(dy, weight, ds, a, self.dropout)
+
+    def rank_gradients(
+        self, dys, saved: Tensor, needed: Sequence[bool], dtypes, keep_dh: bool
+    ) -> list[Tensor | None]:
+        """dS of all linears (and dH if asked for), and the gradients of B right behind each."""
+        packed = self.slots is not None and not self.save_plain
+        self.ds = saved.new_empty(saved.shape[0], self.stacks.a.shape[0])
+        self.dh = torch.empty_like(self.ds) if keep_dh else None
+        h = torch.empty_like(self.ds) if packed or self.save_plain else None
+        gradients: list[Tensor | None] = []
+        for dy, b_l, ranks, at, need, dtype in zip(
+            dys, self.stacks.b, self.shape.ranks, self.columns, needed, dtypes, strict=True
+        ):
+            shrink(
+                dy,
+                b_l,
+                self.stacks.gates[:, at],
+                self.ids,
+                gated=self.ds[:, at],
+                plain=None if self.dh is None else self.dh[:, at],
+                slots=self.slots[:, at] if packed else None,
+                saved=saved if packed else saved[:, at] if self.save_plain else None,
+                restored=None if h is None else h[:, at],
+            )
+            left = (saved if h is None else h)[:, at]
+            gradients.append(None)
+            if need:
+                gradients[-1] = outer(left, dy, ranks, dtype, transposed=True)
+        return gradients
+
+    def a_gradient(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        ranks = self.shape.expert_ranks
+        return outer(self.ds, rows, ranks, dtype, transposed=False, dropout=self.dropout)
+
+
+class Gathered(_Update):
+    """H and dS compact, (m, C); rows grouped by task."""
+
+    def __init__(self, shape: GroupShape, stacks: Stacks, task_ids, *arguments) -> None:
+        super().__init__(shape, stacks, task_ids, *arguments)
+        self.groups = group_rows(self.ids, self.slots, self.width)
+        self.aligned = all(rank % 8 == 0 for rank in shape.expert_ranks)
+
+    def shrink(self, rows: Tensor, saved: Tensor) -> None:
+        self.h = saved
+        self._shrink(rows, self.stacks.a, 0, saved, self.dropout)
+
+    def _shrink(self, rows: Tensor, a: Tensor, low: int, h: Tensor, dropout=None) -> None:
+        gates, groups = self.stacks.gates, self.groups
+        gather_shrink(rows, a, gates, groups, low, h, self.aligned, dropout)
+
+    def expand(self, linear: int, y: Tensor, accumulate: bool, bias: Tensor | None = None) -> None:
+        gather_expand(
+            self.h,
+            self.stacks.b[linear],
+            y,
+            self.groups,
+            low=self.columns[linear].start,
+            aligned=self.aligned,
+            accumulate=accumulate,
+            bias=bias,
+        )
+
+    def expand_back(self, dx: Tensor) -> None:
+        gather_expand(
+            self.ds,
+            self.stacks.a,
+            dx,
+            self.groups,
+            low=0,
+            aligned=self.aligned,
+            accumulate=False,
+            dropout=self.dropout,
+        )
+
+    def rank_gradients(
+        self, dys, saved: Tensor, needed: Sequence[bool], dtypes, keep_dh: bool
+    ) -> list[Tensor | None]:
+        """dS of all linears, and the gradients of B right behind each."""
+        assert not keep_dh, "gates that need a gradient are not hard"
+        self.ds = torch.empty_like(saved)
+        gradients: list[Tensor | None] = []
+        for dy, b_l, ranks, at, need, dtype in zip(
+            dys, self.stacks.b, self.shape.ranks, self.columns, needed, dtypes, strict=True
+        ):
+            self._shrink(dy, b_l, at.start, self.ds)
+            gradients.append(None)
+            if need:
+                gradients[-1] = self._outer(saved, dy, ranks, dtype, True, at.start)
+        return gradients
+
+    def a_gradient(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        ranks = self.shape.expert_ranks
+        return self._outer(self.ds, rows, ranks, dtype, False, 0, self.dropout)
+
+    def _outer(self, left, x, ranks, dtype, transposed: bool, low: int, dropout=None):
+        return gather_outer(
+            left,
+            x,
+            ranks,
+            dtype,
+            transposed,
+            self.groups,
+            self.slots,
+            low,
+            self.aligned,
+            dropout,
+        )

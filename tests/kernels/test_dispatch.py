@@ -1,0 +1,108 @@
+"""What "auto" takes, from tables that say what was measured."""
+
+import json
+import logging
+
+import pytest
+import torch
+
+from ckf.kernels import multi_lora_linear
+from ckf.kernels.config import BACKENDS, check_backend, choose_backend, explain_auto
+from ckf.kernels.dispatch import TABLES, Call, device_slug, measured_choice
+from tests.kernels.cases import random_case
+
+GPU = "NVIDIA Test 100"
+ALL = ("torch", "triton", "cuda")
+
+
+def row(m, rank, torch_ms, triton=None, cuda=None, kind="train", plan="gemm", dropout=False):
+    return {
+        "pass": kind, "m": m, "k": 4096, "n": 4096, "rank": rank, "tasks": 4, "dropout": dropout,
+        "torch": torch_ms, "triton": triton, "cuda": cuda, "triton_plan": plan,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def tables(tmp_path):
+    rows = [
+        row(8192, 80, 1.0, 0.98),  # under 3% is no reason to change
+        row(8192, 1024, 2.0, 1.5),
+        row(8192, 80, 1.0, 0.8, dropout=True),
+        row(16, 80, 0.05, 0.06, 0.02, kind="forward"),
+        row(2048, 80, 0.5, 0.9, kind="forward"),
+    ]
+    table = {"gpu": GPU, "record": {"commit": "abc"}, "rows": rows}
+    (tmp_path / "test-100.json").write_text(json.dumps(table))
+    return tmp_path
+
+
+def call(m=8192, rank=80, train=True, dropout=False, k=4096, n=4096):
+    return Call(m, k, n, rank, train, dropout)
+
+
+@pytest.mark.parametrize(
+    ("asked", "usable", "expected"),
+    [
+        (call(), ALL, "torch"),
+        (call(rank=1000), ALL, "triton"),
+        (call(rank=1000), ("torch",), "torch"),
+        (call(dropout=True), ALL, "triton"),
+        (call(m=12, train=False), ALL, "cuda"),
+        (call(m=12, train=False), ("torch", "triton"), "torch"),
+        (call(m=1500, train=False), ALL, "torch"),
+        (call(m=2, rank=1, k=64, n=64), ALL, "torch"),
+    ],
+)
+def test_the_nearest_measured_shape_decides(tables, asked, usable, expected):
+    choice = measured_choice(GPU, asked, usable, tables)
+    assert choice.backend == expected
+    assert choice.plan == ("gemm" if expected == "triton" else "expand")
+
+
+def test_the_reason_has_the_figures_and_is_logged_once(tables, caplog):
+    with caplog.at_level(logging.INFO, logger="ckf.kernels"):
+        for _ in range(3):
+            choice = measured_choice(GPU, call(rank=900), ALL, tables)
+    assert "m 8192, k 4096, n 4096, rank 1024 it took torch 2 ms, triton 1.5 ms" in choice.why
+    assert [r.message for r in caplog.records] == [
+        f"auto on {GPU}, m 8192, k 4096, n 4096, rank 900, forward and backward: "
+        f"triton ({choice.why})"
+    ]
+
+
+def test_far_shapes_and_unknown_gpus_take_torch(tables):
+    far = measured_choice(GPU, call(m=2, rank=1, k=64, n=64), ALL, tables)
+    assert far.why == "no measured shape is near"
+    unknown = measured_choice("NVIDIA Other", call(), ALL, tables)
+    assert unknown.backend == "torch" and "nothing was measured on NVIDIA Other" in unknown.why
+
+
+def test_committed_tables_are_readable():
+    for file in TABLES.glob("*.json"):
+        table = json.loads(file.read_text())
+        assert device_slug(table["gpu"]) == file.stem
+        for made in table["rows"]:
+            assert set(made) == set(row(1, 1, 1.0)), file
+
+
+@pytest.mark.parametrize("backend", ["gpu", "", "triton:fast", "torch:gemm", "auto:", None, 3])
+def test_unknown_backends_list_the_known(backend):
+    with pytest.raises(ValueError, match="expected one of auto, torch, triton, cuda"):
+        check_backend(backend)
+
+
+def test_a_plan_can_be_asked_for(monkeypatch):
+    monkeypatch.setattr("ckf.kernels.config._refusal", lambda *_: None)
+    choice = choose_backend("triton:gemm", torch.zeros(1, 1), call())
+    assert (choice.backend, choice.plan) == ("triton", "gemm")
+
+
+def test_a_cpu_takes_torch_and_says_so():
+    choice = choose_backend("auto", torch.zeros(1, 1), call())
+    assert choice.backend == "torch" and "GPU" in choice.why
+    case = random_case()
+    auto = multi_lora_linear(*case.arguments())
+    assert torch.equal(auto, multi_lora_linear(*case.arguments(), backend="torch"))
+    if not torch.cuda.is_available():
+        assert explain_auto() == "torch: there is no GPU"
+    assert BACKENDS[0] == "auto"
