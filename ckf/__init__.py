@@ -1,17 +1,32 @@
 """ckf: Multi-LoRA kernels, a model patcher, and Collaborative Knowledge Fusion for LLMs."""
 
-from ckf.adapters import export_peft, load_adapters, merge_task, save_adapters
-from ckf.patch import is_patched, patch_model, task_ids, unpatch_model, use_task
+from ckf.adapters import load_adapters, load_patched, save_adapters
+from ckf.collate import TaskCollator
+from ckf.export import export_peft, import_peft, merge_task
+from ckf.patch import (
+    is_patched,
+    patch_model,
+    reset_adapters,
+    task_ids,
+    unpatch_model,
+    use_task,
+)
+from ckf.presence import TaskPresence
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "TaskCollator",
+    "TaskPresence",
     "export_peft",
+    "import_peft",
     "is_patched",
     "load_adapters",
+    "load_patched",
     "load_run",
     "merge_task",
     "patch_model",
+    "reset_adapters",
     "save_adapters",
     "task_ids",
     "unpatch_model",

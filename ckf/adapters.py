@@ -1,6 +1,7 @@
-"""Adapters on disk, in PEFT's format: save, load, export to one ordinary LoRA, merge.
+"""Adapters on disk, in PEFT's format: save, load, and a base model with them in one call.
 
     <path>/ckf.json                     how the model was patched
+    <path>/README.md                    model card
     <path>/shared/adapter_config.json   adapter_model.safetensors
     <path>/<task>/adapter_config.json   adapter_model.safetensors
     <path>/ckf_gate.safetensors         learned gates only
@@ -10,260 +11,192 @@ what the patched model gives for that task (hard gates). Safetensors only, never
 """
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from transformers import AutoModelForCausalLM
 
-from ckf.layers import SHARED, MultiLoRALinear
-from ckf.patch import PatchSettings, patch_state, patched_layers, unpatch_model
+from ckf import adapter_files as files
+from ckf.card import model_card
+from ckf.layers import SHARED
+from ckf.patch import (
+    PatchSettings,
+    check_task_name,
+    patch_model,
+    patch_state,
+    patched_layers,
+    unpatch_model,
+)
 
-FORMAT = 1
+FORMAT = 2
 SETTINGS_FILE = "ckf.json"
+CARD_FILE = "README.md"
 GATE_FILE = "ckf_gate.safetensors"
-WEIGHTS_FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+_KINDS = {
+    "tasks": dict,
+    "shared_r": int,
+    "lora_alpha": int | float,
+    "lora_dropout": int | float,
+    "use_rslora": bool,
+    "gate": str,
+    "gate_per_layer": bool,
+    "backend": str,
+    "shared_modules": str | list,
+    "task_modules": str | list,
+}
 
 
 def save_adapters(model: nn.Module, path: str | Path) -> None:
-    """Write the shared and every task's LoRA as PEFT adapters; replaces ``path`` as a whole.
+    """Write the shared and every task's LoRA as PEFT adapters, with a model card.
+
+    Replaces ``path`` as a whole. Of a sharded model (FSDP2) every rank must call this; rank 0
+    writes.
 
     Raises:
-        ValueError: an unpatched model, or ``path`` exists and holds no saved adapters.
+        ValueError: an unpatched model, adapters without values (meta device), or ``path`` exists
+            and holds no saved adapters.
     """
-    state, layers = patch_state(model), patched_layers(model)
-    with _replacing(Path(path)) as folder:
-        for expert in state.settings.experts:
-            tensors = {}
-            for name, layer in layers.items():
-                if expert in layer.experts:
-                    tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A[expert]
-                    tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B[expert]
-            names = [n for n, layer in layers.items() if expert in layer.experts]
-            config = _peft_config(model, names, state.settings, state.settings.rank(expert))
-            _write_adapter(folder / expert, config, tensors)
-        gates = _gate_tensors(model)
+    settings, layers = patch_state(model).settings, patched_layers(model)
+    owned = {expert: files.matrices(layers, expert) for expert in settings.experts}
+    here = files.writes_here(p for adapter in owned.values() for p in adapter.values())
+    adapters = {e: {k: files.whole(p) for k, p in own.items()} for e, own in owned.items()}
+    gates = {name: files.whole(gate) for name, gate in _gate_tensors(model).items()}
+    if not here:
+        return
+    with files.replacing(Path(path), SETTINGS_FILE) as folder:
+        for expert, tensors in adapters.items():
+            places = {n: layer for n, layer in layers.items() if expert in layer.experts}
+            config = files.peft_config(
+                model,
+                places,
+                r=settings.rank(expert),
+                lora_alpha=settings.lora_alpha,
+                lora_dropout=settings.lora_dropout,
+                use_rslora=settings.use_rslora,
+            )
+            files.write_adapter(folder / expert, config, tensors)
         if gates:
-            _save(gates, folder / GATE_FILE)
-        settings = {"format": FORMAT, **asdict(state.settings)}
-        (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+            files.write_tensors(gates, folder / GATE_FILE)
+        about = {"format": FORMAT, **asdict(settings)}
+        (folder / SETTINGS_FILE).write_text(json.dumps(about, indent=2) + "\n")
+        (folder / CARD_FILE).write_text(model_card(settings, files.base_name(model)))
 
 
 def load_adapters(model: nn.Module, path: str | Path) -> None:
     """Read adapters that ``save_adapters`` wrote into a model patched the same way.
 
-    Everything is checked before anything is copied; a wrong file changes nothing.
+    Everything is checked before anything is copied; a wrong file changes nothing. Values go to the
+    device and dtype of the model's own adapters, whatever device saved them.
 
     Raises:
-        ValueError: a missing or unreadable file, tasks that differ, keys or shapes that do not fit.
+        ValueError: a missing or unreadable file, tasks that differ, keys, shapes or dtypes that do
+            not fit, a name or a link that leads out of ``path``.
     """
-    state, layers, path = patch_state(model), patched_layers(model), Path(path)
-    saved = read_settings(path)
-    if list(saved["tasks"]) != list(state.settings.tasks):
-        raise ValueError(
-            f"{path} holds adapters for tasks {', '.join(saved['tasks'])}; the model is patched "
-            f"for {', '.join(state.settings.tasks)}: patch it with the same tasks in this order"
-        )
+    settings, layers, path = patch_state(model).settings, patched_layers(model), Path(path)
+    _check_tasks(path, list(read_settings(path)["tasks"]), list(settings.tasks))
     copies: list[tuple[Tensor, Tensor]] = []
-    for expert in state.settings.experts:
-        file = path / expert / WEIGHTS_FILE
-        tensors = _load(file)
-        for name, layer in layers.items():
-            if expert not in layer.experts:
-                continue
-            for side, own in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-                key = f"{_PREFIX}{name}.{side}.weight"
-                copies.append((own[expert], _take(tensors, key, own[expert], file)))
+    for expert in settings.experts:
+        file = path / expert / files.WEIGHTS_FILE
+        tensors = files.read_tensors(file, path)
+        for key, own in files.matrices(layers, expert).items():
+            copies.append((own, files.take(tensors, key, own, file)))
         if tensors:
             raise ValueError(f"{file} has {min(tensors)}, which the patched model lacks")
     gates = _gate_tensors(model)
     if gates:
-        tensors = _load(path / GATE_FILE)
-        copies += [(own, _take(tensors, k, own, path / GATE_FILE)) for k, own in gates.items()]
-    with torch.no_grad():
-        for own, tensor in copies:
-            own.copy_(tensor)
+        file = path / GATE_FILE
+        tensors = files.read_tensors(file, path)
+        copies += [(own, files.take(tensors, name, own, file)) for name, own in gates.items()]
+    files.copy_all(copies)
+
+
+def load_patched(
+    base: nn.Module | str, path: str | Path, backend: str | None = None, **options
+) -> nn.Module:
+    """A base model patched as the saved one was, with the saved adapters in it.
+
+    Args:
+        base: a causal LM, patched in place, or the name or folder of one, loaded in eval mode.
+        path: a folder written by ``save_adapters``.
+        backend: takes the place of the saved setting.
+        options: to ``AutoModelForCausalLM.from_pretrained`` where ``base`` is a name, such as
+            ``dtype`` and ``device_map``.
+
+    Raises:
+        ValueError: a base model that cannot be loaded, or as ``patch_model`` and
+            ``load_adapters``; a model given is then left unpatched.
+    """
+    saved = read_settings(path)
+    if isinstance(base, nn.Module):
+        if options:
+            raise ValueError(
+                f"{', '.join(options)} apply when a base is loaded by name, and this is a model "
+                "already; leave them out"
+            )
+    else:
+        base = _load_base(str(base), options)
+    settings = {f.name: saved[f.name] for f in fields(PatchSettings)}
+    if backend is not None:
+        settings["backend"] = backend
+    for expert, rank in {**saved["tasks"], SHARED: saved["shared_r"]}.items():
+        if rank:  # before memory is given to what a foreign file merely claims
+            files.check_rank(Path(path) / expert / files.WEIGHTS_FILE, Path(path), rank)
+    model = patch_model(base, **settings)
+    try:
+        load_adapters(model, path)
+    except BaseException:
+        unpatch_model(model)
+        raise
+    return model
 
 
 def read_settings(path: str | Path) -> dict:
-    """How the model was patched whose adapters lie in ``path``."""
-    file = Path(path) / SETTINGS_FILE
-    try:
-        settings = json.loads(file.read_text())
-        if settings["format"] != FORMAT or not isinstance(settings["tasks"], dict):
-            raise ValueError(f"{file} has format {settings['format']}; expected {FORMAT}")
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    """How the model was patched whose adapters lie in ``path``; ValueError for a foreign file."""
+    path = Path(path)
+    file, expected = path / SETTINGS_FILE, "a folder written by ckf.save_adapters"
+    settings = files.read_json(file, path, expected)
+    if settings.get("format") != FORMAT:
         raise ValueError(
-            f"{file} is not readable ({error}); expected a folder written by ckf.save_adapters"
-        ) from error
+            f"{file} has format {settings.get('format')!r}; this version reads {FORMAT}: save the "
+            "adapters again"
+        )
+    missing = [f.name for f in fields(PatchSettings) if f.name not in settings]
+    if missing:
+        raise ValueError(f"{file} lacks {', '.join(missing)}; not {expected}")
+    for name, kinds in _KINDS.items():
+        value = settings[name]
+        names = value if isinstance(value, list) else []
+        if not isinstance(value, kinds) or not all(isinstance(n, str) for n in names):
+            raise ValueError(f"{file}: {name} is {value!r}; not {expected}")
+    for task in settings["tasks"]:
+        check_task_name(task)
     return settings
 
 
-def export_peft(model: nn.Module, task: str, path: str | Path) -> None:
-    """Write what one task uses as ONE ordinary PEFT LoRA, scalings and gates folded into B.
-
-    Its rank is shared + task (with learned gates: all experts) everywhere, zero-padded where a
-    layer has less; lora_alpha equals the rank, so that any LoRA server scales it by one.
-    """
-    state, layers = patch_state(model), patched_layers(model)
-    row = state.router.index(_known_task(state, task))
-    learned = state.settings.gate == "learned"
-    experts = state.settings.experts if learned else [
-        e for e in state.settings.experts if e in (SHARED, task)
-    ]  # fmt: skip
-    rank = sum(state.settings.rank(e) for e in experts)
-    tensors, names = {}, []
-    for name, layer in layers.items():
-        own = [e for e in layer.experts if e in experts]
-        if not own:
-            continue
-        names.append(name)
-        gates = layer.gates(layer.lora_A[own[0]].device)[row].detach()
-        a = torch.cat([layer.lora_A[e].detach() for e in own])
-        b = [gates[layer.experts.index(e)] * layer.lora_B[e].detach() for e in own]
-        b = torch.cat(b, dim=1)
-        pad = rank - a.shape[0]
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = torch.cat([a, a.new_zeros(pad, a.shape[1])])
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = torch.cat(
-            [b, b.new_zeros(b.shape[0], pad)], dim=1
-        )
-    config = _peft_config(model, names, state.settings, rank)
-    config |= {"lora_alpha": rank, "use_rslora": False, "lora_dropout": 0.0}
-    with _replacing(Path(path), "adapter_config.json") as folder:
-        _write_adapter(folder, config, tensors)
+def _load_base(name: str, options: dict) -> nn.Module:
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **options).eval()
+    except OSError as error:
+        raise ValueError(
+            f"cannot load the base model {name!r}: {error}\nGive a folder with config.json, or a "
+            "Hugging Face name that can be reached from here"
+        ) from error
 
 
-def merge_task(model: nn.Module, task: str) -> nn.Module:
-    """Add one task's update to the frozen weights and take the patch out.
-
-    Raises:
-        ValueError: a base that cannot take it exactly (quantized, or tied to another module).
-    """
-    state, layers = patch_state(model), patched_layers(model)
-    row = state.router.index(_known_task(state, task))
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    for name, layer in layers.items():
-        weight = getattr(layer.base_layer, "weight", None)
-        if weight is None or not weight.is_floating_point() or weight.dim() != 2:
-            raise ValueError(f"{name} has a quantized weight; a merge would lose precision")
-        if len(owners[id(weight)]) > 1:
-            raise ValueError(
-                f"{name} shares its weight with {', '.join(owners[id(weight)])}; a merge would "
-                "change them all: leave it out of target_modules, or use ckf.export_peft"
-            )
-    with torch.no_grad():
-        for layer in layers.values():
-            weight = layer.base_layer.weight
-            delta = _delta(layer, row)
-            delta = delta.t() if isinstance(layer.base_layer, Conv1D) else delta
-            weight.copy_(weight.to(delta.dtype) + delta)
-    return unpatch_model(model)
-
-
-def _delta(layer: MultiLoRALinear, row: int) -> Tensor:
-    gates = layer.gates(layer.lora_A[layer.experts[0]].device)[row]
-    parts = [
-        gate * (layer.lora_B[e] @ layer.lora_A[e])
-        for e, gate in zip(layer.experts, gates, strict=True)
-        if gate != 0
-    ]
-    zero = layer.lora_A[layer.experts[0]].new_zeros(layer.out_features, layer.in_features)
-    return sum(parts, zero)
-
-
-def _known_task(state, task: str) -> str:
-    if not isinstance(task, str):
-        raise ValueError(f"task is {task!r}; expected a name: {', '.join(state.settings.tasks)}")
-    state.router.index(task)
-    return task
+def _check_tasks(path: Path, saved: list[str], own: list[str]) -> None:
+    if saved == own:
+        return
+    lacks, extra = [t for t in own if t not in saved], [t for t in saved if t not in own]
+    differences = [f"it lacks {', '.join(lacks)}"] * bool(lacks)
+    differences += [f"it has {', '.join(extra)} besides"] * bool(extra)
+    raise ValueError(
+        f"{path} holds adapters for tasks {', '.join(saved)}; the model is patched for "
+        f"{', '.join(own)} ({'; '.join(differences) or 'the order differs'}): patch it with the "
+        "same tasks in this order, or use ckf.load_patched; ckf.import_peft reads one adapter into "
+        "a task of another name"
+    )
 
 
 def _gate_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in model.named_parameters() if "ckf_gate" in n.split(".")}
-
-
-def _peft_config(model, names: list[str], settings: PatchSettings, rank: int) -> dict:
-    """A PEFT LoraConfig as a dict; suffixes as targets where they select exactly these layers."""
-    suffixes = sorted({n.rsplit(".", 1)[-1] for n in names})
-    patched = patched_layers(model)
-    selected = {
-        n for n, m in model.named_modules()
-        if n.rsplit(".", 1)[-1] in suffixes and (n in patched or isinstance(m, nn.Linear | Conv1D))
-    }  # fmt: skip
-    conv = any(isinstance(patched[n].base_layer, Conv1D) for n in names)
-    config = getattr(model, "config", None)
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,
-        "r": rank,
-        "lora_alpha": settings.lora_alpha,
-        "lora_dropout": settings.lora_dropout,
-        "use_rslora": settings.use_rslora,
-        "target_modules": suffixes if selected == set(names) else names,
-        "fan_in_fan_out": conv,
-        "bias": "none",
-        "inference_mode": True,
-    }
-
-
-def _write_adapter(folder: Path, config: dict, tensors: dict[str, Tensor]) -> None:
-    folder.mkdir(exist_ok=True)
-    _save(tensors, folder / WEIGHTS_FILE)
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _save(tensors: dict[str, Tensor], file: Path) -> None:
-    copies = {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}
-    save_file(copies, file, metadata={"format": "pt"})
-
-
-def _load(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{file} is not a readable safetensors file ({error}); save the adapters again"
-        ) from error
-
-
-def _take(tensors: dict[str, Tensor], key: str, own: Tensor, file: Path) -> Tensor:
-    if key not in tensors:
-        raise ValueError(f"{file} lacks {key}; was the model patched with the same target_modules?")
-    tensor = tensors.pop(key)
-    if tensor.shape != own.shape:
-        raise ValueError(
-            f"{file}: {key} has shape {tuple(tensor.shape)}; the model needs {tuple(own.shape)}"
-        )
-    return tensor
-
-
-@contextmanager
-def _replacing(path: Path, mark: str = SETTINGS_FILE) -> Iterator[Path]:
-    """A temporary folder beside ``path`` that takes its place once all is written."""
-    if path.exists() and any(path.iterdir()) and not (path / mark).exists():
-        raise ValueError(f"{path} exists and holds other files; give a new or an empty folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        yield folder
-        os.chmod(folder, 0o755)
-        old = folder.with_name(folder.name + "-old")
-        if path.exists():
-            path.rename(old)
-        folder.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise

@@ -1,4 +1,4 @@
-"""Wrapped methods of a patched model: forward, generate and the checkpointing switch.
+"""Wrapped methods of a patched model: forward, generate, saving and the checkpointing switch.
 
 They live on the instance, hold the model rather than a bound method (so that deepcopy and pickle
 lead to the copy's own weights) and show signatures that Trainer and ``generate`` accept.
@@ -6,12 +6,17 @@ lead to the copy's own weights) and show signatures that Trainer and ``generate`
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from ckf.packing import PackingCheck
 from ckf.routing import RoutedCheckpoint, Router, TaskIds
+
+ADAPTERS_FOLDER = "adapters"  # inside what save_pretrained and Trainer write
 
 
 class _Wrapped:
@@ -49,16 +54,24 @@ class RoutedForward(_Wrapped):
             at -= 1
         return signature.replace(parameters=[*parameters[:at], extra, *parameters[at:]])
 
+    def __init__(self, model: nn.Module, router: Router, before) -> None:
+        super().__init__(model, router, before)
+        self.check_packing = PackingCheck()
+
     def __call__(self, *args, task_ids: TaskIds | None = None, **kwargs):
-        shape, device, past = self._sizes(args, kwargs)
+        named = self._named(args, kwargs)
+        self.check_packing(self.model, named, task_ids)
+        shape, device, past = self._sizes(named)
         route = self.router.make_route(task_ids, shape, device, self.model.training, past)
         with self.router.following(route):
             return self.original(*args, **kwargs)
 
-    def _sizes(self, args, kwargs) -> tuple[tuple[int, int], torch.device, Callable[[], int]]:
-        """(batch, new tokens), device, and a function that counts the tokens in the cache."""
+    def _named(self, args: tuple, kwargs: dict) -> dict[str, object]:
         named = self._signature().bind_partial(*args, **kwargs).arguments if args else {}
-        named = {**named, **named.pop("kwargs", {}), **kwargs}
+        return {**named, **named.pop("kwargs", {}), **kwargs}
+
+    def _sizes(self, named) -> tuple[tuple[int, int], torch.device, Callable[[], int]]:
+        """(batch, new tokens), device, and a function that counts the tokens in the cache."""
         cache = named.get("past_key_values")
         counts = hasattr(cache, "get_seq_length")
 
@@ -97,6 +110,31 @@ class RoutedGenerate(_Wrapped):
                 ids = ids.expand(inputs.shape[0]).clone()
             kwargs["task_ids"] = ids
         return self.original(*args, **kwargs)
+
+
+class AdapterSave(_Wrapped):
+    """``model.save_pretrained`` that writes ``<folder>/adapters`` and never the base."""
+
+    name = "save_pretrained"
+
+    def __call__(
+        self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **_
+    ) -> None:
+        from ckf.adapters import save_adapters  # builds on the patcher, which builds on this
+
+        sharded = any(isinstance(p, DTensor) for p in self.model.parameters())
+        if push_to_hub or (sharded and state_dict is not None):
+            what = "push_to_hub" if push_to_hub else "a gathered state_dict of a sharded model"
+            raise ValueError(
+                f"a patched model saves its adapters alone, and cannot take {what}; call "
+                "ckf.save_adapters(model, path), on every rank where parameters are sharded"
+            )
+        if is_main_process or sharded:  # every rank holds a part of a sharded model
+            save_adapters(self.model, Path(save_directory) / ADAPTERS_FOLDER)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return self._signature()
 
 
 class RoutedCheckpointSwitch(_Wrapped):

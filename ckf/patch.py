@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ckf.calls import RoutedCheckpointSwitch, RoutedForward, RoutedGenerate
+from ckf.calls import AdapterSave, RoutedCheckpointSwitch, RoutedForward, RoutedGenerate
 from ckf.groups import find_groups
-from ckf.kernels.config import choose_backend
-from ckf.layers import SHARED, MultiLoRALinear, TaskGate
+from ckf.kernels.config import check_backend
+from ckf.layers import SHARED, MultiLoRALinear, TaskGate, adapter_device
 from ckf.routing import Router, TaskIds
 
 Targets = str | Sequence[str]
@@ -33,6 +33,8 @@ class PatchSettings:
     gate: str
     gate_per_layer: bool
     backend: str
+    shared_modules: Targets
+    task_modules: Targets
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -101,27 +103,38 @@ def patch_model(
     """
     if is_patched(model):
         raise ValueError("this model is patched already; call ckf.unpatch_model(model) first")
-    settings = _settings(
-        tasks, r, shared_r, lora_alpha, lora_dropout, use_rslora, gate, gate_per_layer, backend
+    settings = PatchSettings(
+        *_ranks(tasks, r, shared_r),
+        lora_alpha,
+        lora_dropout,
+        use_rslora,
+        gate,
+        gate_per_layer,
+        backend,
+        _as_targets(shared_modules or target_modules),
+        _as_targets(task_modules or target_modules),
     )
-    shared_at = _find_targets(model, shared_modules or target_modules)
-    tasks_at = _find_targets(model, task_modules or target_modules)
+    _check_settings(settings)
+    shared_at = _find_targets(model, settings.shared_modules)
+    tasks_at = _find_targets(model, settings.task_modules)
     if not settings.shared_r:
         shared_at = set()
     router = Router(tuple(settings.tasks))
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     model.requires_grad_(False)
     state = PatchState(settings, router, trainable)
+    names = [n for n, _ in model.named_modules() if n in shared_at or n in tasks_at]
     model_gate = None
     if gate == "learned" and not gate_per_layer:
-        model_gate = TaskGate(router.tasks, settings.experts, _device(model))
+        device = adapter_device(model.get_submodule(names[0]))
+        model_gate = TaskGate(router.tasks, settings.experts, device)
         model.ckf_gate = model_gate
-    names = [n for n, _ in model.named_modules() if n in shared_at or n in tasks_at]
     for index, name in enumerate(names):
         experts = [SHARED] * (name in shared_at) + list(settings.tasks) * (name in tasks_at)
         _replace(model, name, _make_layer(model, name, experts, index, state, model_gate))
     model._ckf = state
     _route_calls(model, state)
+    _show_adapters(model, state)
     for first, *siblings in find_groups(model):
         first.join(siblings)
     return model
@@ -156,6 +169,14 @@ def use_task(model: nn.Module, task: str) -> Iterator[nn.Module]:
         yield model
 
 
+def reset_adapters(model: nn.Module) -> None:
+    """Fresh adapters and gates, as just patched; after ``to_empty`` of a meta-device model."""
+    patch_state(model)
+    for module in model.modules():
+        if isinstance(module, MultiLoRALinear | TaskGate):
+            module.reset_parameters()
+
+
 def unpatch_model(model: nn.Module) -> nn.Module:
     """Take Multi-LoRA out: the model has its own modules, attributes and trainable flags again."""
     state = patch_state(model)
@@ -174,32 +195,44 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     return model
 
 
-def _settings(tasks, r, shared_r, lora_alpha, lora_dropout, use_rslora, gate, per_layer, backend):
+def check_task_name(name: str) -> None:
+    """ValueError for a name that could not name a folder and a parameter."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name in _RESERVED:
+        raise ValueError(
+            f"task name {name!r} is not allowed; use letters, digits, '_' and '-' "
+            f"(and not {' or '.join(_RESERVED)})"
+        )
+
+
+def _ranks(tasks, r: int, shared_r: int | None) -> tuple[dict[str, int], int]:
+    """Rank by task, and the shared rank."""
     ranks = dict(tasks) if isinstance(tasks, Mapping) else {t: r for t in tasks}
     if isinstance(tasks, str) or not ranks:
         raise ValueError(f'tasks is {tasks!r}; expected a list of names, like ["ctr", "topk"]')
     if not isinstance(tasks, Mapping) and len(ranks) != len(tasks):
         raise ValueError(f"tasks {list(tasks)} name a task twice; every name must be its own")
     for name in ranks:
-        if not isinstance(name, str) or not _NAME.fullmatch(name) or name in _RESERVED:
-            raise ValueError(
-                f"task name {name!r} is not allowed; use letters, digits, '_' and '-' "
-                f"(and not {' or '.join(_RESERVED)})"
-            )
+        check_task_name(name)
     shared_r = r if shared_r is None else shared_r
     for what, rank in [("shared_r", shared_r), *ranks.items()]:
         lowest = 0 if what == "shared_r" else 1
         if not isinstance(rank, int) or rank < lowest:
             raise ValueError(f"rank of {what} is {rank!r}; expected an integer from {lowest} up")
-    if not 0 <= lora_dropout < 1:
-        raise ValueError(f"lora_dropout is {lora_dropout}; expected at least 0 and below 1")
-    if gate not in ("hard", "learned"):
-        raise ValueError(f"gate is {gate!r}; expected 'hard' or 'learned'")
-    if backend != "cuda":  # needs a tensor on a GPU to be judged
-        choose_backend(backend, 0, torch.empty(0, 1), needs_grad=True)
-    return PatchSettings(
-        ranks, shared_r, lora_alpha, lora_dropout, use_rslora, gate, per_layer, backend
-    )
+    return ranks, shared_r
+
+
+def _as_targets(targets: Targets) -> Targets:
+    return targets if isinstance(targets, str) else list(targets)
+
+
+def _check_settings(settings: PatchSettings) -> None:
+    if not isinstance(settings.lora_alpha, int | float) or not math.isfinite(settings.lora_alpha):
+        raise ValueError(f"lora_alpha is {settings.lora_alpha!r}; expected a finite number")
+    if not 0 <= settings.lora_dropout < 1:
+        raise ValueError(f"lora_dropout is {settings.lora_dropout}; expected at least 0, below 1")
+    if settings.gate not in ("hard", "learned"):
+        raise ValueError(f"gate is {settings.gate!r}; expected 'hard' or 'learned'")
+    check_backend(settings.backend)
 
 
 def _features(module: nn.Module) -> tuple[int, int] | None:
@@ -287,8 +320,8 @@ def _make_layer(model, name, experts, index, state: PatchState, gate) -> MultiLo
         gate=gate,
     )
     if settings.gate == "learned" and settings.gate_per_layer:
-        layer.ckf_gate = TaskGate(state.router.tasks, layer.experts, next(base.parameters()).device)
-        layer._gate[0] = layer.ckf_gate
+        device = adapter_device(base)
+        layer.own_gate(TaskGate(state.router.tasks, layer.experts, device))
     layer.train(base.training)
     return layer
 
@@ -304,11 +337,24 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _route_calls(model: nn.Module, state: PatchState) -> None:
-    """Wrap forward, generate and the checkpointing switch on this instance."""
+    """Wrap forward, generate, saving and the checkpointing switch on this instance."""
     wrappers = {"forward": RoutedForward, "generate": RoutedGenerate}
+    wrappers["save_pretrained"] = AdapterSave
     wrappers["_set_gradient_checkpointing"] = RoutedCheckpointSwitch
     for name, wrapper in wrappers.items():
         if hasattr(type(model), name):
             before = model.__dict__.get(name)
             state.instance_attributes[name] = before
             setattr(model, name, wrapper(model, state.router, before))
+
+
+def _show_adapters(model: nn.Module, state: PatchState) -> None:
+    """Let Trainer accept a quantized base whose gradients pass: it refuses those without adapters.
+
+    Its check reads ``is_quantized``, or PEFT's flag, which would turn ``save_pretrained`` and the
+    like to PEFT's layers.
+    """
+    trainable = getattr(getattr(model, "hf_quantizer", None), "is_trainable", False)
+    if getattr(model, "is_quantized", False) and trainable:
+        state.instance_attributes["is_quantized"] = model.__dict__.get("is_quantized")
+        model.is_quantized = False

@@ -1,15 +1,19 @@
-"""Adapters on disk: PEFT files, all-or-nothing loading, export, refusals."""
+"""Adapters on disk: PEFT files, all-or-nothing loading, the model card, refusals."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from peft import PeftModel
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import ckf
 from tests.test_patch import TASKS, logits, patched
-from tests.tiny import FAMILIES, randomise_adapters, tiny_model, tokens
+from tests.tiny import randomise_adapters, tiny_model, tokens
 
 
 def adapter_values(model):
@@ -34,7 +38,7 @@ def test_saving_again_replaces_and_leaves_nothing_behind(tmp_path):
     ckf.save_adapters(model, tmp_path / "a")
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == sorted(
-        ["ckf.json", "shared", *TASKS]
+        ["README.md", "ckf.json", "shared", *TASKS]
     )
 
 
@@ -47,7 +51,7 @@ def test_a_failed_save_keeps_the_old_adapters(tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("ckf.adapters.save_file", full)
+    monkeypatch.setattr("ckf.adapter_files.save_file", full)
     with pytest.raises(OSError, match="No space"):
         ckf.save_adapters(model, tmp_path / "a")
     assert (tmp_path / "a/shared/adapter_model.safetensors").read_bytes() == before
@@ -91,61 +95,182 @@ def test_a_wrong_file_changes_nothing(damage, tmp_path):
 
 def test_other_tasks_are_refused_by_name(tmp_path):
     ckf.save_adapters(patched(), tmp_path / "a")
-    with pytest.raises(ValueError, match="for tasks ctr, topk, rating; the model .* a, b"):
+    with pytest.raises(
+        ValueError, match=r"for tasks ctr, topk, rating; the model .* a, b .*lacks a, b; it has ctr"
+    ):
         ckf.load_adapters(patched(tasks=["a", "b"]), tmp_path / "a")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def test_a_renamed_task_is_named(tmp_path):
+    ckf.save_adapters(patched(), tmp_path / "a")
+    with pytest.raises(ValueError, match=r"it lacks clicks; it has ctr besides.*import_peft"):
+        ckf.load_adapters(patched(tasks=["clicks", "topk", "rating"]), tmp_path / "a")
+    with pytest.raises(ValueError, match="the order differs"):
+        ckf.load_adapters(patched(tasks=TASKS[::-1]), tmp_path / "a")
+
+
+def test_integers_are_refused(tmp_path):
+    model = patched()
+    ckf.save_adapters(model, tmp_path / "a")
+    file = tmp_path / "a/ctr/adapter_model.safetensors"
+    save_file({k: t.to(torch.int32) for k, t in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match="is torch.int32; expected float16 to float64"):
+        ckf.load_adapters(model, tmp_path / "a")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_float_dtypes_are_cast(dtype, tmp_path):
+    model = patched()
+    randomise_adapters(model)
+    ckf.save_adapters(model, tmp_path / "a")
+    file = tmp_path / "a/ctr/adapter_model.safetensors"
+    rounded = {k: t.to(dtype) for k, t in load_file(file).items()}
+    save_file(rounded, file)
+    ckf.load_adapters(model, tmp_path / "a")
+    own = model.model.layers[0].self_attn.q_proj.lora_A["ctr"]
+    stored = rounded["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"]
+    assert own.dtype == torch.float32 and torch.equal(own, stored.float())
+
+
+@pytest.mark.parametrize("how", ["link", "folder link", "settings link", "task name"])
+def test_nothing_is_read_outside_the_folder(how, tmp_path):
+    model = patched()
+    ckf.save_adapters(model, tmp_path / "a")
+    ckf.save_adapters(model, tmp_path / "elsewhere")
+    inside, outside = tmp_path / "a/ctr", tmp_path / "elsewhere/ctr"
+    if how == "link":
+        (inside / "adapter_model.safetensors").unlink()
+        (inside / "adapter_model.safetensors").symlink_to(outside / "adapter_model.safetensors")
+    elif how == "folder link":
+        shutil.rmtree(inside)
+        inside.symlink_to(outside)
+    elif how == "settings link":
+        (tmp_path / "a/ckf.json").unlink()
+        (tmp_path / "a/ckf.json").symlink_to(tmp_path / "elsewhere/ckf.json")
+    else:
+        settings = json.loads((tmp_path / "a/ckf.json").read_text())
+        settings["tasks"] = {"../elsewhere/ctr": 4, "topk": 4, "rating": 4}
+        (tmp_path / "a/ckf.json").write_text(json.dumps(settings))
+    message = "task name '../elsewhere/ctr'" if how == "task name" else "leads out of"
+    with pytest.raises(ValueError, match=message):
+        ckf.load_adapters(model, tmp_path / "a")
+    with pytest.raises(ValueError, match=message):
+        ckf.load_patched(tiny_model(), tmp_path / "a")
+
+
+def test_a_hub_snapshot_may_link_to_its_own_blobs(tmp_path):
+    model = patched()
+    snapshot, blobs = (
+        tmp_path / "models--me--mine/snapshots/0f",
+        tmp_path / "models--me--mine/blobs",
+    )
+    ckf.save_adapters(model, snapshot)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(f for f in snapshot.rglob("*") if f.is_file())):
+        file.rename(blobs / str(number))
+        file.symlink_to(blobs / str(number))
+    ckf.load_adapters(model, snapshot)
+    (tmp_path / "other").write_bytes((blobs / "0").read_bytes())
+    (snapshot / "ckf.json").unlink()
+    (snapshot / "ckf.json").symlink_to(tmp_path / "other")
+    with pytest.raises(ValueError, match="leads out of"):
+        ckf.load_adapters(model, snapshot)
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {},
-        {"use_rslora": True},
-        {"tasks": {"ctr": 2, "topk": 5, "rating": 3}, "shared_r": 6},
-        {"gate": "learned"},
+        {"tasks": {"ctr": 2, "topk": 8}, "shared_r": 3, "use_rslora": True, "lora_dropout": 0.1},
+        {"gate": "learned", "gate_per_layer": True},
+        {"shared_modules": ["k_proj", "v_proj"], "task_modules": r".*\.(q|o)_proj"},
+        {"shared_r": 0, "target_modules": ("q_proj",)},
     ],
-    ids=["plain", "rslora", "ranks", "learned"],
+    ids=["plain", "ranks", "gates", "places", "no-shared"],
 )
-def test_export_is_one_ordinary_lora(family, options, tmp_path):
-    model = patched(family, **options)
+@pytest.mark.parametrize("by_name", [False, True])
+def test_one_call_loads_base_and_adapters(options, by_name, tmp_path):
+    model = patched(**options)
     randomise_adapters(model)
-    expected = logits(model, tokens(), task_ids=["topk"] * 4)
-    ckf.export_peft(model, "topk", tmp_path / "topk")
-    config = json.loads((tmp_path / "topk/adapter_config.json").read_text())
-    assert config["lora_alpha"] == config["r"] and not config["use_rslora"]
-    judged = PeftModel.from_pretrained(tiny_model(family), tmp_path / "topk")
-    torch.testing.assert_close(logits(judged, tokens()), expected, rtol=2e-4, atol=2e-5)
+    ckf.save_adapters(model, tmp_path / "a")
+    base = tiny_model()
+    if by_name:
+        base.save_pretrained(tmp_path / "base")
+        base = str(tmp_path / "base")
+    loaded = ckf.load_patched(base, tmp_path / "a", backend="torch")
+    rows = [0, 1, -1, 0]
+    expected = logits(model, tokens(), task_ids=rows)
+    assert torch.equal(logits(loaded, tokens(), task_ids=rows), expected)
+    assert not loaded.training and loaded._ckf.settings.backend == "torch"
 
 
-def test_export_pads_where_shared_and_task_differ(tmp_path):
-    model = patched(shared_modules=["k_proj", "v_proj"], task_modules=["q_proj", "v_proj"])
+def test_a_model_given_stays_unpatched_when_loading_fails(tmp_path):
+    ckf.save_adapters(patched("opt"), tmp_path / "a")
+    base = tiny_model()
+    with pytest.raises(ValueError, match="lacks base_model.model.model.layers.0"):
+        ckf.load_patched(base, tmp_path / "a")
+    assert not ckf.is_patched(base)
+    with pytest.raises(ValueError, match="dtype apply when a base is loaded by name"):
+        ckf.load_patched(base, tmp_path / "a", dtype=torch.float16)
+    with pytest.raises(ValueError, match="cannot load the base model"):
+        ckf.load_patched(str(tmp_path / "nowhere"), tmp_path / "a")
+
+
+def test_the_card_says_what_lies_there(tmp_path):
+    model = patched(tasks={"ctr": 2, "topk": 8}, shared_r=3)
+    model.config._name_or_path = "org/base-7b"
+    ckf.save_adapters(model, tmp_path / "a")
+    card = ModelCard.load(tmp_path / "a/README.md")
+    assert card.data.base_model == "org/base-7b" and card.data.library_name == "peft"
+    assert {"lora", "peft", "ckf"} <= set(card.data.tags)
+    for part in ("| `shared` | all rows | 3 |", "| `topk` | `topk` rows | 8 |", "hard:"):
+        assert part in card.text
+    assert 'ckf.load_patched("org/base-7b", "FOLDER")' in card.text
+    model.config._name_or_path = str(tmp_path)  # a folder is no name on the hub
+    ckf.save_adapters(model, tmp_path / "a")
+    assert ModelCard.load(tmp_path / "a/README.md").data.base_model is None
+
+
+def test_adapters_without_values_are_refused(tmp_path):
+    with torch.device("meta"):
+        empty = tiny_model()
+    ckf.patch_model(empty, TASKS, r=4)
+    with pytest.raises(ValueError, match="meta device and have no values"):
+        ckf.save_adapters(empty, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    ckf.save_adapters(patched(), tmp_path / "a")
+    with pytest.raises(ValueError, match="meta device, where a copy is lost"):
+        ckf.load_adapters(empty, tmp_path / "a")
+
+
+@pytest.fixture
+def one_rank():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_sharded_adapters_are_saved_whole(one_rank, tmp_path):
+    model = patched()
     randomise_adapters(model)
-    expected = logits(model, tokens(), task_ids=["ctr"] * 4)
+    expected = adapter_values(model)
+    mesh = init_device_mesh("cpu", (1,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    assert isinstance(model.model.layers[0].self_attn.q_proj.lora_A["ctr"], DTensor)
+    ckf.save_adapters(model, tmp_path / "a")
     ckf.export_peft(model, "ctr", tmp_path / "ctr")
-    judged = PeftModel.from_pretrained(tiny_model(), tmp_path / "ctr")
-    torch.testing.assert_close(logits(judged, tokens()), expected, rtol=2e-4, atol=2e-5)
-    ranks = {
-        t.shape[0]
-        for n, t in load_file(tmp_path / "ctr/adapter_model.safetensors").items()
-        if "lora_A" in n
-    }
-    assert ranks == {8}
-
-
-def test_merge_refuses_a_tied_weight():
-    model = patched()
-    layer = model.model.layers[0].self_attn
-    layer.k_proj.base_layer.weight = layer.v_proj.base_layer.weight
-    with pytest.raises(ValueError, match="shares its weight"):
-        ckf.merge_task(model, "ctr")
-
-
-def test_unknown_task_is_refused_everywhere(tmp_path):
-    model = patched()
-    for call in (
-        lambda: ckf.export_peft(model, "news", tmp_path / "x"),
-        lambda: ckf.merge_task(model, "news"),
-    ):
-        with pytest.raises(ValueError, match="unknown task 'news'"):
-            call()
-    assert not (tmp_path / "x").exists()
+    plain = patched()
+    ckf.load_adapters(plain, tmp_path / "a")
+    assert all(torch.equal(expected[n], v) for n, v in adapter_values(plain).items())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    ckf.load_adapters(model, tmp_path / "a")
+    found = {n: v.full_tensor() for n, v in adapter_values(model).items()}
+    assert all(torch.equal(expected[n], v) for n, v in found.items())
+    ckf.export_peft(plain, "ctr", tmp_path / "plain")
+    whole = load_file(tmp_path / "ctr/adapter_model.safetensors")
+    other = load_file(tmp_path / "plain/adapter_model.safetensors")
+    assert all(torch.equal(whole[k], other[k]) for k in other) and whole.keys() == other.keys()

@@ -9,7 +9,6 @@ from peft import PeftModel
 from transformers.pytorch_utils import Conv1D
 
 import ckf
-from ckf.layers import MultiLoRALinear
 from ckf.patch import patched_layers
 from tests.tiny import FAMILIES, randomise_adapters, tiny_model, tokens
 
@@ -182,10 +181,17 @@ def test_learned_gate_starts_hard_and_trains(per_layer):
     assert all((p.grad != 0).all() for p in gates)  # also where the gate is zero
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copies_run_their_own_weights(duplicate):
-    model = patched()
+DUPLICATES = [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+
+
+@pytest.mark.parametrize("duplicate", DUPLICATES, ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "options", [{}, {"gate": "learned"}, {"gate": "learned", "gate_per_layer": True}]
+)
+def test_copies_run_their_own_weights(duplicate, options):
+    model = patched(**options)
     randomise_adapters(model)
+    logits(model, tokens(), task_ids=[0] * 4)  # what a call leaves behind is not copied along
     twin = duplicate(model)
     expected = logits(model, tokens(), task_ids=[0, 1, 2, 0])
     assert torch.equal(logits(twin, tokens(), task_ids=[0, 1, 2, 0]), expected)
@@ -193,6 +199,28 @@ def test_copies_run_their_own_weights(duplicate):
         for parameter in model.parameters():
             parameter.zero_()
     assert torch.equal(logits(twin, tokens(), task_ids=[0, 1, 2, 0]), expected)
+    assert twin.forward.model is twin and twin.generate.model is twin
+    assert twin.generate(tokens(1), task_ids=[1], max_new_tokens=2, pad_token_id=0).shape == (1, 9)
+
+
+@pytest.mark.parametrize("duplicate", DUPLICATES, ids=["deepcopy", "pickle"])
+def test_copies_share_nothing_and_train(duplicate):
+    """Groups, gates and routers of a copy are its own; gradients go to it alone."""
+    model = patched(gate="learned")
+    randomise_adapters(model)
+    twin = duplicate(model)
+    own, layers = set(patched_layers(model).values()), list(patched_layers(twin).values())
+    groups = [[layer, *layer._siblings] for layer in layers if layer._siblings]
+    assert [len(g) for g in groups] == [3, 2, 3, 2]
+    assert all(m in layers and m not in own for group in groups for m in group)
+    assert all(layer._gate[0] is twin.ckf_gate for layer in layers)
+    assert all(layer.router is twin._ckf.router is not model._ckf.router for layer in layers)
+    with ckf.use_task(model, "ctr"), pytest.raises(ValueError, match="no task_ids"):
+        twin(input_ids=tokens())
+    twin(input_ids=tokens(), labels=tokens(), task_ids=[0, 1, 2, 0]).loss.backward()
+    assert all(p.grad is not None for p in twin.parameters() if p.requires_grad)
+    assert all(p.grad is None for p in model.parameters())
+    assert ckf.is_patched(model) and not ckf.is_patched(ckf.unpatch_model(twin))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -273,16 +301,6 @@ def test_generate_continues_per_token_ids_with_the_last_column():
         step = logits(model, sequence, task_ids=grown)[:, -1].argmax(-1, keepdim=True)
         sequence = torch.cat([sequence, step], dim=1)
     assert torch.equal(once, sequence)
-
-
-def test_merge_equals_the_task():
-    for family in ("llama", "gpt2"):
-        model = patched(family)
-        randomise_adapters(model)
-        expected = logits(model, tokens(), task_ids=["topk"] * 4)
-        merged = ckf.merge_task(model, "topk")
-        assert not any(isinstance(m, MultiLoRALinear) for m in merged.modules())
-        torch.testing.assert_close(logits(merged, tokens()), expected, rtol=2e-4, atol=2e-5)
 
 
 def test_sequential_models_and_conv1d_features():

@@ -31,7 +31,6 @@ class Setup:
             self.presence.attach(self.optimizer)
 
     def forward_backward(self, ids):
-        self.presence.observe(torch.tensor(ids))
         x = tokens(len(ids))
         logits = self.model(input_ids=x, task_ids=torch.tensor(ids)).logits
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), x.flatten()).backward()
@@ -85,6 +84,29 @@ def test_rows_of_the_base_alone_are_rows_of_no_task():
     setup = Setup()
     setup.step([0, 1, 2])
     assert setup.step([-1, 0]) == {"shared", "ctr"}
+
+
+@pytest.mark.parametrize("ids", [["ctr", "rating"], torch.tensor([[0] * 7, [2] * 7])])
+def test_forward_passes_are_noted_with_names_and_an_id_a_token(ids):
+    setup = Setup()
+    with torch.no_grad():
+        setup.model(input_ids=tokens(1), task_ids=["topk"])  # not trained on
+    assert setup.presence._seen is None
+    setup.model(input_ids=tokens(2), task_ids=ids)
+    assert setup.presence._seen.tolist() == [True, False, True]
+    with ckf.use_task(setup.model, "topk"):
+        setup.model(input_ids=tokens(1))
+    assert setup.presence._seen.tolist() == [True, True, True]
+
+
+@pytest.mark.parametrize("ids", [[0, 2], [2, 0]])
+def test_compiled_forward_passes_are_noted(ids):
+    setup = Setup()
+    compiled = torch.compile(setup.model, backend="eager", fullgraph=True)
+    for _ in range(2):  # traced, then run
+        compiled(input_ids=tokens(2), task_ids=torch.tensor(ids), use_cache=False)
+        assert setup.presence._seen.tolist() == [True, False, True]
+        setup.presence.before_step()
 
 
 def test_ids_may_be_one_a_token():

@@ -15,13 +15,16 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+
+from ckf.cf.tables import MAPPED_BYTES, MappedTable, Scale, chunks_of, moments, save_tables
 
 SCORE_FORMS = ("biased_dot", "dot", "none")
 # Lengths of the histories on which the fold-in is fitted, so that short ones are met there too.
 _FOLD_IN_WINDOWS = (1, 3, 10)
 _RIDGE_GRID = (1e-2, 1e-1, 1.0, 1e1, 1e2)
+_FOLD_IN_USERS = 500_000  # at most so many shape the fold-in, evenly spread
 _FORMAT = "ckf-cf-1"
 
 
@@ -29,15 +32,16 @@ _FORMAT = "ckf-cf-1"
 class CFVectors:
     """Vectors of all users and items, float32, in the index order of the prepared data.
 
-    users (U, d), items (I, d); user_known (U,), item_known (I,) bool: has a vector learned from
-    train rows (kind "file": has a vector). Unknown rows are zero. ``kind`` names the model ("mf",
+    users (U, d), in memory or, above 1 GiB, mapped from their file; items (I, d); user_known (U,),
+    item_known (I,) bool: has a vector learned from train rows (kind "file": has a vector). Unknown
+    rows are zero. ``kind`` names the model ("mf",
     "lightgcn", "file"). ``score_form`` says how `score` works: "biased_dot" (last dimension = bias,
     plus the global ``bias``), "dot", or "none" (after `standardised`). fold_in (I, d) and
     fold_in_offset (d,) place a user without train rows by the items in the history (see
     `fold_in_users`); None until `fit_fold_in` ran.
     """
 
-    users: Tensor
+    users: Tensor | MappedTable
     items: Tensor
     user_known: Tensor
     item_known: Tensor
@@ -124,14 +128,23 @@ class CFVectors:
             "score_form": self.score_form,
             "bias": json.dumps(self.bias),
         }
-        save_file({name: t.contiguous() for name, t in tensors.items()}, str(path), about)
+        save_tables(tensors, about, path)
 
     @classmethod
-    def load(cls, path: str | Path) -> CFVectors:
-        """Read what `save` wrote. Raises ValueError for a file of another kind."""
-        with safe_open(str(path), framework="pt") as file:
+    def load(cls, path: str | Path, mapped_above: int = MAPPED_BYTES) -> CFVectors:
+        """Read what `save` wrote; users stay on disk in a file of more than ``mapped_above`` bytes.
+
+        Raises ValueError for a file of another kind.
+        """
+        mapped = Path(path).stat().st_size > mapped_above
+        with safe_open(str(path), framework="np") as file:
             about = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            if about.get("format") != _FORMAT:
+                mapped = False
+            names = [name for name in file.keys() if not (mapped and name == "users")]
+            tensors = {name: torch.from_numpy(file.get_tensor(name)) for name in names}
+        if mapped:
+            tensors["users"] = MappedTable.open(path, "users")
         if about.get("format") != _FORMAT:
             raise ValueError(
                 f"{path}: format is {about.get('format')!r}, expected {_FORMAT!r}: give a file "
@@ -181,8 +194,14 @@ def fit_fold_in(vectors: CFVectors, users: np.ndarray, items: np.ndarray) -> CFV
             fold_in=torch.zeros_like(vectors.items),
             fold_in_offset=torch.zeros(vectors.dim),
         )
-    owner, means = _window_means(users, vectors.items[items].double(), len(vectors.users))
-    targets = vectors.users.double()[owner]
+    present, users = torch.unique(users, return_inverse=True)
+    if len(present) > _FOLD_IN_USERS:
+        step = -(-len(present) // _FOLD_IN_USERS)
+        keep = users % step == 0
+        present, users, items = present[::step], users[keep] // step, items[keep]
+    owner, means = _window_means(users, vectors.items[items].double(), len(present))
+    owner = present[owner]
+    targets = vectors.users[owner].double()
     held_out = owner % 5 == 0
     best, lowest = _RIDGE_GRID[-1], float("inf")
     if held_out.any() and not held_out.all():
@@ -197,15 +216,21 @@ def fit_fold_in(vectors: CFVectors, users: np.ndarray, items: np.ndarray) -> CFV
 
 
 def load_vectors(
-    users: str | Path, items: str | Path, n_users: int | None = None, n_items: int | None = None
+    users: str | Path,
+    items: str | Path,
+    n_users: int | None = None,
+    n_items: int | None = None,
+    mapped_above: int = MAPPED_BYTES,
 ) -> CFVectors:
     """The user's own vectors, one .npy or .safetensors file each for users and items.
 
     Row r belongs to user or item index r of the prepared data. A safetensors file holds one tensor,
     or one named "users" / "items" (both may lie in one file). An all-zero row means "no vector".
+    A users file of more than ``mapped_above`` bytes stays on disk; it is read once here, in chunks.
     Raises ValueError for wrong row counts (where n_users, n_items are given), shapes or values.
     """
-    user_table, item_table = _read_table(users, "users"), _read_table(items, "items")
+    user_table = _read_table(users, "users", mapped_above)
+    item_table = _read_table(items, "items")
     for table, path, name, expected in (
         (user_table, users, "users", n_users),
         (item_table, items, "items", n_items),
@@ -216,6 +241,7 @@ def load_vectors(
                 f"prepared data): write the vectors in the order of {name!r} in the prepared "
                 "folder's names.json, a row of zeros for each one without a vector"
             )
+    user_known, item_known = _known_rows(user_table, users), _known_rows(item_table, items)
     if user_table.shape[1] != item_table.shape[1]:
         raise ValueError(
             f"{users} has vectors of width {user_table.shape[1]}, {items} of width "
@@ -224,22 +250,26 @@ def load_vectors(
     return CFVectors(
         users=user_table,
         items=item_table,
-        user_known=(user_table != 0).any(1),
-        item_known=(item_table != 0).any(1),
+        user_known=user_known,
+        item_known=item_known,
         kind="file",
         score_form="dot",
     )
 
 
-def _read_table(path: str | Path, name: str) -> Tensor:
+def _read_table(
+    path: str | Path, name: str, mapped_above: float = float("inf")
+) -> Tensor | MappedTable:
     path = Path(path)
     if not path.is_file():
         raise ValueError(
             f"no file of CF vectors at {path}: set cf.{name} to a .npy or .safetensors file"
         )
+    if path.stat().st_size > mapped_above or path.suffix not in (".npy", ".safetensors"):
+        return MappedTable.open(path, name)
     if path.suffix == ".npy":
         table = torch.from_numpy(np.load(path, allow_pickle=False))
-    elif path.suffix == ".safetensors":
+    else:
         tensors = load_file(str(path))
         if len(tensors) != 1 and name not in tensors:
             raise ValueError(
@@ -247,19 +277,24 @@ def _read_table(path: str | Path, name: str) -> Tensor:
                 "rename the tensor"
             )
         table = tensors[name] if name in tensors else next(iter(tensors.values()))
-    else:
-        raise ValueError(
-            f"{path}: suffix {path.suffix!r}, expected .npy or .safetensors: convert it"
-        )
     if table.ndim != 2 or 0 in table.shape:
         raise ValueError(f"{path}: shape {tuple(table.shape)}, expected (rows, width): reshape it")
-    table = table.float()
-    if not table.isfinite().all():
-        row = int((~table.isfinite().all(1)).nonzero()[0])
-        raise ValueError(
-            f"{path}: row {row} has NaN or infinite values, expected finite ones: fix it"
-        )
-    return table
+    return table.float()
+
+
+def _known_rows(table: Tensor | MappedTable, path: str | Path) -> Tensor:
+    """Rows that are not zero, (rows,) bool; ValueError for values that are not finite."""
+    # One tensor from the start: small ones kept between the chunks would break up the memory.
+    known, start = torch.empty(len(table), dtype=torch.bool), 0
+    for rows in chunks_of(table):
+        if not rows.isfinite().all():
+            row = start + int((~rows.isfinite().all(1)).nonzero()[0])
+            raise ValueError(
+                f"{path}: row {row} has NaN or infinite values, expected finite ones: fix it"
+            )
+        known[start : start + len(rows)] = (rows != 0).any(1)
+        start += len(rows)
+    return known
 
 
 def _index(values: ArrayLike | Tensor) -> Tensor:
@@ -269,17 +304,19 @@ def _index(values: ArrayLike | Tensor) -> Tensor:
     return torch.from_numpy(np.array(values, dtype=np.int64))
 
 
-def _standardise(table: Tensor, known: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if not known.any():
-        return torch.zeros_like(table), torch.zeros(table.shape[1]), torch.ones(table.shape[1])
-    rows = table[known].double()
-    mean, std = rows.mean(0), rows.std(0, correction=0)
+def _standardise(table: Tensor | MappedTable, known: Tensor):
+    """The table standardised over its known rows, with the mean and deviation (d,) used."""
+    if isinstance(table, MappedTable):
+        mean, std = moments(table, known)
+    elif known.any():
+        rows = table[known].double()
+        mean, std = rows.mean(0), rows.std(0, correction=0)
+    else:
+        mean = std = torch.zeros(table.shape[1], dtype=torch.float64)
     flat = std <= 1e-6 * mean.abs().clamp(min=1e-6)
-    std = torch.where(flat, 1.0, std)
-    scaled = (table.double() - mean) / std
-    scaled[:, flat] = 0.0
-    scaled[~known] = 0.0
-    return scaled.float(), mean.float(), std.float()
+    scale = Scale(mean, torch.where(flat, 1.0, std), flat, known)
+    scaled = table.scaled(scale) if isinstance(table, MappedTable) else scale(table, known)
+    return scaled, mean.float(), scale.std.float()
 
 
 def _window_means(users: Tensor, points: Tensor, n_users: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,158 @@
+"""Rows packed into one sequence must not see each other: what a forward pass can know beforehand.
+
+Positions that start anew tell packed rows apart. The eager, sdpa and flex attention of transformers
+honour them only where no attention_mask is given and no cache is in use, flash attention only in
+batches of one sequence, and some models (OPT) never. Everything here is known on the host: shapes,
+flags, packing arguments, and positions that lie on the host; nothing is copied from a device.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+_BORDERS = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # arguments that only packed rows have
+
+
+class PackingCheck:
+    """Looks at the arguments of every forward pass of one model."""
+
+    def __init__(self) -> None:
+        self._right: dict[str, bool] = {}  # by attention implementation
+        self.resting = False
+
+    def __call__(self, model: nn.Module, inputs: Mapping[str, object], task_ids: object) -> None:
+        """ValueError where packed rows would see each other.
+
+        Args:
+            inputs: the arguments of the forward pass by name.
+            task_ids: as given; one a token where packed.
+        """
+        positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
+        if torch.compiler.is_compiling() or self.resting or not isinstance(model, PreTrainedModel):
+            return
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+            return  # a mask of every pair: the caller keeps rows apart
+        if not packed(inputs):
+            _refuse_unread(model, positions, mask, inputs, task_ids)
+            return
+        if mask is not None:
+            _refuse("an attention_mask is given", "leave it out, the position_ids tell rows apart")
+        if _caches(model, inputs):
+            _refuse("the forward pass keeps a key-value cache", "pass use_cache=False")
+        implementation = str(model.config._attn_implementation)
+        batch = next(v.shape[0] for v in inputs.values() if isinstance(v, Tensor) and v.dim() > 1)
+        if "flash" in implementation and batch > 1 and inputs.get("cu_seq_lens_q") is None:
+            _refuse(
+                f"{implementation} was given {batch} packed sequences",
+                "pack all rows into one sequence, or pass cu_seq_lens_q, cu_seq_lens_k, "
+                "max_length_q and max_length_k",
+            )
+        if not self._tells_rows_apart(model, implementation):
+            _refuse(
+                f"{type(model).__name__} with {implementation} attention does not keep them apart",
+                "pad the rows instead, one a sequence",
+            )
+
+    def _tells_rows_apart(self, model: nn.Module, implementation: str) -> bool:
+        """Tried out once; not on sharded parameters, whose ranks would have to try together."""
+        if implementation not in self._right:
+            self._right[implementation] = True  # no trial within the trial
+            if not any(isinstance(p, DTensor) for p in model.parameters()):
+                self._right[implementation] = _try_packing(model)
+        return self._right[implementation]
+
+
+def packed(inputs: Mapping[str, object]) -> bool:
+    """Whether the arguments show on the host that a sequence holds several rows."""
+    if any(inputs.get(name) is not None for name in _BORDERS):
+        return True
+    positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
+    if not isinstance(positions, Tensor) or positions.device.type != "cpu":
+        return False
+    if positions.dim() != 2 or positions.shape[1] < 2:
+        return False
+    restarts = positions[:, 1:] <= positions[:, :-1]
+    if isinstance(mask, Tensor):  # padding may have any position
+        if mask.device.type != "cpu":
+            return False
+        attended = mask[:, -positions.shape[1] :].bool()
+        restarts = restarts & attended[:, 1:] & attended[:, :-1]
+    return bool(restarts.any())
+
+
+@torch.no_grad()
+def packs_rows_right(model: PreTrainedModel, tolerance: float = 1e-2) -> bool:
+    """Whether two rows in one sequence give what each gives alone: not so for every family."""
+    vocabulary = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, max(4, vocabulary), (1, 15), generator=generator).to(model.device)
+    lengths = (7, 8)
+    positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0).to(model.device)
+
+    def run(tokens: Tensor, **options) -> Tensor:
+        embeds = model.get_input_embeddings()(tokens)
+        tasks = torch.full(tokens.shape, -1)
+        return model(inputs_embeds=embeds, use_cache=False, task_ids=tasks, **options).logits
+
+    with _trial(model):
+        together = run(ids, position_ids=positions).float()
+        alone = torch.cat([run(part).float() for part in ids.split(lengths, dim=1)], dim=1)
+    error = (together - alone).abs().max() / alone.abs().max()
+    if model.dtype != torch.float32:
+        tolerance *= 5
+    return bool(error < tolerance)
+
+
+def _try_packing(model: PreTrainedModel) -> bool:
+    try:
+        return packs_rows_right(model)
+    except Exception as error:  # a model may need more than tokens
+        warnings.warn(
+            f"{type(model).__name__}: whether it keeps packed rows apart was not found out "
+            f"({error}); ckf.packing.packs_rows_right(model) tries it",
+            stacklevel=2,
+        )
+        return True
+
+
+@contextmanager
+def _trial(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, its own check at rest."""
+    check = getattr(model.forward, "check_packing", PackingCheck())
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    check.resting = True
+    try:
+        yield
+    finally:
+        check.resting = False
+        for module in training:
+            module.training = True
+
+
+def _caches(model: nn.Module, inputs: Mapping[str, object]) -> bool:
+    asked = inputs.get("use_cache")
+    if asked is None:
+        asked = getattr(model.config, "use_cache", False)
+    return bool(asked) or inputs.get("past_key_values") is not None
+
+
+def _refuse_unread(model, positions, mask, inputs, task_ids) -> None:
+    """Training on positions that lie on a device: a cache helps nobody and could mix rows."""
+    per_token = isinstance(task_ids, Tensor) and task_ids.dim() == 2 and task_ids.shape[1] > 1
+    unread = isinstance(positions, Tensor) and positions.device.type != "cpu"
+    training = model.training and torch.is_grad_enabled()
+    if per_token and unread and training and mask is None and _caches(model, inputs):
+        _refuse(
+            "training got position_ids on a device, a task a token and a key-value cache",
+            "pass use_cache=False",
+        )
+
+
+def _refuse(found: str, fix: str) -> None:
+    raise ValueError(f"rows packed into one sequence would see each other: {found}; {fix}")
