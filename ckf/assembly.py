@@ -3,17 +3,24 @@
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ckf.backbone import load_backbone
 from ckf.batches import Collator, QuestionMaker, RowBatcher, VectorLookup
 from ckf.cf import CFVectors
 from ckf.config import RunConfig
+from ckf.controls import ShuffledUsers
 from ckf.data.prepared import PreparedData
+from ckf.match import MatchScores
 from ckf.metanet import MetaNetwork
-from ckf.model import CKFModel, embedding_scale, packs_rows_right
+from ckf.model import CKFModel, embedding_scale
+from ckf.packing import packs_rows_right
 from ckf.patch import patch_model
 from ckf.prompts import PromptEncoder
+
+ONE_LORA = "all"  # the name of the only LoRA where lora.per_task is false
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 @dataclass
@@ -37,22 +44,36 @@ class Assembly:
     def uses_vectors(self) -> bool:
         return self.model.metanet is not None
 
+    def lora_of(self, task: str) -> str:
+        """The name of the LoRA that a task's rows take beside the shared one."""
+        return task if self.config.lora.per_task else ONE_LORA
+
 
 def assemble(
-    config: RunConfig, data: PreparedData, vectors: CFVectors, device: torch.device
+    config: RunConfig,
+    data: PreparedData,
+    vectors: CFVectors,
+    device: torch.device,
+    loaded: Loaded | None = None,
 ) -> Assembly:
     """Load the backbone, patch it, and build prompts and meta-network around it.
 
-    Fresh weights follow the torch seed. Raises ValueError for a model, tokenizer or setting that
-    does not fit.
+    Fresh weights follow the torch seed.
+
+    Args:
+        loaded: what ``load_base`` gave, unpatched, to be used instead of loading it again.
+
+    Raises:
+        ValueError: a model, tokenizer or setting that does not fit.
     """
-    backbone, tokenizer = load_backbone(config.model, device)
+    backbone, tokenizer = loaded or load_base(config, device)
     lora = config.lora
+    ranks = {task: (lora.ranks or {}).get(task, lora.r) for task in config.tasks}
     patch_model(
         backbone,
-        {task: (lora.ranks or {}).get(task, lora.r) for task in config.tasks},
+        ranks if lora.per_task else {ONE_LORA: lora.r},
         r=lora.r,
-        shared_r=lora.shared_r,
+        shared_r=lora.shared_r if lora.per_task else 0,
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
         use_rslora=lora.use_rslora,
@@ -63,19 +84,16 @@ def assemble(
         gate_per_layer=lora.gate_per_layer,
         backend=lora.backend,
     )
-    lookup = metanet = None
-    if config.metanet.kind != "none":
-        lookup = VectorLookup(vectors)
-        width = backbone.get_input_embeddings().weight.shape[1]
-        scale = embedding_scale(backbone)
-        settings = config.metanet
-        metanet = MetaNetwork(lookup.dim, width, scale, settings.kind, settings.hidden).to(device)
     _check_window(config, backbone)
     packed = _choose_packing(config.train.packing, backbone)
     titles = [data.title(i) for i in range(data.n_items)]
-    encoder = PromptEncoder(tokenizer, titles, config.prompt)
+    matches = config.metanet.match != "none"
+    encoder = PromptEncoder(tokenizer, titles, config.prompt, matches)
+    lookup, scores, metanet = _vector_parts(config, data, vectors, backbone, encoder)
     maker = QuestionMaker(data, config)
-    collator = Collator(list(config.tasks), lookup, encoder.filler, packed)
+    tasks = list(config.tasks)
+    one_lora = not lora.per_task
+    collator = Collator(tasks, lookup, encoder.filler, packed, one_lora, scores)
     return Assembly(
         config,
         data,
@@ -86,6 +104,59 @@ def assemble(
         RowBatcher(maker, encoder, collator),
         packed,
     )
+
+
+def load_base(config: RunConfig, device: torch.device) -> Loaded:
+    """The frozen, unpatched backbone, cut to ``model.layers``, and its tokenizer."""
+    backbone, tokenizer = load_backbone(config.model, device)
+    if config.model.layers is not None:
+        keep_layers(backbone, config.model.layers)
+    return backbone, tokenizer
+
+
+def keep_layers(backbone: PreTrainedModel, count: int) -> None:
+    """Keep the first ``count`` decoder layers. Raises ValueError where there are fewer."""
+    config = backbone.config.get_text_config()
+    depth = config.num_hidden_layers
+    lists = [
+        (parent, name, child)
+        for parent in backbone.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == depth
+    ]
+    if len(lists) != 1 or count > depth:
+        raise ValueError(
+            f"model.layers is {count}, but this model has {depth} decoder layers in {len(lists)} "
+            f"list(s); give 1 to {depth}, or leave it out"
+        )
+    parent, name, layers = lists[0]
+    setattr(parent, name, layers[:count])
+    config.num_hidden_layers = count
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:count]
+
+
+def _vector_parts(config: RunConfig, data, vectors, backbone, encoder: PromptEncoder):
+    """What looks vectors up, what makes CF scores, and the meta-network; None for text."""
+    settings = config.metanet
+    if settings.kind == "none":
+        return None, None, None
+    shuffle = settings.shuffle_users
+    lookup = ShuffledUsers(vectors, data, config.seed) if shuffle else VectorLookup(vectors)
+    scores = MatchScores(vectors, data) if settings.match == "score" else None
+    table = backbone.get_input_embeddings().weight
+    metanet = MetaNetwork(
+        lookup.dim,
+        table.shape[1],
+        embedding_scale(backbone),
+        settings.kind,
+        settings.hidden,
+        matches=scores is not None,
+    ).to(backbone.device)
+    if scores is not None and "ctr" in config.tasks:
+        words = encoder.answer_tokens("ctr")[1]
+        metanet.start_matches_at(table[words["Yes"]].float(), table[words["No"]].float())
+    return lookup, scores, metanet
 
 
 def _check_window(config: RunConfig, backbone) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor
 from ckf.cf import CFVectors, fold_in_users
 from ckf.config import RunConfig
 from ckf.data.prepared import PreparedData
-from ckf.prompts import USER_SLOT, Encoded, PromptEncoder, Question
+from ckf.match import MatchScores
+from ckf.prompts import USER_SLOT, Encoded, PromptEncoder, Question, matched_item
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,10 @@ class VectorLookup:
         self.raw, self.vectors = vectors, vectors.standardised()
         self.dim = self.vectors.items.shape[1]
 
+    def profiles(self, users: np.ndarray, history: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Whose vectors and whose history rows are shown with: their own."""
+        return users, history
+
     def users(self, users: np.ndarray, history: np.ndarray) -> Tensor:
         """User indices (b,), -1 for a stranger, and histories (b, h) padded with -1: (b, d)."""
         index = torch.as_tensor(users, dtype=torch.int64)
@@ -122,13 +127,27 @@ class Collator:
         lookup: CF vectors, or None for text only.
         filler: token id for padding.
         packed: one sequence, or one row each.
+        one_lora: route all tasks to LoRA 0, for models with a single one.
+        matches: CF scores of user and item for the match slots, or None.
     """
 
     def __init__(
-        self, tasks: Sequence[str], lookup: VectorLookup | None, filler: int, packed: bool
+        self,
+        tasks: Sequence[str],
+        lookup: VectorLookup | None,
+        filler: int,
+        packed: bool,
+        one_lora: bool = False,
+        matches: MatchScores | None = None,
     ) -> None:
         self.tasks, self.lookup = list(tasks), lookup
         self.filler, self.packed = filler, packed
+        self.one_lora, self.matches = one_lora, matches
+
+    def padded(self) -> "Collator":
+        """The same collator for one row each."""
+        tasks, lookup, filler = self.tasks, self.lookup, self.filler
+        return Collator(tasks, lookup, filler, False, self.one_lora, self.matches)
 
     def __call__(self, prompts: Sequence[Encoded], users: Sequence[int], histories) -> dict:
         """The batch. users: user index per prompt; histories (b, h) padded with -1.
@@ -136,7 +155,8 @@ class Collator:
         Returns:
             input_ids, position_ids, task_ids (B, S); attention_mask (B, S), padded only; slots
             (p,) flat positions of vectors with slot_rows (p,), -1 for items; user_vectors (b, d),
-            history_vectors (b, h, d), history_mask (b, h), item_vectors (p_items, d); label_slots
+            history_vectors (b, h, d), history_mask (b, h), item_vectors (p_items, d); match_slots
+            (p_match,) and match_scores (p_match, 1) where there are matches; label_slots
             (q,) flat positions that predict, label_tokens (q,) and label_rows (q,); row_tasks (b,);
             last_slots (b,) flat positions that predict each row's first answer token; first_column,
             an int, padded only: no predicting position lies before it.
@@ -144,6 +164,8 @@ class Collator:
         batch = self._packed(prompts) if self.packed else self._padded(prompts)
         starts = batch.pop("starts")
         batch |= self._labels(prompts, starts)
+        if self.one_lora:
+            batch["task_ids"] = torch.zeros_like(batch["task_ids"])
         batch["row_tasks"] = torch.tensor([self.tasks.index(p.task) for p in prompts])
         if self.lookup is not None:
             batch |= self._vectors(prompts, starts, np.asarray(users), np.asarray(histories))
@@ -194,14 +216,26 @@ class Collator:
 
     def _vectors(self, prompts, starts, users: np.ndarray, histories: np.ndarray) -> dict:
         slots, slot_rows, items = [], [], []
+        match_slots, match_rows, match_items = [], [], []
         for row, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
             for position, what in prompt.slots:
+                matched = matched_item(what)
+                if matched is not None:
+                    match_slots.append(start + position)
+                    match_rows.append(row)
+                    match_items.append(matched)
+                    continue
                 slots.append(start + position)
                 slot_rows.append(row if what == USER_SLOT else -1)
                 if what != USER_SLOT:
                     items.append(what)
+        users, histories = self.lookup.profiles(users, histories)
         vectors, mask = self.lookup.histories(histories)
-        return {
+        matches = {}
+        if self.matches is not None and match_slots:
+            scores = self.matches(users[match_rows], histories[match_rows], match_items)
+            matches = {"match_slots": torch.tensor(match_slots), "match_scores": scores}
+        return matches | {
             "slots": torch.tensor(slots, dtype=torch.int64),
             "slot_rows": torch.tensor(slot_rows, dtype=torch.int64),
             "user_vectors": self.lookup.users(users, histories),
@@ -212,12 +246,18 @@ class Collator:
 
 
 class RowBatcher:
-    """Examples of the prepared data to batches."""
+    """Examples of the prepared data to batches.
+
+    cache: where encoded prompts are taken from instead, as ``ckf.experiment`` sets it.
+    """
 
     def __init__(self, maker: QuestionMaker, encoder: PromptEncoder, collator: Collator) -> None:
         self.maker, self.encoder, self.collator = maker, encoder, collator
+        self.cache = None
 
     def encode(self, example: Example, split: str, vectors: bool, list_name=None) -> Encoded:
+        if self.cache is not None:
+            return self.cache.prompt(self.maker, self.encoder, example, split, vectors, list_name)
         return self.encoder.encode(self.maker.question(example, split, list_name), vectors)
 
     def batch(self, examples: Sequence[Example], prompts: Sequence[Encoded]) -> dict:

@@ -1,4 +1,4 @@
-"""The command line: ckf train | evaluate | report | export | prepare | info."""
+"""The command line: ckf train | evaluate | report | export | prepare | experiment | info."""
 
 import argparse
 import sys
@@ -50,8 +50,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_device(evaluate)
     evaluate.set_defaults(command=_evaluate)
 
-    report = commands.add_parser("report", help="write report.html of a run")
+    report = commands.add_parser("report", help="write the page of a run or an experiment")
     report.add_argument("run")
+    report.add_argument(
+        "--record", metavar="FOLDER", help="an experiment's figures as FOLDER/NAME.json too"
+    )
     report.set_defaults(command=_report)
 
     export = commands.add_parser("export", help="one ordinary PEFT LoRA per task, for any server")
@@ -60,9 +63,32 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--task", action="append", help="a task (default all); may be repeated")
     export.set_defaults(command=_export)
 
-    info = commands.add_parser("info", help="versions, GPU, usable backends")
+    _add_experiment(commands)
+
+    info = commands.add_parser(
+        "info", help="versions, GPU, usable backends; with --model: its memory, before loading it"
+    )
+    _add_sizes(info)
     info.set_defaults(command=_info)
     return parser
+
+
+def _add_experiment(commands) -> None:
+    parser = commands.add_parser(
+        "experiment", help="train and compare the cells of a grid, or go on with them"
+    )
+    parser.add_argument("config")
+    parser.add_argument("--out", help="the experiment's folder (default runs/experiment-NAME)")
+    parser.add_argument("--prepared", help="a folder of ckf prepare, or of --prepare-only")
+    parser.add_argument("--model", help="the language model, instead of model.name")
+    parser.add_argument("--cells", default="main", help="main, full, or names with commas between")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each cell (default 3)")
+    parser.add_argument("--reduced", action="store_true", help="cut to minutes on two CPU cores")
+    parser.add_argument("--valid", action="store_true", help="evaluate on valid, not on test")
+    parser.add_argument("--prepare-only", action="store_true", help="stop before the training")
+    _add_data(parser)
+    _add_device(parser)
+    parser.set_defaults(command=_experiment)
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
@@ -76,8 +102,19 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cuda or cpu (default: a GPU where there is one)")
 
 
+def _add_sizes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="a Hugging Face name, a folder, or a config.json")
+    parser.add_argument("--tasks", type=int, default=4, help="how many (default 4)")
+    parser.add_argument("--r", type=int, default=16, help="rank (default 16)")
+    parser.add_argument("--shared-r", type=int, help="rank of the shared LoRA (default: --r)")
+    parser.add_argument("--gate", choices=["hard", "learned"], default="hard")
+    parser.add_argument("--base", default="bf16", help="bf16 (default), fp32, int8 or nf4")
+    parser.add_argument("--tokens", type=int, default=8192, help="of a step (default 8192)")
+
+
 def _train(options) -> None:
     from ckf.config import load_config
+    from ckf.processes import is_main_process
     from ckf.run import CONFIG, train_run
 
     config = load_config(options.config, options.set)
@@ -87,7 +124,7 @@ def _train(options) -> None:
     run = train_run(
         config, folder, options.data, options.prepared, options.device, options.overwrite
     )
-    if not options.no_evaluate:
+    if not options.no_evaluate and is_main_process():
         _evaluate_and_report(run)
 
 
@@ -141,23 +178,51 @@ def _print_baselines(folder: Path) -> None:
 
 
 def _report(options) -> None:
+    folder = Path(options.run)
+    if options.record or (folder / "experiment.json").exists():
+        from ckf.experiment.report import write_pages, write_record
+
+        print(write_pages(folder))
+        if options.record:
+            print(write_record(folder, Path(options.record)))
+        return
     from ckf.report import write_report
 
-    print(write_report(Path(options.run)))
+    print(write_report(folder))
+
+
+def _experiment(options) -> None:
+    from ckf.config import load_config
+    from ckf.experiment import make_experiment, run_experiment
+
+    overrides = options.set + ([f"model.name={options.model}"] if options.model else [])
+    config = load_config(options.config, overrides)
+    name = f"experiment-{config.name}{'-reduced' if options.reduced else ''}"
+    out = Path(options.out) if options.out else Path("runs") / name
+    split = "valid" if options.valid else "test"
+    experiment = make_experiment(config, out, options.cells, options.seeds, split, options.reduced)
+    run_experiment(experiment, options.data, options.prepared, options.device, options.prepare_only)
 
 
 def _export(options) -> None:
-    from ckf.adapters import export_peft
+    from ckf.adapter_files import base_name
+    from ckf.export import export_peft, serving_command
     from ckf.run import load_run
 
     run = load_run(options.run, "cpu")
     out = Path(options.out) if options.out else run.folder / "export"
+    backbone, folders, rank = run.assembly.model.backbone, {}, 0
     for task in options.task or run.assembly.tasks:
-        export_peft(run.assembly.model.backbone, task, out / task)
+        folders[task] = out / task
+        rank = max(rank, export_peft(backbone, run.assembly.lora_of(task), out / task))
         print(out / task)
+    print(f"serve: {serving_command(base_name(backbone), folders, rank)}")
 
 
-def _info(_options) -> None:
+def _info(options) -> None:
+    if options.model is not None:
+        _print_sizes(options)
+        return
     import platform
 
     import torch
@@ -165,7 +230,7 @@ def _info(_options) -> None:
 
     import ckf
     from ckf.kernels import cuda
-    from ckf.kernels.config import usable_backends
+    from ckf.kernels.config import explain_auto, usable_backends
 
     print(f"ckf {ckf.__version__}, Python {platform.python_version()}")
     print(f"torch {torch.__version__}, transformers {transformers.__version__}")
@@ -176,8 +241,25 @@ def _info(_options) -> None:
         print("GPU: none that torch can use")
     for name, (usable, why) in usable_backends().items():
         print(f"backend {name}: {'usable' if usable else 'not usable'}: {why}")
+    print(f"backend auto takes {explain_auto()}")
     for key, value in cuda.build_info().items():
         print(f"CUDA extension {key}: {value}")
+
+
+def _print_sizes(options) -> None:
+    from ckf.sizes import describe, model_sizes, read_config
+
+    sizes = model_sizes(
+        read_config(options.model),
+        [f"task{index}" for index in range(options.tasks)],
+        options.base,
+        r=options.r,
+        shared_r=options.shared_r,
+        gate=options.gate,
+    )
+    for what, amount in describe(sizes, options.tokens):
+        print(f"{what:24}{amount}")
+    print("activations are an estimate: unfused elementwise operations, attention fused")
 
 
 class _progress:

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import sys
 import types
 import typing
 from dataclasses import dataclass, field
@@ -15,9 +16,12 @@ from ckf.data.config import LISTS, TASKS, DataConfig, TaskRows
 
 BINARY_TASKS = ("ctr", "topk", "rating", "review_rating")  # answered by one token
 VECTOR_MAPS = ("meta", "constant", "mlp", "linear", "none")
+MATCHES = ("none", "score")
 MAX_LETTERS = 26
+MAX_VALUES = 10_000
 _LOWEST = {
     "seed": 0,
+    "model.layers": 1,
     "lora.r": 1,
     "lora.shared_r": 0,
     "lora.lora_dropout": 0,
@@ -53,18 +57,25 @@ class ModelConfig:
     """The language model.
 
     name: a Hugging Face name, a folder, a .gguf file, or the known download "smollm2-135m".
-    dtype: "auto" is bfloat16 on a GPU and float32 on a CPU.
+    dtype: "auto" is bfloat16 on a GPU and float32 on a CPU. layers: only the first of its decoder
+    layers, for quick trials; None keeps all.
     """
 
     name: str
     dtype: str = "auto"
+    layers: int | None = None
 
 
 @dataclass
 class LoRAConfig:
-    """Arguments of ``ckf.patch_model``."""
+    """Arguments of ``ckf.patch_model``.
+
+    per_task: True: a LoRA per task beside the shared one (``shared_r: 0``: without it). False: one
+    LoRA of rank r for all tasks.
+    """
 
     r: int = 8
+    per_task: bool = True
     shared_r: int | None = None
     lora_alpha: float = 16
     lora_dropout: float = 0.0
@@ -84,10 +95,15 @@ class MetaNetConfig:
 
     kind: "meta" (a map made for each user from the history), "constant" (one map for all users),
     "mlp", "linear", or "none" (text only). hidden: width of the meta-network's MLP.
+    match: one more placeholder behind every item that says how user and item fit: "score" (the CF
+    model's own score) or "none".
+    shuffle_users: a control: every user gets the vectors of another user, items keep theirs.
     """
 
     kind: str = "meta"
     hidden: int = 64
+    match: str = "none"
+    shuffle_users: bool = False
 
 
 @dataclass
@@ -165,6 +181,7 @@ class RunConfig:
         for task in self.tasks:
             _one_of("a name in tasks", task, TASKS)
         _one_of("metanet.kind", self.metanet.kind, VECTOR_MAPS)
+        _one_of("metanet.match", self.metanet.match, MATCHES)
         _one_of("prompt.rank_by", self.prompt.rank_by, ("letters", "title"))
         _one_of("train.schedule", self.train.schedule, ("curriculum", "joint"))
         _one_of("train.packing", self.train.packing, ("auto", True, False))
@@ -173,6 +190,7 @@ class RunConfig:
         _one_of("lora.backend", self.lora.backend, ("auto", "torch", "triton", "cuda"))
         self._check_numbers()
         self._check_lists()
+        self._check_switches()
         if self.prompt.history_titles > self.data.history:
             raise ValueError(
                 f"prompt.history_titles is {self.prompt.history_titles}, but only data.history = "
@@ -184,7 +202,7 @@ class RunConfig:
     def _check_numbers(self) -> None:
         for key, low in _LOWEST.items():
             value, high = attrgetter(key)(self), _HIGHEST.get(key, math.inf)
-            if value is not None and not (low <= value <= high and math.isfinite(value)):
+            if value is not None and not low <= value <= min(high, sys.float_info.max):
                 wanted = f"{low} to {high}" if key in _HIGHEST else f"{low} or more"
                 raise ValueError(f"{key} is {value}; expected {wanted}")
         for key in _ABOVE_ZERO:
@@ -195,6 +213,29 @@ class RunConfig:
         for task, rank in (self.lora.ranks or {}).items():
             if rank < 1:
                 raise ValueError(f"lora.ranks.{task} is {rank}; expected 1 or more")
+
+    def _check_switches(self) -> None:
+        """Settings that would be ignored beside others are mistakes."""
+        metanet, lora = self.metanet, self.lora
+        if metanet.kind == "none" and (metanet.match != "none" or metanet.shuffle_users):
+            raise ValueError(
+                "metanet.kind is none (text only), but metanet.match or metanet.shuffle_users is "
+                "set, which needs vectors; choose another kind, or leave them out"
+            )
+        if lora.per_task:
+            return
+        for key, value, unset in (
+            ("gate", lora.gate, "hard"),
+            ("ranks", lora.ranks, None),
+            ("shared_r", lora.shared_r, None),
+            ("shared_modules", lora.shared_modules, None),
+            ("task_modules", lora.task_modules, None),
+        ):
+            if value != unset:
+                raise ValueError(
+                    "lora.per_task is false (one LoRA of rank lora.r for all tasks), but "
+                    f"lora.{key} is {value!r}; leave lora.{key} out"
+                )
 
     def _check_lists(self) -> None:
         """Every candidate needs its letter, where letters name them."""
@@ -223,8 +264,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the config {path}: {error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
+    _check_size(path, values)
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no settings; start from a file under configs/")
     for override in overrides or []:
@@ -236,6 +278,22 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         except yaml.YAMLError as error:
             raise ValueError(f"--set {override!r}: the value is not valid YAML: {error}") from error
     return config_from_dict(values)
+
+
+def _check_size(path: str | Path, values: Any) -> None:
+    """ValueError above MAX_VALUES: YAML's aliases can make one kilobyte stand for gigabytes."""
+    left, count = [values], 0
+    while left:
+        value, count = left.pop(), count + 1
+        if count > MAX_VALUES:
+            raise ValueError(
+                f"{path} stands for more than {MAX_VALUES} settings; expected some dozens: write "
+                "them out, without anchors and aliases"
+            )
+        if isinstance(value, dict):
+            left += [*value, *value.values()]
+        elif isinstance(value, list | tuple | set):
+            left += value
 
 
 def config_from_dict(values: dict) -> RunConfig:

@@ -202,7 +202,7 @@ class Evaluator:
         own = [self.data.explanation(int(row)) for row in rows]
         loss, mean = self._loss(losses, rows)
         metrics = text_metrics(written, own, users, self.samples, self.seed) | loss
-        frame = self._frame(rows) | {"prediction": written, "reference": own}
+        frame = self._frame(rows) | {"prediction": written, "reference": own, "loss": losses}
         return TaskResult(metrics, frame, mean)
 
 

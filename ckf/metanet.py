@@ -4,6 +4,7 @@
     W_u = I + reshape(MLP(p))                     (d, d), the user's own map
     u   = Linear(e_u W_u)                         (width of the language model)
     v_i = Linear(e_i)
+    m   = Linear(CF score of user and item)       (optional, see ckf.match)
 
 Source: Zhao et al., "Collaborative Knowledge Fusion", TKDE 2025. Simpler maps stand beside it for
 comparison: one W for all users, an MLP, or the linear layer alone.
@@ -24,10 +25,17 @@ class MetaNetwork(nn.Module):
         scale: standard deviation of its token embeddings; mapped vectors start at this scale.
         kind: "meta", "constant" (one W for all), "mlp" or "linear".
         hidden: width of the MLP.
+        matches: whether there is a place for the CF score of user and item.
     """
 
     def __init__(
-        self, dim: int, width: int, scale: float, kind: str = "meta", hidden: int = 64
+        self,
+        dim: int,
+        width: int,
+        scale: float,
+        kind: str = "meta",
+        hidden: int = 64,
+        matches: bool = False,
     ) -> None:
         super().__init__()
         if kind not in VECTOR_MAPS or kind == "none":
@@ -45,6 +53,21 @@ class MetaNetwork(nn.Module):
             self.map = nn.Parameter(torch.eye(dim))
         elif kind == "mlp":
             self.user_mlp, self.item_mlp = _mlp(dim, hidden, dim), _mlp(dim, hidden, dim)
+        if matches:
+            self.match_out = nn.Linear(1, width)
+            nn.init.normal_(self.match_out.weight, std=scale)
+            nn.init.normal_(self.match_out.bias, std=scale)
+
+    @torch.no_grad()
+    def start_matches_at(self, yes: Tensor, no: Tensor) -> None:
+        """Let the CF score begin as a blend of two words' embeddings, yes and no (width,).
+
+        At score 0 the placeholder is their mean, one deviation up it is ``yes``, one down ``no``.
+        So the model reads the score from the first step on, and a norm over the width cannot take
+        its size away.
+        """
+        self.match_out.weight[:, 0] = (yes - no) / 2
+        self.match_out.bias.copy_((yes + no) / 2)
 
     def user_maps(self, history: Tensor, mask: Tensor) -> Tensor:
         """W_u (b, d, d) from history vectors (b, h, d) and their mask (b, h), True where real."""
@@ -72,6 +95,10 @@ class MetaNetwork(nn.Module):
         if self.kind == "mlp":
             vectors = vectors + self.item_mlp(vectors)
         return self.item_out(vectors)
+
+    def matches(self, scores: Tensor) -> Tensor:
+        """Standardised CF scores (.., 1) to (.., width)."""
+        return self.match_out(scores)
 
 
 def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:

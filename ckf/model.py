@@ -80,35 +80,14 @@ class CKFModel(nn.Module):
         order = torch.where(
             is_item, users.shape[0] + is_item.cumsum(0) - 1, batch["slot_rows"]
         )  # rows of [users; items]
-        vectors = torch.cat([users, items]).index_select(0, order).to(embeds.dtype)
+        vectors, slots = torch.cat([users, items]).index_select(0, order), batch["slots"]
+        if "match_slots" in batch:
+            matches = self.metanet.matches(batch["match_scores"].to(dtype))  # (p_match, width)
+            vectors, slots = torch.cat([vectors, matches]), torch.cat([slots, batch["match_slots"]])
         flat = embeds.reshape(-1, embeds.shape[-1])
-        return flat.index_copy(0, batch["slots"], vectors).view_as(embeds)
+        return flat.index_copy(0, slots, vectors.to(embeds.dtype)).view_as(embeds)
 
 
 def embedding_scale(backbone: PreTrainedModel) -> float:
     """Standard deviation of the token embeddings, the scale at which mapped vectors start."""
     return float(backbone.get_input_embeddings().weight.detach().float().std())
-
-
-@torch.no_grad()
-def packs_rows_right(backbone: PreTrainedModel, tolerance: float = 1e-2) -> bool:
-    """Whether two rows in one sequence give what each gives alone: not so for every family."""
-    device = backbone.device
-    vocabulary = backbone.config.get_text_config().vocab_size
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, max(4, vocabulary), (1, 15), generator=generator).to(device)
-    lengths = (7, 8)
-    positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0).to(device)
-
-    def run(tokens: Tensor, **options) -> Tensor:
-        embeds = backbone.get_input_embeddings()(tokens)
-        tasks = torch.full(tokens.shape, -1)
-        output = backbone(inputs_embeds=embeds, use_cache=False, task_ids=tasks, **options)
-        return output.logits.float()
-
-    packed = run(ids, position_ids=positions)
-    alone = torch.cat([run(part) for part in ids.split(lengths, dim=1)], dim=1)
-    error = (packed - alone).abs().max() / alone.abs().max()
-    if backbone.dtype != torch.float32:
-        tolerance *= 5
-    return bool(error < tolerance)

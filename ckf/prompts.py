@@ -3,8 +3,9 @@
 A template is text with fields: ``<history>`` (last liked titles), ``<item>``, ``<candidates>``,
 ``<review>``, and ``<user>`` for the user's vector. What stands in ``[[ ]]`` is left out of the
 text form (no vectors). In the vector form every ``<item>`` and candidate is followed by the item's
-vector. Where a prompt is too long, the oldest history titles go first, then the review and titles
-are cut; a placeholder, the candidate and the answer never are.
+vector and, where matches are shown, by the place that says how user and item fit. Where a prompt
+is too long, the oldest history titles go first, then the review and titles are cut; a placeholder,
+the candidate and the answer never are.
 
 No prompt shows the length of the history or the position in the user's stream: it shows a fixed
 number of last liked titles, fewer only where there are fewer.
@@ -51,6 +52,7 @@ ANSWERS = {
     "topk": tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"),
 }
 USER_SLOT = -1
+_FIRST_MATCH = -2
 _FIELD = re.compile(r"(<\w+>)")
 _VECTOR_ONLY = re.compile(r"\[\[(.*?)\]\]", re.DOTALL)
 _MIN_TITLE, _MIN_REVIEW = 4, 16  # tokens that a cut leaves
@@ -70,7 +72,7 @@ class Question:
 
 @dataclass
 class Encoded:
-    """A prompt in tokens. slots: (position, item index or USER_SLOT) of every vector."""
+    """A prompt in tokens. slots: (position, item index, USER_SLOT or match_slot(item))."""
 
     task: str
     tokens: list[int]
@@ -82,6 +84,16 @@ class Encoded:
         return len(self.tokens) + len(self.answer)
 
 
+def match_slot(item: int) -> int:
+    """What stands in ``Encoded.slots`` for the match of the user and an item."""
+    return _FIRST_MATCH - item
+
+
+def matched_item(what: int) -> int | None:
+    """The item of a match slot; None for any other slot."""
+    return _FIRST_MATCH - what if what <= _FIRST_MATCH else None
+
+
 class PromptEncoder:
     """Turns questions into tokens and vector slots.
 
@@ -89,15 +101,21 @@ class PromptEncoder:
         tokenizer: the language model's.
         titles: title per item index, never empty.
         config: prompt settings.
+        matches: a match slot behind every item's vector.
 
     Raises:
         ValueError: the tokenizer has no single tokens for a task's answers.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, titles: Sequence[str], config: PromptConfig
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        titles: Sequence[str],
+        config: PromptConfig,
+        matches: bool = False,
     ) -> None:
         self.tokenizer, self.titles, self.config = tokenizer, titles, config
+        self.matches = matches
         self._cache: dict[str, list[int]] = {}
         self._titles: dict[int, list[int]] = {}
         self._answers: dict[str, tuple[list[int], dict[str, int]]] = {}
@@ -170,6 +188,8 @@ class PromptEncoder:
         out.add(self._title(item)[: limits.title])
         if vectors:
             out.slot(item)
+            if self.matches:
+                out.slot(match_slot(item))
 
     def _write_history(self, out: "_Writer", history: list[int], limits: "_Limits") -> None:
         if not history:

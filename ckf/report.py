@@ -319,10 +319,11 @@ def _curves(log: list[dict]) -> dict[str, list[Figure]]:
     losses = [_curve(log, "loss", "Loss, all tasks"), *losses] if len(keys) != 1 else losses
     share = _curve(log, "text_share", "Text share of the curriculum", smooth=False, top=1.02)
     speed = _curve(log, "tokens_per_second", "Tokens per second")
+    wait = _curve(log, "data_wait", "Share of the time spent waiting for data", smooth=False)
     return {
         "losses": [f for f in losses if f],
         "share": [f for f in (share,) if f],
-        "speed": [f for f in (speed,) if f],
+        "speed": [f for f in (speed, wait) if f],
     }
 
 

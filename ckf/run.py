@@ -26,6 +26,7 @@ from ckf.cf import CFVectors, fit_cf
 from ckf.config import RunConfig, load_config, write_config
 from ckf.data.prepared import PreparedData, load_prepared
 from ckf.evaluate import evaluate_run, write_json
+from ckf.processes import is_main_process, main_process_first
 from ckf.prompts import ANSWERS, Encoded, Question
 from ckf.scoring import Scorer
 from ckf.train import METANET_FILE, load_trained, train
@@ -53,7 +54,7 @@ class Run:
 
     def evaluate(self, log: Log = print, progress=None) -> dict:
         """Evaluate on the run's test rows; writes metrics.json and predictions/."""
-        about = _read_about(self.folder)
+        about = read_about(self.folder)
         return evaluate_run(self.assembly, self.folder, about, log, progress)
 
     def predict(self, requests: Sequence[dict]) -> list[dict]:
@@ -225,36 +226,45 @@ def train_run(
             or data.
     """
     folder, chosen = Path(folder), pick_device(device)
-    config = _with_absolute_model(config)
+    config = with_absolute_model(config)
     locate_model(config.model.name)  # a wrong name shall not wait for the data
-    if overwrite:
+    if overwrite and is_main_process():
         _remove_run(folder)
-    made = start_run(config, folder)
-    set_seed(config.seed)
-    try:
-        data = _data_of(config, folder, data_path, prepared, log)
-    except Exception:
-        if made:  # mended settings shall not meet what is left of the wrong ones
-            shutil.rmtree(folder)
-        raise
-    vectors, seconds = _vectors_of(config, folder, data, log)
+    with main_process_first(chosen):
+        made = start_run(config, folder)
+        set_seed(config.seed)
+        try:
+            data = _data_of(config, folder, data_path, prepared, log)
+        except Exception:
+            if made:  # mended settings shall not meet what is left of the wrong ones
+                shutil.rmtree(folder)
+            raise
+        vectors, seconds = _vectors_of(config, folder, data, log)
     set_seed(config.seed)
     log(f"loading {config.model.name}")
     assembly = assemble(config, data, vectors, chosen)
+    return train_or_load(assembly, folder, chosen, seconds, log)
+
+
+def train_or_load(
+    assembly: Assembly, folder: Path, device: torch.device, seconds: dict, log: Log = print
+) -> Run:
+    """The trained run of a folder: trained to the end where it is not yet, else read."""
     trainable = sum(p.numel() for p in assembly.model.parameters() if p.requires_grad)
-    log(f"training {trainable:,} parameters on {chosen}, {_sizes(assembly)}")
+    log(f"training {trainable:,} parameters on {device}, {_sizes(assembly)}")
     if (folder / ABOUT).is_file():  # written last
         log(f"{folder} is trained already; --overwrite trains it anew")
         load_trained(assembly, folder)
     else:
-        seconds["train"] = train(assembly, folder, chosen)["seconds"]
-        about = _about(config, assembly, chosen, trainable, seconds)
-        write_json(about, folder / ABOUT)
+        seconds["train"] = train(assembly, folder, device)["seconds"]
+        about = _about(assembly.config, assembly, device, trainable, seconds)
+        if is_main_process():
+            write_json(about, folder / ABOUT)
     assembly.model.eval()
     return Run(folder, assembly)
 
 
-def _with_absolute_model(config: RunConfig) -> RunConfig:
+def with_absolute_model(config: RunConfig) -> RunConfig:
     """A model in a folder or file by its full path, so that the run opens from anywhere."""
     path = Path(config.model.name).expanduser()
     if not path.exists():
@@ -320,6 +330,12 @@ def _data_of(config: RunConfig, folder: Path, path, prepared, log: Log) -> Prepa
         from ckf.data.prepare import prepare
 
         data = prepare(config.data, config.tasks, path, target, config.seed, log)
+    check_rows(config, data)
+    return data
+
+
+def check_rows(config: RunConfig, data: PreparedData) -> None:
+    """ValueError where prepared data lack rows or lists that the settings ask for."""
     for task in config.tasks:
         for split in ("train", "test"):
             if len(data.rows(task, split)) == 0:
@@ -331,7 +347,6 @@ def _data_of(config: RunConfig, folder: Path, path, prepared, log: Log) -> Prepa
         data.candidates("train", config.data.train_list)
         for name in config.data.test_lists:
             data.candidates("test", name)
-    return data
 
 
 def _vectors_of(config: RunConfig, folder: Path, data: PreparedData, log: Log):
@@ -376,7 +391,8 @@ def _about(config: RunConfig, assembly: Assembly, device, trainable: int, second
     }
 
 
-def _read_about(folder: Path) -> dict:
+def read_about(folder: Path) -> dict:
+    """What a finished run says of itself; ValueError where it was not trained to the end."""
     try:
         return json.loads((folder / ABOUT).read_text())
     except (OSError, ValueError) as error:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ckf.assembly import Assembly
-from ckf.batches import Collator
 from ckf.prompts import ANSWERS, Encoded, Question
 
 Progress = Callable[[int], None]
@@ -39,9 +38,8 @@ class Scorer:
     ) -> None:
         self.assembly, self.model = assembly, assembly.model
         self.base_only = base_only
-        training = assembly.batcher.collator
         # sorted by length there is next to nothing to pad, and attention stays within a row
-        self.collator = Collator(training.tasks, training.lookup, training.filler, packed=False)
+        self.collator = assembly.batcher.collator.padded()
         self.progress = progress or (lambda rows: None)
 
     @property

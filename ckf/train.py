@@ -20,6 +20,7 @@ from ckf.batches import Example, is_text_row
 from ckf.config import TrainConfig
 from ckf.data.mixing import task_order
 from ckf.presence import TaskPresence
+from ckf.processes import is_main_process, main_process_first, process_count
 
 METANET_FILE = "metanet.safetensors"
 ADAPTERS_FOLDER = "adapters"
@@ -43,7 +44,7 @@ class TrainStream(Dataset):
     def __init__(self, assembly: Assembly) -> None:
         self.assembly, config = assembly, assembly.config
         train = config.train
-        self.per_step = train.batch_size * train.accumulation
+        self.per_step = train.batch_size * train.accumulation * process_count()
         self.examples = {t: assembly.maker.examples(t, "train") for t in assembly.tasks}
         empty = [t for t, rows in self.examples.items() if not rows]
         if empty:
@@ -52,7 +53,7 @@ class TrainStream(Dataset):
                 "data that has them"
             )
         sizes = {t: len(rows) for t, rows in self.examples.items()}
-        batches = train.steps * train.accumulation
+        batches = train.steps * train.accumulation * process_count()
         self.order = task_order(sizes, train.batch_size, batches, train.temperature, config.seed)
 
     def __len__(self) -> int:
@@ -81,7 +82,7 @@ class CKFTrainer(Trainer):
         self.assembly, self.folder = assembly, folder
         self.presence = TaskPresence(assembly.model.backbone)
         self._sums: dict[str, list] = defaultdict(list)
-        self._tokens, self._since = 0, time.perf_counter()
+        self._tokens, self._since, self._waited = 0, time.perf_counter(), 0.0
         super().__init__(
             model=assembly.model,
             args=training_arguments(assembly.config, folder, device),
@@ -93,6 +94,14 @@ class CKFTrainer(Trainer):
 
     def _get_train_sampler(self, *_args):
         return SequentialSampler(self.train_dataset)
+
+    def get_batch_samples(self, *args, **kwargs):
+        """Trainer's, timed: what making and moving batches keeps the model waiting."""
+        start = time.perf_counter()
+        try:
+            return super().get_batch_samples(*args, **kwargs)
+        finally:
+            self._waited += time.perf_counter() - start
 
     def create_optimizer(self, *_args):
         """LoRAs and meta-network with their own learning rates; absent tasks stay put."""
@@ -110,7 +119,6 @@ class CKFTrainer(Trainer):
         return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        self.presence.observe(inputs["row_tasks"])
         outputs = model(**inputs)
         self._sums["losses"].append(outputs["row_losses"])
         self._sums["tasks"].append(outputs["row_tasks"])
@@ -124,13 +132,16 @@ class CKFTrainer(Trainer):
         if "loss" in logs and self._sums["losses"]:
             logs |= self._task_losses()
             now = time.perf_counter()
-            logs["tokens_per_second"] = round(self._tokens / max(now - self._since, 1e-9), 1)
+            elapsed = max(now - self._since, 1e-9)
+            logs["tokens_per_second"] = round(self._tokens / elapsed, 1)
+            logs["data_wait"] = round(self._waited / elapsed, 4)  # share of the time
             progress = self.state.global_step / self.assembly.config.train.steps
             logs["text_share"] = round(text_share(self.assembly.config.train, progress), 4)
-            self._tokens, self._since = 0, now
+            self._tokens, self._since, self._waited = 0, now, 0.0
             line = {"step": self.state.global_step, **_named_learning_rate(logs)}
-            with open(self.folder / "train_log.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            if is_main_process():
+                with open(self.folder / "train_log.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
         super().log(logs, *args, **kwargs)
 
     def _task_losses(self) -> dict[str, float]:
@@ -154,7 +165,8 @@ class CKFTrainer(Trainer):
         for name, parameter in self.assembly.model.named_parameters():
             if parameter.requires_grad:
                 self._check_finite(name, parameter.detach())
-        save_trained(self.assembly, Path(output_dir or self.args.output_dir))
+        if is_main_process():
+            save_trained(self.assembly, Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         load_trained(self.assembly, Path(resume_from_checkpoint))
@@ -199,12 +211,14 @@ def train(assembly: Assembly, folder: Path, device: torch.device) -> dict[str, f
         newer = hasattr(backbone, "activation_checkpointing_enable")
         name = "activation_checkpointing" if newer else "gradient_checkpointing"
         getattr(backbone, f"{name}_enable")({"use_reentrant": False})
-    checkpoint = last_checkpoint(folder / "checkpoints")
-    _cut_log(folder / "train_log.jsonl", _step(checkpoint) if checkpoint else 0)
+    with main_process_first(device):
+        checkpoint = last_checkpoint(folder / "checkpoints")
+        _cut_log(folder / "train_log.jsonl", _step(checkpoint) if checkpoint else 0)
     start = time.perf_counter()
     trainer = CKFTrainer(assembly, TrainStream(assembly), folder, device)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    save_trained(assembly, folder)
+    if is_main_process():
+        save_trained(assembly, folder)
     return {"seconds": round(time.perf_counter() - start, 1)}
 
 

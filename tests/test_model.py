@@ -8,7 +8,8 @@ from torch.testing import assert_close
 import ckf
 from ckf.assembly import _choose_packing
 from ckf.batches import Collator
-from ckf.model import embedding_scale, packs_rows_right
+from ckf.model import embedding_scale
+from ckf.packing import packs_rows_right
 from tests.ckf_fixtures import TASKS
 from tests.tiny import tiny_model
 

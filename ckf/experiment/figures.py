@@ -1,0 +1,195 @@
+"""Every figure of an experiment, from the files of its finished runs: experiment.json."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+from ckf.config import config_to_dict
+from ckf.data.prepared import PreparedData
+from ckf.experiment.cells import COMPARISONS
+from ckf.experiment.parts import read_vectors
+from ckf.experiment.runner import Experiment
+from ckf.experiment.scores import TaskScores, baseline_scores, read_scores, same_rows
+from ckf.experiment.slices import slices
+from ckf.experiment.statistics import difference, figure, holm
+
+SeedScores = list[dict[str, TaskScores]]  # one per seed
+
+
+def collect(experiment: Experiment, data: PreparedData, vector_files: Mapping[str, Path]) -> dict:
+    """The content of experiment.json. Runs that are not done are left out and counted.
+
+    vector_files: CF vectors by name, the config's own first.
+    """
+    config, split = experiment.config, experiment.split
+    scores: dict[str, SeedScores] = {}
+    results: dict[str, list[dict]] = {}
+    for cell, seed in experiment.runs():
+        result = experiment.result(cell, seed)
+        if result is not None:
+            file = experiment.folder(cell, seed) / f"scores-{split}.safetensors"
+            scores.setdefault(cell.name, []).append(read_scores(file))
+            results.setdefault(cell.name, []).append(result)
+    vectors = {name: read_vectors(file) for name, file in vector_files.items()}
+    baselines = baseline_scores(config, data, split, vectors)
+    measure = _Measure(data, config.evaluate.bootstrap, config.seed)
+    done = sum(len(r) for r in results.values())
+    return {
+        "name": config.name + ("-reduced" if experiment.cut else ""),
+        "split": split,
+        "reduced": experiment.cut,
+        "runs": len(experiment.runs()),
+        "runs_done": done,
+        "failed": experiment.failed,
+        "environment": _environment(results),
+        "rows": {task: len(data.rows(task, split)) for task in config.tasks},
+        "cells": {
+            cell.name: {
+                "title": cell.title,
+                "seeds": [r["seed"] for r in results[cell.name]],
+                "figures": measure.tasks(scores[cell.name]),
+                "slices": measure.slices(scores[cell.name]),
+                **_of_runs(experiment, cell, results[cell.name]),
+            }
+            for cell in experiment.cells
+            if cell.name in results
+        },
+        "baselines": {
+            name: {"figures": measure.tasks([tasks]), "slices": measure.slices([tasks])}
+            for name, tasks in baselines.items()
+        },
+        "comparisons": measure.comparisons(
+            scores | {f"={name}": [tasks] for name, tasks in baselines.items()}
+        ),
+        "cf": {n: json.loads(f.with_suffix(".json").read_text()) for n, f in vector_files.items()},
+        "config": config_to_dict(config),
+    }
+
+
+class _Measure:
+    """Statistics of scores on the same rows."""
+
+    def __init__(self, data: PreparedData, samples: int, seed: int) -> None:
+        self.data, self.samples, self.seed = data, samples, seed
+
+    def tasks(self, seeds: SeedScores) -> dict[str, dict]:
+        """{task: {metric: figure}} of one cell."""
+        return {task: self._figures([s[task] for s in seeds]) for task in seeds[0]}
+
+    def _figures(self, seeds: list[TaskScores], mask: np.ndarray | None = None) -> dict:
+        for other in seeds[1:]:
+            same_rows(seeds[0], other)
+        users = self.data.user[seeds[0].rows if mask is None else seeds[0].rows[mask]]
+        parts = [s.statistics(self.data, mask) for s in seeds]
+        found = {}
+        for name in parts[0]:
+            found[name] = figure([p[name] for p in parts], users, self.samples, self.seed)
+            if name == "uauc":
+                found[name]["users"] = self._both_labels(seeds[0].rows, users, mask)
+        return found
+
+    def _both_labels(self, rows: np.ndarray, users: np.ndarray, mask) -> int:
+        labels = self.data.label[rows if mask is None else rows[mask]]
+        positive = np.unique(users[labels == 1])
+        return len(np.intersect1d(positive, np.unique(users[labels == 0])))
+
+    def slices(self, seeds: SeedScores) -> dict:
+        """{group: {slice: {"rows", "auc"}}} of CTR, empty without it."""
+        if "ctr" not in seeds[0]:
+            return {}
+        own = [s["ctr"] for s in seeds]
+        return {
+            group: {
+                name: {"rows": int(mask.sum()), "auc": self._figures(own, mask)["auc"]}
+                for name, mask in masks.items()
+            }
+            for group, masks in slices(self.data, own[0].rows).items()
+        }
+
+    def comparisons(self, scores: Mapping[str, SeedScores]) -> list[dict]:
+        """Paired differences of `COMPARISONS` where both sides are there, p adjusted by Holm."""
+        found = []
+        for a, b, claim in COMPARISONS:
+            if a not in scores or b not in scores:
+                continue
+            for task in scores[a][0]:
+                if task in scores[b][0]:
+                    found += self._compare(a, b, claim, task, scores)
+        families: dict[tuple, list[dict]] = {}
+        for entry in found:
+            families.setdefault((entry["task"], entry["metric"]), []).append(entry)
+        for family in families.values():
+            for entry, p in zip(family, holm([e["p"] for e in family]), strict=True):
+                entry["p_holm"] = p
+        return found
+
+    def _compare(self, a: str, b: str, claim: str, task: str, scores) -> list[dict]:
+        left, right = ([s[task] for s in scores[side]] for side in (a, b))
+        for other in [*left[1:], *right]:
+            same_rows(left[0], other)
+        users = self.data.user[left[0].rows]
+        ours, theirs = ([s.statistics(self.data) for s in side] for side in (left, right))
+        return [
+            {"a": a.lstrip("="), "b": b.lstrip("="), "claim": claim, "task": task, "metric": name}
+            | difference(
+                [s[name] for s in ours], [s[name] for s in theirs], users, self.samples, self.seed
+            )
+            for name in ours[0]
+        ]
+
+
+def _of_runs(experiment: Experiment, cell, results: list[dict]) -> dict:
+    """What the runs of a cell say of themselves: size, time, speed, checks, learning curves."""
+    about = results[0]["about"]
+    seeds = [r["seed"] - experiment.config.seed for r in results]
+    logs = [_log(experiment.folder(cell, seed)) for seed in seeds]
+    speeds = [r["throughput"] for r in results]
+    checks = {name: all(r["checks"][name] for r in results) for name in results[0]["checks"]}
+    return {
+        "trainable_parameters": about["trainable_parameters"],
+        "seconds": {
+            "train": _mean([r["about"]["seconds"].get("train") for r in results]),
+            "evaluate": _mean([r["evaluate_seconds"] for r in results]),
+        },
+        "tokens_per_second": _mean([s["tokens_per_second"] for s in speeds]),
+        "data_wait": _mean([s["data_wait"] for s in speeds]),
+        "checks": checks,
+        "curves": _curves(logs),
+    }
+
+
+def _curves(logs: list[list[dict]]) -> dict[str, list[list[float]]]:
+    """{loss: [[step, mean over seeds], ..]} where every seed logged the step."""
+    curves: dict[str, list[list[float]]] = {}
+    for name in dict.fromkeys(key for line in logs[0] for key in line if key.startswith("loss")):
+        by_step = [{line["step"]: line[name] for line in log if name in line} for log in logs]
+        common = sorted(set.intersection(*(set(values) for values in by_step)))
+        curves[name] = [[step, float(np.mean([v[step] for v in by_step]))] for step in common]
+    return curves
+
+
+def _log(folder: Path) -> list[dict]:
+    lines = (folder / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line]
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _environment(results: Mapping[str, list[dict]]) -> dict:
+    devices = sorted({r["about"]["device"] for runs in results.values() for r in runs})
+    return {
+        "devices": devices,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

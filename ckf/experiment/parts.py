@@ -1,0 +1,151 @@
+"""What all cells share: prepared data, CF vectors per CF setting, one loaded base model."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+
+from ckf.assembly import Loaded, load_base
+from ckf.cf import CFVectors, fit_cf
+from ckf.config import RunConfig, TaskRows
+from ckf.data.prepared import MANIFEST, PreparedData, file_sha256, load_prepared
+
+Log = Callable[[str], None]
+SHARED_FOLDERS = ("data", "cf", "prompts")
+
+
+def shared_data(
+    config: RunConfig, out: Path, path: str | None, prepared: str | None, log: Log
+) -> PreparedData:
+    """The experiment's prepared data, in ``out``/data.
+
+    prepared: a folder made by ``ckf prepare``, or one of ``ckf experiment --prepare-only``, whose
+    CF vectors and prompts come along.
+    """
+    target = out / "data"
+    if prepared is not None and not target.exists():
+        source = Path(prepared)
+        if (source / MANIFEST).is_file():
+            load_prepared(source)
+            _copy(source, target)
+        else:
+            load_prepared(source / "data")
+            for name in reversed(SHARED_FOLDERS):  # data last: its presence says all is there
+                if (source / name).is_dir():
+                    _copy(source / name, out / name)
+    if prepared is not None or (target.exists() and path is None):
+        return load_prepared(target)
+    from ckf.data.prepare import prepare
+
+    return prepare(config.data, config.tasks, path, target, config.seed, log)
+
+
+def limited(data: PreparedData, tasks: dict[str, TaskRows], seed: int) -> PreparedData:
+    """The data with at most the rows per task and split that ``tasks`` asks for, drawn by the seed.
+
+    For the reduced experiment on data prepared in full: one prepared folder serves both.
+    """
+    rows = dict(data._rows)
+    for place, (task, wanted) in enumerate(sorted(tasks.items())):
+        for number, split in enumerate(("train", "valid", "test")):
+            own, count = data.rows(task, split), getattr(wanted, split)
+            if count is not None and count < len(own):
+                rng = np.random.default_rng([seed, place, number])
+                rows[f"{task}.{split}"] = np.sort(rng.choice(own, count, replace=False))
+    return replace(data, _rows=rows)
+
+
+def shared_vectors(config: RunConfig, out: Path, data: PreparedData, log: Log) -> Path:
+    """The file of the CF vectors of these settings, fitted where it is not there yet."""
+    settings = json.dumps({**asdict(config.cf), "seed": config.seed}, sort_keys=True)
+    settings += json.dumps(data.manifest["files"], sort_keys=True)
+    key = hashlib.sha256(settings.encode()).hexdigest()[:16]
+    file = out / "cf" / f"{config.cf.kind}-{key}.safetensors"
+    about, sources = file.with_suffix(".json"), _sources(config)
+    if _whole(file, about, sources):
+        return file
+    file.parent.mkdir(parents=True, exist_ok=True)
+    log(f"fitting CF vectors ({config.cf.kind})")
+    start = time.perf_counter()
+    lines: list[str] = []
+
+    def note(line: str) -> None:
+        lines.append(line)
+        log(line)
+
+    vectors = fit_cf(replace(config.cf, seed=config.seed), data, note)
+    temporary = file.with_name(file.name + ".part")
+    vectors.save(temporary)
+    temporary.replace(file)
+    record = {
+        "sha256": file_sha256(file),
+        "sources": sources,
+        "seconds": round(time.perf_counter() - start, 1),
+        "log": lines,
+    }
+    about.write_text(json.dumps(record, indent=1) + "\n")
+    return file
+
+
+def read_vectors(file: Path) -> CFVectors:
+    """CF vectors; ValueError for a damaged file."""
+    try:
+        return CFVectors.load(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} is missing or damaged ({error}); remove it") from error
+
+
+class Base:
+    """The base model, loaded once; every cell gets a copy of its own, with nothing left in it."""
+
+    def __init__(self, device: torch.device, log: Log) -> None:
+        self.device, self.log = device, log
+        self._config = self._loaded = None
+
+    def fresh(self, config: RunConfig) -> Loaded:
+        """An unpatched backbone and its tokenizer."""
+        if self._loaded is None or self._config != config.model:
+            self.log(f"loading {config.model.name}")
+            self._loaded, self._config = load_base(config, self.device), config.model
+        backbone, tokenizer = self._loaded
+        return copy.deepcopy(backbone), tokenizer
+
+
+def link(target: Path, at: Path) -> None:
+    """A relative link, so that the experiment's folder can be moved."""
+    if not at.is_symlink() and not at.exists():
+        at.symlink_to(Path("../../..") / target, target_is_directory=target.suffix == "")
+
+
+def _sources(config: RunConfig) -> dict[str, str]:
+    """sha256 of the user's own vector files, where they are at hand."""
+    paths = [Path(p) for p in (config.cf.users, config.cf.items) if p and config.cf.kind == "file"]
+    return {path.name: file_sha256(path) for path in paths if path.is_file()}
+
+
+def _whole(file: Path, about: Path, sources: dict[str, str]) -> bool:
+    try:
+        record = json.loads(about.read_text())
+        same = all(record["sources"].get(name) == sha for name, sha in sources.items())
+        return same and record["sha256"] == file_sha256(file)
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _copy(source: Path, target: Path) -> None:
+    if target.exists():
+        return
+    part = target.with_name(target.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(source, part)
+    part.rename(target)

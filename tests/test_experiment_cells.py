@@ -1,0 +1,236 @@
+"""Cells do what their names say: one thing differs, the parameters are about equal."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ckf.assembly import ONE_LORA, assemble
+from ckf.config import load_config
+from ckf.controls import shuffled
+from ckf.experiment.cells import CELLS, COMPARISONS, MAIN, cell_config, chosen_cells, reduced
+from ckf.experiment.parts import limited
+from ckf.patch import patched_layers
+from ckf.presence import TaskPresence
+from tests.ckf_fixtures import TASKS, small_config
+
+CPU = torch.device("cpu")
+COLLM = Path(__file__).parent.parent / "configs" / "ml-1m-collm.yaml"
+
+
+@pytest.fixture(scope="module")
+def base(small_model):
+    return small_config(small_model)
+
+
+def differing(a, b, prefix=""):
+    """Keys of settings that differ, the run's name and seed left out."""
+    a, b = (asdict(x) if not isinstance(x, dict) else x for x in (a, b))
+    keys = []
+    for key in {*a, *b} - (set() if prefix else {"name", "seed"}):
+        ours, theirs = a.get(key), b.get(key)
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            keys += differing(ours, theirs, f"{prefix}{key}.")
+        elif ours != theirs:
+            keys.append(f"{prefix}{key}")
+    return sorted(keys)
+
+
+@pytest.mark.parametrize(
+    "a, b, keys",
+    [
+        ("linear", "text", ["metanet.kind"]),
+        ("multi-linear", "linear", ["lora.lora_alpha", "lora.per_task", "lora.r"]),
+        ("ckf", "multi-linear", ["metanet.kind"]),
+        ("ckf", "ckf-shuffled", ["metanet.shuffle_users"]),
+        ("ckf", "ckf-constant", ["metanet.kind"]),
+        ("ckf-match", "ckf", ["metanet.match"]),
+        ("gate-meta", "ckf", ["lora.gate"]),
+        ("ckf-joint", "ckf", ["train.schedule"]),
+    ],
+)
+def test_neighbours_differ_in_one_thing(base, a, b, keys):
+    one, other = (cell_config(base, CELLS[name], 0) for name in (a, b))
+    assert differing(one, other) == keys
+
+
+def assembly_of(base, small_run, name, seed=0):
+    torch.manual_seed(0)
+    config = cell_config(base, CELLS[name], seed)
+    return assemble(config, small_run.assembly.data, small_run.assembly.vectors, CPU)
+
+
+@pytest.mark.parametrize("name", ["text", "multi-linear", "ckf", "task-meta", "one-meta"])
+def test_lora_parameters_and_scaling_are_about_equal(base, small_run, name):
+    made = assembly_of(base, small_run, name)
+    layers = patched_layers(made.model.backbone)
+    count = sum(p.numel() for n, p in made.model.named_parameters() if "lora_" in n)
+    plain = assembly_of(base, small_run, "ckf")
+    expected = sum(p.numel() for n, p in plain.model.named_parameters() if "lora_" in n)
+    slack = 0.5 * len(TASKS) / (2 * (1 + len(TASKS)))  # task-meta rounds its rank
+    assert count == pytest.approx(expected, rel=slack if name == "task-meta" else 0)
+    for layer in layers.values():
+        assert all(float(g) == pytest.approx(4.0) for row in layer.gates(CPU) for g in row if g > 0)
+
+
+def test_one_lora_serves_all_tasks_and_trains_with_every_one(base, small_run, mixed):
+    made = assembly_of(base, small_run, "one-meta")
+    layers = patched_layers(made.model.backbone).values()
+    assert {layer.experts for layer in layers} == {(ONE_LORA,)}
+    assert [made.lora_of(task) for task in TASKS] == [ONE_LORA] * len(TASKS)
+    presence = TaskPresence(made.model.backbone)
+    optimizer = torch.optim.AdamW([p for p in made.model.parameters() if p.requires_grad], lr=0.1)
+    presence.attach(optimizer)
+    for task in TASKS:
+        own = [e for e in mixed if e.task == task]
+        prompts = [made.batcher.encode(e, "train", True) for e in own]
+        batch = made.batcher.batch(own, prompts)
+        assert set(batch["task_ids"].flatten().tolist()) == {0}
+        assert set(batch["row_tasks"].tolist()) == {TASKS.index(task)}
+        layer = next(iter(patched_layers(made.model.backbone).values()))
+        before = layer.lora_B[ONE_LORA].detach().clone()
+        made.model(**batch)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert (layer.lora_B[ONE_LORA] - before).abs().max() > 0, task
+
+
+def test_shuffling_is_a_permutation_that_moves_everyone_within_groups():
+    known = np.random.default_rng(0).random(50) < 0.7
+    donor = shuffled(known, 3)
+    assert sorted(donor) == list(range(50)) and (donor != np.arange(50)).all()
+    assert (known[donor] == known).all()
+    assert (shuffled(known, 3) == donor).all() and (shuffled(known, 4) != donor).any()
+    assert shuffled(np.array([True, False]), 0).tolist() == [0, 1]  # nobody to trade with
+
+
+def test_shuffled_users_have_vectors_of_others_and_items_their_own(base, small_run):
+    plain = assembly_of(base, small_run, "ckf").batcher.collator.lookup
+    lookup = assembly_of(base, small_run, "ckf-shuffled").batcher.collator.lookup
+    data = small_run.assembly.data
+    users = np.arange(data.n_users)
+    history = np.full((data.n_users, data.history.shape[1]), -1)
+    donors, histories = lookup.profiles(users, history)
+    ours, theirs = plain.users(users, history), lookup.users(donors, histories)
+    assert (ours - theirs).abs().amax(1).min() > 1e-3  # everyone moved
+    order = np.lexsort(ours.numpy().T), np.lexsort(theirs.numpy().T)
+    torch.testing.assert_close(ours[order[0]], theirs[order[1]])  # and nobody is lost
+    items = np.arange(data.n_items)
+    assert torch.equal(plain.items(items), lookup.items(items))
+    assert (histories >= 0).any()  # W_u too comes from the other user
+
+
+def test_shuffled_vectors_reach_the_batch_and_leave_the_text(base, small_run, mixed):
+    batches = []
+    for name in ("ckf", "ckf-shuffled"):
+        made = assembly_of(base, small_run, name)
+        prompts = [made.batcher.encode(e, "train", True) for e in mixed]
+        batches.append(made.batcher.batch(mixed, prompts))
+    plain, other = batches
+    for key in ("input_ids", "task_ids", "item_vectors", "slots", "label_tokens"):
+        assert torch.equal(plain[key], other[key])
+    assert (plain["user_vectors"] - other["user_vectors"]).abs().amax(1).min() > 1e-3
+    assert not torch.equal(plain["history_vectors"], other["history_vectors"])
+
+
+def test_a_constant_map_does_not_depend_on_the_user(base, small_run):
+    """The Jacobian of user embedding by user vector: one for all users, or one for each."""
+    for name, is_same in (("ckf-constant", True), ("ckf", False)):
+        metanet = assembly_of(base, small_run, name).model.metanet
+        with torch.no_grad():
+            for parameter in metanet.parameters():
+                parameter.add_(0.3 * torch.randn(parameter.shape))
+        history = torch.randn(2, 3, metanet.dim)
+        mask = torch.ones(2, 3, dtype=torch.bool)
+
+        def embed(users, metanet=metanet, history=history, mask=mask):
+            return metanet(users, history, mask)
+
+        jacobian = torch.autograd.functional.jacobian(embed, torch.randn(2, metanet.dim))
+        first, second = jacobian[0, :, 0], jacobian[1, :, 1]
+        assert torch.allclose(first, second, atol=1e-6) == is_same
+
+
+def test_cells_without_vectors_show_none(base, small_run, mixed):
+    made = assembly_of(base, small_run, "text")
+    assert made.model.metanet is None and not made.uses_vectors
+    assert "user_vectors" not in made.batcher.batch(
+        mixed, [made.batcher.encode(e, "train", False) for e in mixed]
+    )
+
+
+def test_single_runs_cost_together_what_the_mixed_run_costs(base):
+    cells = chosen_cells("full", base)
+    single = [c for c in cells if c.name.startswith("single-")]
+    assert [c.name for c in single] == [f"single-{t}" for t in TASKS]
+    configs = [cell_config(base, c, 0) for c in single]
+    total = sum(c.train.steps for c in configs)
+    assert abs(total - base.train.steps) <= len(TASKS) / 2  # each is rounded
+    for config in configs:
+        assert len(config.tasks) == 1 and config.lora.r == 4 and not config.lora.per_task
+
+
+def test_seeds_differ_and_nothing_else(base):
+    one, other = (cell_config(base, CELLS["ckf"], k) for k in (0, 2))
+    assert (one.seed, other.seed) == (0, 2) and differing(one, other) == []
+
+
+@pytest.mark.parametrize("schedule", ["curriculum", "joint"])
+def test_chosen_cells_are_known_and_not_twice(base, schedule):
+    config = replace(base, train=replace(base.train, schedule=schedule))
+    assert [c.name for c in chosen_cells("main", config)] == list(MAIN)
+    assert next(c.name for c in chosen_cells("ckf, main", config)) == "ckf"
+    names = [c.name for c in chosen_cells("full", config)]
+    assert len(set(names)) == len(names) and f"ckf-{schedule}" not in names
+    with pytest.raises(ValueError, match="no cell is named 'ckff'; known: main, full"):
+        chosen_cells("ckff", config)
+    for a, b, _ in COMPARISONS:
+        assert a in CELLS and (b in CELLS or b[0] == "=")
+    assert max(map(len, CELLS)) <= 20  # the width of a label in a figure
+
+
+def test_every_cell_of_the_shipped_config_is_valid():
+    config = load_config(COLLM)
+    small, seeds, cut = reduced(config, 3)
+    for one in (config, small):
+        for cell in chosen_cells("full", one):
+            cell_config(one, cell, 2)
+    assert seeds == 1 and len(cut) > 5
+    assert small.lora.lora_alpha / small.lora.r == config.lora.lora_alpha / config.lora.r
+
+
+def test_what_is_small_already_is_not_said_to_be_cut(base):
+    small, _, cut = reduced(base, 1)
+    assert small.train.steps == base.train.steps and small.train.batch_size == 10
+    assert not [line for line in cut if "steps" in line or "seed" in line]
+    assert "decoder layers 4 instead of all" in cut
+
+
+def test_limited_data_have_the_rows_asked_for_and_keep_the_rest(small_run, base):
+    data = small_run.assembly.data
+    tasks = replace(base).tasks | {"ctr": replace(base.tasks["ctr"], train=10, test=5)}
+    small = limited(data, tasks, 0)
+    assert [len(small.rows("ctr", s)) for s in ("train", "valid", "test")] == [10, 10, 5]
+    assert set(small.rows("ctr", "test")) < set(data.rows("ctr", "test"))
+    assert len(data.rows("ctr", "train")) == 80
+    assert (small.rows("topk", "test") == data.rows("topk", "test")).all()
+    assert (limited(data, tasks, 0).rows("ctr", "test") == small.rows("ctr", "test")).all()
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"lora__per_task": False, "lora__gate": "learned"}, "lora.gate is 'learned'"),
+        ({"lora__per_task": False, "lora__shared_r": 4}, "lora.shared_r is 4"),
+        ({"lora__per_task": False, "lora__ranks": {"ctr": 2}}, "lora.ranks is"),
+        ({"metanet__kind": "none", "metanet__match": "score"}, "metanet.kind is none"),
+        ({"metanet__kind": "none", "metanet__shuffle_users": True}, "metanet.kind is none"),
+        ({"metanet__match": "scores"}, "metanet.match is 'scores'.*did you mean 'score'"),
+        ({"model__name": "m", "model__layers": 0}, "model.layers is 0; expected 1 or more"),
+    ],
+)
+def test_switches_that_do_not_fit_together_are_named(small_model, changes, words):
+    with pytest.raises(ValueError, match=words):
+        small_config(small_model, **changes)
