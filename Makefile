@@ -22,7 +22,7 @@ help:
 	@echo "make test-long  those and the slow ones"
 	@echo "make gpu        build, test, sanitize and measure on this machine's GPU, without network"
 	@echo "                (PART=build|tests|sanitize|bench, OUT=folder)"
-	@echo "make bench      measure the linears on this machine's CPU"
+	@echo "make bench      measure against the peers on this machine's CPU (20 minutes), and draw"
 	@echo "make build      build the CUDA extension in place, after a change in csrc/"
 	@echo "make lint       ruff check and ruff format --check"
 	@echo "make format     let ruff fix and format"
@@ -51,7 +51,9 @@ gpu:
 	$(or $(CKF_PYTHON),$(PYTHON)) benchmarks/gpu.py $(PART) --out $(OUT)
 
 bench: $(READY)
-	$(PY) benchmarks/bench_linear.py --device cpu --out $(OUT)/cpu
+	for name in linear scaling decode step; do \
+	  $(PY) benchmarks/bench_$$name.py --device cpu --out $(OUT)/cpu || exit 1; done
+	$(PY) benchmarks/report.py --results $(OUT)/cpu
 
 build: $(READY)
 	CKF_BUILD_CUDA=1 $(PY) setup.py build_ext --inplace

@@ -1,192 +1,120 @@
-"""What does Multi-LoRA cost over the frozen linear, by each backend that can run here?
+"""What does Multi-LoRA cost over the frozen linear: by each backend of ckf, and by each peer?
 
-``python benchmarks/bench_linear.py [--device cpu|cuda] [--out FOLDER] [--quick]``
+``python benchmarks/bench_linear.py [--device cpu|cuda] [--out FOLDER] [--quick] [--fresh]
+[--sweep default|full] [--peers NAME ...]``
 
-Forward and backward, or forward alone for a few rows (decoding). All are timed in turn in one run;
-results are checked against the float64 reference first, and a backend whose check fails gives no
-figure. T tasks, rank r for the shared and every task LoRA, random
-data, B not zero. Rows: "sorted" by task, as ckf's own batches are packed, or sequences of 64 rows
-with tasks "interleaved".
+Forward + backward of single linears, of groups that share x and of all linears of a layer. The
+clock sees routing that has to be done a layer; what a step does once for all layers (masks, sorted
+order, ids) is made before. Random data, B not zero. Rows are checked against float64 first.
 """
 
-import argparse
 import sys
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-
-import torch
-import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.harness import environment, summary, time_in_turn, write_records  # noqa: E402
-from ckf.kernels import multi_lora_linear, multi_lora_reference  # noqa: E402
-from ckf.kernels.config import choose_backend  # noqa: E402
+from benchmarks.harness import arguments  # noqa: E402
+from benchmarks.measure import run_cases  # noqa: E402
+from benchmarks.problems import LAYER_8B, LAYER_135M, Case  # noqa: E402
+
+# Past the first rows: the rivals that can win, the ceiling, and ckf.
+SHORT = ["single", "dense", "grouped", "bmm", "peft-big", "ckf*"]
+OURS = ["dense", "ckf*"]
+COMPILED = ["single", "peft-big", "peft-big-compiled", "ckf*"]
+GPU_SHAPES = ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096), (576, 1536))
 
 
-@dataclass(frozen=True)
-class Shape:
-    m: int
-    k: int
-    n: int
-    tasks: int
-    rank: int
-    dropout: float = 0.0
-    rows: str = "interleaved"
-
-    @property
-    def forward_only(self) -> bool:
-        return self.m <= 256
-
-    @property
-    def floor(self) -> float:
-        """FLOPs of forward and backward over the frozen linear's, dense over all experts."""
-        ranks = self.rank * (self.tasks + 1)
-        passes = 1 if self.forward_only else 1.5  # of the update, for each of the base's
-        return 1 + passes * ranks * (self.k + self.n) / (self.k * self.n)
+def linear(m: int, k: int, n: int, **options) -> Case:
+    return Case("train", m, ((k, (n,)),), **options)
 
 
-CPU_SHAPES = [
-    Shape(2048, 576, 1536, 4, 16, rows="sorted"),
-    Shape(2048, 576, 1536, 4, 16),
-    Shape(2048, 1536, 576, 4, 16),
-    Shape(2048, 576, 576, 4, 16),
-    Shape(2048, 576, 1536, 4, 16, dropout=0.1),
-    Shape(512, 576, 1536, 4, 8),
-    Shape(2048, 576, 1536, 16, 16),
-]
-GPU_SHAPES = [
-    Shape(8192, 4096, 4096, 4, 16),
-    Shape(8192, 4096, 4096, 4, 16, dropout=0.1),
-    Shape(8192, 4096, 14336, 4, 16),
-    Shape(8192, 14336, 4096, 4, 16),
-    Shape(8192, 4096, 1024, 4, 16),
-    Shape(2048, 4096, 4096, 4, 16),
-    Shape(8192, 4096, 4096, 16, 64),
-    *(Shape(m, 4096, 4096, 4, 16) for m in (1, 4, 16, 64, 256)),
-]
+def cpu_cases() -> list:
+    """float32; shapes of a 135M model."""
+    return [
+        linear(2048, 576, 1536, mix="sorted"),
+        linear(2048, 576, 1536, mix="balanced"),
+        linear(2048, 576, 1536, mix="token"),
+        (linear(2048, 576, 1536, mix="skewed"), SHORT),
+        (linear(2048, 1536, 576), SHORT),
+        (linear(2048, 576, 576), SHORT),
+        (linear(512, 576, 1536, rank=8), SHORT),
+        (linear(2048, 576, 1536, dropout=0.1), [*SHORT, "peft-masks"]),
+        (linear(2048, 576, 1536, tasks=16), SHORT),
+        (linear(2048, 576, 1536), COMPILED),
+        Case("train", 1024, LAYER_135M),
+    ]
 
 
-class Problem:
-    """Random tensors of a shape, and the two computations timed."""
-
-    def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype) -> None:
-        generator = torch.Generator().manual_seed(0)
-
-        def normal(*size, scale=1.0):
-            return (torch.randn(*size, generator=generator) * scale).to(device, dtype)
-
-        s, experts = shape, shape.tasks + 1
-        self.shape = shape
-        self.x = normal(s.m, s.k).requires_grad_()
-        self.weight = normal(s.n, s.k, scale=s.k**-0.5)
-        self.a = [normal(s.rank, s.k, scale=s.k**-0.5).requires_grad_() for _ in range(experts)]
-        self.b = [normal(s.n, s.rank, scale=s.rank**-0.5).requires_grad_() for _ in range(experts)]
-        gates = torch.eye(s.tasks, experts).roll(1, 1)
-        gates[:, 0] = 1
-        self.gates = gates.to(device)
-        length = 64 if s.rows == "interleaved" else -(-s.m // s.tasks)
-        self.ids = (torch.arange(s.m, device=device) // length) % s.tasks
-        self.dy = normal(s.m, s.n)
-
-    def frozen(self):
-        y = F.linear(self.x, self.weight)
-        return [y] if self.shape.forward_only else torch.autograd.grad(y, [self.x], self.dy)
-
-    def multi_lora(self, backend: str):
-        if self.shape.forward_only:
-            with torch.no_grad():
-                return [multi_lora_linear(*self._arguments(torch.float32), backend=backend)]
-        y = multi_lora_linear(*self._arguments(torch.float32), backend=backend)
-        return torch.autograd.grad(y, [self.x, *self.a, *self.b], self.dy)
-
-    def backends(self) -> list[str]:
-        """The backends that can compute this shape here, "torch" first."""
-        names = []
-        for name in ("torch", "triton", "cuda"):
-            try:
-                choose_backend(name, self.x, needs_grad=not self.shape.forward_only)
-            except ValueError:
-                continue
-            names.append(name)
-        return names
-
-    def _arguments(self, gate_dtype):
-        gates = self.gates.to(gate_dtype)
-        dropout = self.shape.dropout
-        return self.x, self.weight, None, self.a, self.b, gates, self.ids, dropout, 1
-
-    def worst_error(self, backend: str) -> float:
-        """Largest relative error of the results, by norm, against float64."""
-        ours = self.multi_lora(backend)
-        wide = Problem.__new__(Problem)
-        wide.shape, wide.ids = self.shape, self.ids
-
-        def double(tensor):
-            return tensor.detach().double().requires_grad_(tensor.requires_grad)
-
-        wide.x, wide.weight, wide.dy = double(self.x), double(self.weight), double(self.dy)
-        wide.a, wide.b = [double(t) for t in self.a], [double(t) for t in self.b]
-        wide.gates = self.gates
-        y = multi_lora_reference(*wide._arguments(torch.float64))
-        exact = [y.detach()]
-        if not self.shape.forward_only:
-            exact = torch.autograd.grad(y, [wide.x, *wide.a, *wide.b], wide.dy)
-        return max(
-            ((o.double() - e).norm() / e.norm()).item() for o, e in zip(ours, exact, strict=True)
-        )
+def gpu_cases() -> list:
+    """bfloat16; float32 adapters unless the case says otherwise. bench_scaling.py has the axes."""
+    half = {"dtype": "bfloat16", "adapters": "float32"}
+    both = {"dtype": "bfloat16", "adapters": "bfloat16"}
+    cases: list = [
+        linear(8192, 4096, 4096, **half),
+        linear(8192, 4096, 4096, **both),
+        Case("train", 8192, LAYER_8B, **half),
+        (Case("train", 8192, LAYER_8B, **both), SHORT),
+        (Case("train", 8192, LAYER_8B[:1], **half), SHORT),
+        (linear(8192, 4096, 4096, **half), COMPILED),
+        (linear(8192, 4096, 4096, **both), COMPILED),
+    ]
+    cases += [(linear(8192, k, n, **half), SHORT) for k, n in GPU_SHAPES[1:]]
+    cases += [
+        (linear(8192, 4096, 4096, dropout=0.1, **half), [*SHORT, "peft-masks"]),
+        (linear(2048, 4096, 4096, **half), SHORT),
+        (linear(8192, 4096, 4096, tasks=16, rank=64, **half), SHORT),
+        (linear(8192, 4096, 14336, tasks=16, rank=64, **half), SHORT),
+        (linear(2048, 4096, 4096, dropout=0.1, **half), OURS),
+    ]
+    cases += [(linear(2048, k, n, **half), OURS) for k, n in GPU_SHAPES[1:]]
+    forward = [replace(linear(m, 4096, 4096, **half), step="forward") for m in (2048, 8192)]
+    return cases + [(case, [*OURS, "vllm", "sglang"]) for case in forward]
 
 
-def measure(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[list[dict], bool]:
-    """A row for each backend of a shape, printed as well, and whether a check failed."""
-    problem, failed = Problem(shape, device, dtype), False
-    calls, errors = {"frozen": problem.frozen}, {}
-    for backend in problem.backends():
-        errors[backend] = problem.worst_error(backend)
-        if errors[backend] < (1e-5 if dtype == torch.float32 else 2e-2):
-            calls[backend] = partial(problem.multi_lora, backend)
-        else:
-            print(f"{shape}: {backend} is off by {errors[backend]:.2e}; no figure")
-            failed = True
-    seconds = time_in_turn(calls, 21, device)
-    frozen, rows, s = summary(seconds["frozen"]), [], shape
-    for backend in list(calls)[1:]:
-        ours = summary(seconds[backend])
-        ratio = ours["median_ms"] / frozen["median_ms"]
-        size = (
-            f"{s.m:5d} {s.k:5d} {s.n:5d} {s.tasks:3d} {s.rank:3d}  {s.dropout:4.2f}  {s.rows:>11s}"
-        )
-        both = f"{frozen['median_ms']:10.3f}  {ours['median_ms']:13.3f}"
-        print(f"{size}  {backend:>7s}  {both}  {ratio:5.3f}  {s.floor:8.3f}")
-        row = {**s.__dict__, "dtype": str(dtype), "backend": backend, "error": errors[backend]}
-        row |= {"ratio": round(ratio, 4), **{f"frozen_{k}": v for k, v in frozen.items()}}
-        rows.append(row | {f"multi_lora_{k}": v for k, v in ours.items()})
-    return rows, failed
+def full_cases(device: str) -> list:
+    """Every T, mix, rank, m and shape of the rule book against the first case, one at a time."""
+    gpu = device == "cuda"
+    options = {"dtype": "bfloat16"} if gpu else {}
+    shapes = GPU_SHAPES if gpu else ((576, 1536), (1536, 576), (576, 576))
+    rows = (1, 4, 16, 64, 256, 2048, 8192, 32768) if gpu else (1, 16, 256, 2048, 8192)
+    cases: list = cpu_cases() if not gpu else gpu_cases()
+    for adapters in ("float32", "bfloat16") if gpu else ("float32",):
+        kind = options | {"adapters": adapters}
+        for k, n in shapes:
+            m = 8192 if gpu else 2048
+            for tasks in (1, 2, 4, 8, 16, 32):
+                cases += [linear(m, k, n, tasks=tasks, **kind)]
+            for rank in (8, 32, 64):
+                cases += [linear(m, k, n, rank=rank, **kind)]
+            for mix in ("sorted", "skewed", "token"):
+                cases += [linear(m, k, n, mix=mix, **kind)]
+            cases += [linear(m, k, n, dropout=0.1, **kind)]
+            cases += [linear(m, k, n, **kind) for m in rows if m >= 16]
+    return cases
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--out", type=Path, help="folder for bench_linear.csv and .json")
-    parser.add_argument("--quick", action="store_true", help="the first shape only")
-    options = parser.parse_args()
-    device = torch.device(options.device)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    shapes = CPU_SHAPES if device.type == "cpu" else GPU_SHAPES
-    about, rows, failed = environment(device), [], False
-    print(f"{about['device']}, {about['threads']} threads, torch {about['torch']}, {dtype}")
-    print(
-        "    m     k     n   T   r  drop         rows  backend   frozen ms  multi-lora ms  ratio"
-        "  by FLOPs"
-    )
-    for shape in shapes[:1] if options.quick else shapes:
-        new, wrong = measure(shape, device, dtype)
-        rows, failed = rows + new, failed or wrong
-        if options.out and rows:
-            write_records(rows, about, options.out, "bench_linear")
-    return 1 if failed else 0
+def quick_cases(device: str) -> list:
+    if device == "cuda":
+        half = {"dtype": "bfloat16"}
+        first = [linear(2048, 4096, 4096, **half), (linear(8192, 4096, 4096, **half), SHORT)]
+        return [*first, (Case("train", 8192, LAYER_8B, **half), OURS)]
+    return [linear(256, 64, 96), (Case("train", 64, ((64, (64, 32)),)), OURS)]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = arguments(__doc__, "one or two small cases")
+    parser.add_argument("--sweep", default="default", choices=("default", "full"))
+    parser.add_argument("--peers", nargs="+", metavar="NAME", help="only these; NAME* for all such")
+    options = parser.parse_args(argv)
+    if options.quick:
+        cases = quick_cases(options.device)
+    elif options.sweep == "full":
+        cases = full_cases(options.device)
+    else:
+        cases = gpu_cases() if options.device == "cuda" else cpu_cases()
+    return run_cases("bench_linear", cases, options)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,114 @@
+"""From measured linears to the table by which ``backend="auto"`` chooses on a GPU.
+
+``python benchmarks/make_table.py --results benchmarks/results/h200 [--out FILE]``
+
+Reads bench_linear.json, and bench_scaling.json and bench_decode.json where they are; writes
+ckf/kernels/tables/<gpu>.json. Only single linears count, rows of one task next to each other where
+it matters. Of several measurements of one shape the first is taken: linear, scaling, decode.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.records import load_record, rows_of  # noqa: E402
+
+SOURCES = ("bench_linear", "bench_scaling", "bench_decode")
+KEY = ("pass", "m", "k", "n", "rank", "tasks", "dropout")
+
+
+def slug(name: str) -> str:
+    """NVIDIA H200 -> h200."""
+    words = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return words.removeprefix("nvidia-")
+
+
+def table_rows(records: list[dict]) -> list[dict]:
+    """One row a shape: milliseconds of each backend, the best Triton plan and its name.
+
+    Float32 adapters, the default, go before bfloat16 ones; the balanced mix before others.
+    """
+    found: dict[tuple, dict] = {}
+    for record in records:
+        cases: dict[str, list[dict]] = {}
+        for row in rows_of(record):
+            if row["k"] is not None and row["dtype"] == "bfloat16":
+                case = json.dumps([row[c] for c in (*KEY, "mix", "adapters", "providers")])
+                cases.setdefault(case, []).append(row)
+        order = sorted(
+            cases.values(),
+            key=lambda rows: (rows[0]["adapters"] != "float32", rows[0]["mix"] != "balanced"),
+        )
+        for rows in order:
+            made = _table_row(rows)
+            if made is not None:
+                found.setdefault(tuple(made[name] for name in KEY), made)
+    return sorted(found.values(), key=lambda row: tuple(row[name] for name in KEY))
+
+
+def _table_row(rows: list[dict]) -> dict | None:
+    """None where ckf's backends were not measured."""
+    ms = {row["provider"]: row["ms"] for row in rows}
+    if "ckf-torch" not in ms:
+        return None
+    plans = {name: t for name, t in ms.items() if name.split(":")[0] == "ckf-triton"}
+    best = min(plans, key=plans.__getitem__, default=None)
+    case = rows[0]
+    return {
+        "pass": case["pass"],
+        "m": case["m"],
+        "k": case["k"],
+        "n": case["n"],
+        "rank": case["R"],
+        "tasks": case["tasks"],
+        "dropout": case["dropout"] > 0,
+        "torch": ms["ckf-torch"],
+        "triton": None if best is None else plans[best],
+        "cuda": ms.get("ckf-cuda"),
+        "triton_plan": best.partition(":")[2] if best else "",
+    }
+
+
+def make_table(records: list[dict]) -> dict:
+    """The table of the GPU that the first record names."""
+    about = records[0]["environment"]
+    devices = {record["environment"]["device"] for record in records}
+    if len(devices) > 1:
+        raise ValueError(f"records of {', '.join(sorted(devices))}; expected one GPU")
+    rows = table_rows(records)
+    if not rows:
+        raise ValueError(
+            f"no bfloat16 linear of ckf in the records of {about['device']}; run "
+            "python benchmarks/bench_linear.py --device cuda --out FOLDER"
+        )
+    source = {name: about[name] for name in ("commit", "time", "torch", "triton")}
+    return {"gpu": about["device"], "record": source, "rows": rows}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--results", type=Path, required=True, help="folder of the records")
+    parser.add_argument("--out", type=Path, help="default: ckf/kernels/tables/<gpu>.json")
+    options = parser.parse_args(argv)
+    paths = [options.results / f"{name}.json" for name in SOURCES]
+    try:
+        table = make_table([load_record(p) for p in paths if p.exists() or p is paths[0]])
+    except (OSError, ValueError) as error:
+        print(f"no table: {error}", file=sys.stderr)
+        return 1
+    out = options.out or ROOT / "ckf" / "kernels" / "tables" / f"{slug(table['gpu'])}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join("  " + json.dumps(row) for row in table["rows"])
+    head = json.dumps({"gpu": table["gpu"], "record": table["record"]}, indent=1)[:-2]
+    out.write_text(f'{head},\n "rows": [\n{lines}\n ]\n}}\n', encoding="utf-8")
+    print(f"{len(table['rows'])} shapes in {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

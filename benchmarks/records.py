@@ -1,0 +1,101 @@
+"""Records on disk: JSON with the environment, CSV with the rows; an interrupted run goes on."""
+
+import csv
+import json
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+FORMAT = 2
+
+
+class Record:
+    """The rows of one benchmark, written after every case.
+
+    A case that is finished in the file is kept where settings, commit and sources are the same;
+    else the file is written anew.
+
+    Args:
+        name: of the files, ``<out>/<name>.json`` and ``.csv``.
+        out: folder, or None to keep nothing on disk.
+        about: ``harness.environment``.
+        settings: what else must agree for a row to be kept.
+        fresh: keep nothing of an earlier run.
+    """
+
+    def __init__(
+        self, name: str, out: Path | None, about: dict, settings: dict, fresh: bool = False
+    ) -> None:
+        self.name, self.out = name, out
+        self.about, self.settings = about, settings
+        self.cases: list[dict] = []  # {"case", "rows", "skipped"}
+        self.resumed = 0
+        if out is not None and not fresh:
+            self.cases = self._earlier()
+            self.resumed = len(self.cases)
+
+    @property
+    def rows(self) -> list[dict]:
+        return [case["case"] | row for case in self.cases for row in case["rows"]]
+
+    def done(self, case: dict) -> bool:
+        """Whether the rows of a case are there already."""
+        return any(known["case"] == case for known in self.cases)
+
+    def add(self, case: dict, rows: list[dict], skipped: dict[str, str] | None = None) -> None:
+        """The rows of a case, a row a provider; ``skipped``: provider to reason."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        self.cases.append({"case": case, "time": now, "skipped": skipped or {}, "rows": rows})
+        self.write()
+
+    def write(self) -> None:
+        if self.out is None:
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        record = {
+            "format": FORMAT,
+            "environment": self.about,
+            "settings": self.settings,
+            "cases": self.cases,
+        }
+        _replace(self.out / f"{self.name}.json", json.dumps(record, indent=1) + "\n")
+        _write_csv(self.out / f"{self.name}.csv", self.rows)
+
+    def _earlier(self) -> list[dict]:
+        try:
+            record = load_record(self.out / f"{self.name}.json")
+        except (OSError, ValueError):
+            return []
+        keys = ("commit", "sources", "device", "threads", "torch")
+        same = all(record["environment"].get(k) == self.about.get(k) for k in keys)
+        return record["cases"] if same and record["settings"] == self.settings else []
+
+
+def load_record(path: Path) -> dict:
+    """A record as written; ValueError for a file of another format."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        found = record.get("format") if isinstance(record, dict) else None
+        raise ValueError(f"{path} has format {found}; expected {FORMAT}; measure again")
+    return record
+
+
+def rows_of(record: dict) -> list[dict]:
+    """A dict a provider and case: the case's columns, then the provider's."""
+    return [case["case"] | row for case in record["cases"] for row in case["rows"]]
+
+
+def _write_csv(path: Path, rows: list[dict]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, path)
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,113 @@
+"""Timing, the gate, saved bytes, records that go on."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks.harness import figures, gate, spread, time_in_turn
+from benchmarks.memory import peak_bytes, saved_bytes
+from benchmarks.records import Record, load_record, rows_of
+
+ABOUT = {"commit": "a", "sources": "b", "device": "c", "threads": 1, "torch": "d"}
+
+
+def tensors(seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(5, 7, generator=generator, dtype=torch.float64) for _ in range(3)]
+
+
+def test_gate_passes_rounding():
+    exact = tensors()
+    plain = [t.float() for t in exact]
+    verdict = gate(plain, exact, plain, torch.finfo(torch.float32).eps)
+    assert verdict.failure is None
+    assert 0 < verdict.error < 1e-7
+
+
+@pytest.mark.parametrize("fault", ["value", "nan", "shape", "count", "zero"])
+def test_gate_refuses_a_wrong_result(fault):
+    exact = tensors()
+    if fault == "zero":
+        exact[1] = torch.zeros_like(exact[1])
+    wrong = [t.clone() for t in exact]
+    if fault == "value":
+        wrong[2][0, 0] += 0.01
+    elif fault == "nan":
+        wrong[0][3, 3] = float("nan")
+    elif fault == "shape":
+        wrong[1] = wrong[1].t()
+    elif fault == "zero":
+        wrong[1][0, 0] = 1e-3
+    else:
+        wrong.pop()
+    assert gate(wrong, exact, exact, 1e-7).failure is not None
+
+
+def test_every_round_times_every_provider_in_turn():
+    order = []
+    calls = {name: [lambda name=name: order.append(name)] for name in "ab"}
+    timings = time_in_turn(calls, "cpu", rounds=4, seconds=60)
+    assert {len(t.ms) for t in timings.values()} == {4}
+    runs = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
+    assert runs[-8:] == list("abababab")
+
+
+def test_spread_and_ratio_are_of_the_same_round():
+    from benchmarks.harness import Timing
+
+    own, base = Timing([2.0, 40.0, 6.0], "wall"), Timing([1.0, 20.0, 3.0], "wall")
+    row = figures(own, base)
+    assert row["ratio"] == row["ratio_q1"] == row["ratio_q3"] == 2.0
+    assert row["ms"] == 6.0
+    assert spread([3.0], "x") == {"x": 3.0, "x_q1": 3.0, "x_q3": 3.0}
+
+
+def test_saved_bytes_counts_each_storage_once_without_parameters():
+    x = torch.randn(8, 4, requires_grad=True)
+    weight = torch.randn(6, 4)
+
+    def linear_and_square():
+        y = F.linear(x, weight)  # saves the weight for dx alone
+        return (y * y).sum() + (x * x).sum()  # y twice in one storage, x twice
+
+    assert saved_bytes(linear_and_square, [weight]) == 4 * (8 * 6 + 8 * 4)
+    assert saved_bytes(linear_and_square) == 4 * (8 * 6 + 8 * 4 + 6 * 4)
+
+
+def test_peak_bytes_sees_a_large_tensor():
+    size = 64 * 2**20
+    peak = peak_bytes(lambda: torch.ones(size // 4).sum(), torch.device("cpu"))
+    if peak is None:
+        pytest.skip("the high-water mark of this system cannot be set back")
+    assert 0.9 * size < peak < 2 * size
+
+
+def test_a_record_keeps_finished_cases(tmp_path):
+    first = Record("x", tmp_path, ABOUT, {"rounds": 3})
+    first.add({"m": 1}, [{"provider": "a", "ms": 1.0}], {"b": "not here"})
+    again = Record("x", tmp_path, ABOUT, {"rounds": 3})
+    assert again.resumed == 1
+    assert again.done({"m": 1}) and not again.done({"m": 2})
+    again.add({"m": 2}, [{"provider": "a", "ms": 2.0, "note": "more"}])
+    record = load_record(tmp_path / "x.json")
+    assert [(r["m"], r["ms"]) for r in rows_of(record)] == [(1, 1.0), (2, 2.0)]
+    assert record["cases"][0]["skipped"] == {"b": "not here"}
+    assert (tmp_path / "x.csv").read_text().splitlines()[0] == "m,provider,ms,note"
+
+
+@pytest.mark.parametrize("changed", ["commit", "sources", "settings", "fresh", "broken"])
+def test_a_record_of_other_code_or_settings_is_not_kept(tmp_path, changed):
+    Record("x", tmp_path, ABOUT, {"rounds": 3}).add({"m": 1}, [{"ms": 1.0}])
+    about = ABOUT | ({changed: "other"} if changed in ABOUT else {})
+    if changed == "broken":
+        (tmp_path / "x.json").write_text('{"cases": [')
+    settings = {"rounds": 5 if changed == "settings" else 3}
+    assert Record("x", tmp_path, about, settings, changed == "fresh").resumed == 0
+
+
+def test_a_record_of_another_format_is_refused(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps({"environment": {}, "rows": []}))
+    with pytest.raises(ValueError, match="measure again"):
+        load_record(tmp_path / "x.json")

@@ -1,0 +1,121 @@
+"""Tables, plots and the report from invented records; the scripts themselves at tiny size."""
+
+import json
+
+import pytest
+
+from benchmarks import (
+    bench_decode,
+    bench_linear,
+    bench_scaling,
+    bench_step,
+    make_table,
+    plots,
+    report,
+)
+from benchmarks.records import load_record, rows_of
+from tests.benchmarks.synthetic import write_all
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("h200")
+    write_all(folder)
+    return folder
+
+
+def test_the_table_has_every_backend_and_the_best_plan(results, tmp_path):
+    out = tmp_path / "table.json"
+    assert make_table.main(["--results", str(results), "--out", str(out)]) == 0
+    table = json.loads(out.read_text())
+    assert table["gpu"] == "NVIDIA H200" and table["record"]["torch"] == "2.11.0"
+    row = next(r for r in table["rows"] if r["pass"] == "train" and r["tasks"] == 4)
+    assert set(row) == {
+        *("pass", "m", "k", "n", "rank", "tasks", "dropout"),
+        *("torch", "triton", "cuda", "triton_plan"),
+    }
+    assert row["triton_plan"] == "fused" and row["triton"] < row["torch"]
+    assert row["cuda"] is None and row["dropout"] is False
+    assert all(r["rank"] % (r["tasks"] + 1) == 0 for r in table["rows"])
+    keys = [tuple(r[name] for name in make_table.KEY) for r in table["rows"]]
+    assert len(keys) == len(set(keys))
+    assert {r["pass"] for r in table["rows"]} == {"forward", "train"}
+
+
+def test_no_table_from_a_cpu(results, tmp_path, capsys):
+    record = json.loads((results / "bench_linear.json").read_text())
+    for case in record["cases"]:
+        case["case"]["dtype"] = "float32"
+    (tmp_path / "bench_linear.json").write_text(json.dumps(record))
+    assert make_table.main(["--results", str(tmp_path)]) == 1
+    assert "--device cuda" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "slug"), [("NVIDIA H200", "h200"), ("NVIDIA A100-SXM4-80GB", "a100-sxm4-80gb")]
+)
+def test_slug(name, slug):
+    assert make_table.slug(name) == slug
+
+
+def test_every_picture_is_drawn(results):
+    made = plots.draw_all(results)
+    assert {path.stem for path in made} == set(plots.PICTURES) == set(report.CAPTIONS)
+    for path in made:
+        assert path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size > 5000
+
+
+def test_no_pictures_without_records(tmp_path, capsys):
+    assert plots.main(["--results", str(tmp_path)]) == 1
+    assert "no records" in capsys.readouterr().err
+
+
+def test_the_report_fills_its_block_alone(results, tmp_path):
+    readme = tmp_path / "README.md"
+    name = results.name
+    readme.write_text(f"before\n<!-- begin {name} -->\nold\n<!-- end {name} -->\nafter\n")
+    assert report.main(["--results", str(results), "--readme", str(readme)]) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n")
+    assert "old" not in text and text.count("### NVIDIA H200") == 1
+    assert "4096-4096" in text and "scaling.png" in text and "| 8B |" in text
+
+
+def test_the_report_adds_a_block_and_names_what_is_missing(tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text("page\n")
+    for text in ("old", "new"):
+        report.rewrite(readme, "h200", text)
+    assert readme.read_text() == "page\n\n<!-- begin h200 -->\nnew\n<!-- end h200 -->\n"
+    assert report.main(["--results", str(tmp_path), "--readme", str(readme)]) == 1
+    assert "run the benchmarks" in capsys.readouterr().err
+
+
+def test_losses_lists_the_cases_that_a_peer_wins(results):
+    record = load_record(results / "bench_scaling.json")
+    assert report.losses(record) == [f"None of {len(record['cases'])} cases."]
+    row = next(r for r in record["cases"][0]["rows"] if r["provider"] == "dense")
+    row["ms"] /= 2
+    assert "dense" in report.losses(record)[2]
+
+
+@pytest.mark.parametrize("script", [bench_linear, bench_scaling, bench_decode])
+def test_a_quick_run_writes_its_record_and_is_not_done_twice(script, tmp_path, capsys):
+    arguments = ["--quick", "--out", str(tmp_path)]
+    assert script.main(arguments) == 0
+    name = script.__name__.rpartition(".")[2]
+    record = load_record(tmp_path / f"{name}.json")
+    assert {"frozen", "ckf"} <= {row["provider"] for row in rows_of(record)}
+    before = (tmp_path / f"{name}.json").read_bytes()
+    assert script.main(arguments) == 0
+    assert (tmp_path / f"{name}.json").read_bytes() == before
+    assert "are kept" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_quick_training_step(tmp_path):
+    assert bench_step.main(["--quick", "--out", str(tmp_path)]) == 0
+    rows = rows_of(load_record(tmp_path / "bench_step.json"))
+    found = {(row["provider"], row["layout"]) for row in rows}
+    assert {("ckf", "labels"), ("peft-loop", "padded"), ("frozen", "packed")} <= found
+    assert all(row["tokens_per_s"] > 0 for row in rows)

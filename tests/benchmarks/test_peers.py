@@ -1,0 +1,125 @@
+"""Every provider computes the case exactly, and a wrong one gets no figure."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import measure as measuring
+from benchmarks.measure import measure
+from benchmarks.models import (
+    LAYOUTS,
+    SHAPES,
+    make_base,
+    make_batch,
+    make_rows,
+    sharing_copy,
+)
+from benchmarks.peers import providers_for
+from benchmarks.peers.base import check, references
+from benchmarks.peers.dense import Dense
+from benchmarks.problems import Case, least_work, make_problem, task_ids
+
+CPU = torch.device("cpu")
+SMALL = Case("train", 96, ((32, (48,)),), tasks=3, rank=8)
+CASES = {
+    "balanced": SMALL,
+    "token": replace(SMALL, mix="token"),
+    "skewed": replace(SMALL, mix="skewed"),
+    "sorted": replace(SMALL, mix="sorted"),
+    "layer": replace(SMALL, groups=((32, (48, 16)), (48, (32,)))),
+    "forward": replace(SMALL, step="forward", m=5, mix="token"),
+    "bfloat16": replace(SMALL, dtype="bfloat16"),
+    "bfloat16 adapters": replace(SMALL, dtype="bfloat16", adapters="bfloat16"),
+    "more tasks than rows": replace(SMALL, m=4, tasks=7, mix="token"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_provider_passes_the_gate(name):
+    case = CASES[name]
+    problem = make_problem(case, CPU)
+    classes, _ = providers_for(case, CPU)
+    assert {"frozen", "dense", "peft-big", "ckf"} <= set(classes)
+    for provider_name, kind in classes.items():
+        provider = kind(problem)
+        verdict = check(provider, *references(provider.problem, 0.0))
+        assert verdict.failure is None, (provider_name, verdict)
+
+
+def test_dropout_is_drawn_by_those_who_have_it():
+    case = replace(SMALL, dropout=0.3)
+    problem = make_problem(case, CPU)
+    exact, plain = references(problem, 0.3)
+    without, _ = references(problem, 0.0)
+    assert (exact[0] - without[0]).norm() > 0.01 * exact[0].norm()
+    classes, skipped = providers_for(case, CPU)
+    assert "dropout" in skipped["grouped"]
+    for name, kind in classes.items():
+        if kind.draws_like_reference:
+            assert check(kind(problem), exact, plain).failure is None, name
+        elif name not in ("frozen", "single"):
+            assert check(kind(problem), exact, plain).failure is not None, name
+
+
+def test_a_wrong_provider_gets_no_figure(monkeypatch):
+    class Wrong(Dense):
+        name = "wrong"
+
+        def __init__(self, problem):
+            super().__init__(problem)
+            self.gate = self.gate.roll(1, 0)  # each row takes its neighbour's route
+
+    class Broken(Dense):
+        name = "broken"
+
+        def __init__(self, problem):
+            raise RuntimeError("does not load here")
+
+    case = replace(SMALL, mix="token")
+    real = providers_for
+
+    def with_wrong(case, device, names=None):
+        classes, skipped = real(case, device, ["dense"])
+        return classes | {"wrong": Wrong, "broken": Broken}, skipped
+
+    monkeypatch.setattr(measuring, "providers_for", with_wrong)
+    rows, _, failures = measure(case, CPU, None, rounds=2, seconds=0.1)
+    assert {row["provider"] for row in rows} == {"frozen", "dense"}
+    assert "off by" in failures["wrong"] and "does not load" in failures["broken"]
+
+
+@pytest.mark.parametrize("mix", ["sorted", "balanced", "skewed", "token"])
+@pytest.mark.parametrize(("m", "tasks"), [(2048, 4), (64, 64), (1000, 3), (8192, 256)])
+def test_every_task_has_rows(mix, m, tasks):
+    ids = task_ids(m, tasks, mix)
+    counts = torch.bincount(ids, minlength=tasks)
+    assert ids.shape == (m,) and counts.shape == (tasks,)
+    assert counts.min() > 0
+
+
+def test_the_floor_counts_each_row_s_two_loras():
+    case = Case("train", 10, ((4, (6,)),), tasks=5, rank=2)
+    base, ours = least_work(case, False), least_work(case, True)
+    assert sum(base.flops) == 2 * 2 * 10 * 4 * 6
+    assert sum(ours.flops) - sum(base.flops) == 3 * 2 * 10 * 4 * (4 + 6)
+
+
+def test_providers_of_models_share_the_frozen_weights():
+    base = make_base(SHAPES["tiny"], CPU, torch.float32)
+    copy = sharing_copy(base)
+    pairs = zip(base.parameters(), copy.parameters(), strict=True)
+    assert all(a is b for a, b in pairs)
+    assert copy.model.layers[0] is not base.model.layers[0]
+
+
+def test_layouts_hold_the_same_tokens_and_labels():
+    rows = make_rows(3, 7, 20, 256)
+    batches = {layout: make_batch(rows, layout, 1) for layout in LAYOUTS}
+    padded, packed, labels = (batches[layout] for layout in LAYOUTS)
+    kept = padded.attention_mask.bool()
+    assert torch.equal(padded.input_ids[kept], packed.input_ids[0])
+    assert torch.equal(padded.labels[kept], packed.labels[0])
+    assert torch.equal(packed.input_ids[0, labels.positions + 1], labels.targets)
+    assert padded.task_ids.tolist() == [row.task for row in rows]
+    assert (packed.position_ids == 0).sum() == len(rows)
