@@ -25,6 +25,10 @@ class ExpertParameters(nn.Module):
     def __getitem__(self, name: str) -> nn.Parameter:
         return self._parameters[name]
 
+    def values(self) -> list[nn.Parameter]:
+        """All of them, in the order of the experts."""
+        return list(self._parameters.values())
+
     def train(self, mode: bool = True) -> "ExpertParameters":
         """As nn.Module's, for containers whose adapter may itself be called "training"."""
         self.__dict__["training"] = mode
@@ -192,13 +196,16 @@ class MultiLoRALinear(nn.Module):
             alone = not route.may_hold
         else:
             alone = x.is_inference()
-        if alone or any(layer.training != self.training for layer in self._siblings):
+        if alone or not self._siblings:
             return [self]
-        return [self, *self._siblings]
+        mixed = any(layer.training != self.training for layer in self._siblings)
+        return [self] if mixed else [self, *self._siblings]
 
     def _run(self, inputs: Tensor, layers, bases, route: Route, x: Tensor) -> tuple[Tensor, ...]:
         """The layers' outputs; ``x`` is the tensor as it came, whose identity seeds the dropout."""
-        device = self.lora_A[self.experts[0]].device
+        a = [layer._modules["lora_A"].values() for layer in layers]
+        b = [layer._modules["lora_B"].values() for layer in layers]
+        device = a[0][0].device
         if device != x.device:
             raise ValueError(
                 f"a patched layer's adapters are on {device} and its input on {x.device}; move the "
@@ -206,17 +213,17 @@ class MultiLoRALinear(nn.Module):
                 'dispatch_model(..., preload_module_classes=["MultiLoRALinear"]))'
             )
         dropout = self.dropout if self.training else 0.0
-        if self._constant.device != x.device and not torch.compiler.is_compiling():
+        if self._constant.device != device and not torch.compiler.is_compiling():
             for layer in layers:
-                layer._prepare(x.device)
+                layer._prepare(device)
         slots, width = self._slots[len(layers)]
         return run_group(
             inputs,
             [weight for weight, _ in bases],
             [bias for _, bias in bases],
-            [[layer.lora_A[e] for e in layer.experts] for layer in layers],
-            [[layer.lora_B[e] for e in layer.experts] for layer in layers],
-            [layer.gates(x.device) for layer in layers],
+            a,
+            b,
+            [layer.gates(device) for layer in layers],
             route.ids_for(x),
             dropout,
             route.seed_for(x, self._leader) if dropout > 0 else 0,
@@ -246,20 +253,25 @@ class MultiLoRALinear(nn.Module):
 
     def fuses(self) -> bool:
         """Whether the base is a plain linear: not quantized, sharded by tensors, or hooked."""
-        base = self.base_layer
-        hooked = base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__
-        plain = type(base) is nn.Linear or type(base) is Conv1D
-        return plain and not hooked and not hasattr(base.weight, "__tensor_flatten__")
+        base = self._modules["base_layer"]  # nn.Module's own lookup takes longer than the rest
+        if type(base) is not nn.Linear and type(base) is not Conv1D:
+            return False
+        if base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__:
+            return False
+        weight = base._parameters["weight"]
+        return type(weight) is nn.Parameter or not hasattr(weight, "__tensor_flatten__")
 
     def _fused_base(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Weight (n, k) and bias where the base may be computed with the update, else None."""
-        base = self.base_layer
-        if not self.fuses() or base.weight.device != x.device:
+        if not self.fuses():
             return None, None
-        if x.dtype != base.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        base = self._modules["base_layer"]
+        weight, bias = base._parameters["weight"], base._parameters["bias"]
+        if weight.device != x.device:
             return None, None
-        weight = base.weight if type(base) is nn.Linear else base.weight.t()
-        return weight, base.bias
+        if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            return None, None
+        return weight if type(base) is nn.Linear else weight.t(), bias
 
     def _replicate_for_data_parallel(self):
         raise ValueError(

@@ -38,13 +38,22 @@ class Route:
         self.seed = seed
         self._last_input: tuple[weakref.ref, int, int] | None = None
         self._ready: dict[int, tuple[weakref.ref, int, Tensor]] = {}
+        self._views: dict[tuple[torch.Size, torch.device], Tensor] = {}
         self.may_hold = True  # outputs of siblings, while torch.compile traces
         self._traced: dict[int, tuple[Tensor, Tensor]] = {}
 
     def ids_for(self, x: Tensor) -> Tensor:
         """Ids of x's leading shape; x may be (batch, seq, k), flattened, or one vector a row."""
+        if torch.compiler.is_compiling():
+            return self._fitted(x)
+        key = (x.shape[:-1], x.device)  # layers may lie on several devices
+        if key not in self._views:
+            self._views[key] = self._fitted(x)
+        return self._views[key]
+
+    def _fitted(self, x: Tensor) -> Tensor:
         count = x.shape[:-1].numel()
-        ids = self.ids.to(x.device, non_blocking=True)  # layers may lie on several devices
+        ids = self.ids.to(x.device, non_blocking=True)
         if count == ids.numel():
             return ids.view(x.shape[:-1])
         if count * self.tokens_per_row == ids.numel():

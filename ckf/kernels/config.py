@@ -2,6 +2,9 @@
 
 import importlib.util
 import os
+import sys
+from dataclasses import astuple, replace
+from functools import lru_cache
 
 import torch
 
@@ -10,6 +13,10 @@ from ckf.kernels.dispatch import Call, Choice, load_table, measured_choice
 from ckf.kernels.launch import PLANS
 
 BACKENDS = ("auto", "torch", "triton", "cuda")
+_ASKED = {name: (name, "") for name in BACKENDS}
+_ASKED |= {f"triton:{plan}": ("triton", plan) for plan in PLANS}
+_GPU = "cuda"
+_ON_A_CPU = Choice("torch", "the other backends need a GPU")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -65,30 +72,45 @@ def choose_backend(backend: str, x: torch.Tensor, call: Call) -> Choice:
 
 def _split(backend: str) -> tuple[str, str]:
     """The name and the plan asked for, if any."""
-    name, _, plan = backend.partition(":") if isinstance(backend, str) else ("", "", "")
-    known = name in BACKENDS and (name == backend or (name == "triton" and plan in PLANS))
-    if not known:
-        plans = ", ".join(f"triton:{plan}" for plan in PLANS)
-        raise ValueError(
-            f"backend is {backend!r}; expected one of {', '.join(BACKENDS)} (or {plans})"
-        )
-    return name, plan
+    if backend not in _ASKED:
+        raise ValueError(f"backend is {backend!r}; expected one of {', '.join(_ASKED)}")
+    return _ASKED[backend]
 
 
 def _automatic(x: torch.Tensor, call: Call) -> Choice:
-    if x.device.type != "cuda":
-        return Choice("torch", "the other backends need a GPU")
-    device = torch.cuda.get_device_name(x.device)
-    if load_table(device) is not None and torch.compiler.is_compiling():
+    if x.device.type != _GPU:
+        return _ON_A_CPU
+    if torch.compiler.is_compiling():
         call = _bucketed(call)
-    usable = tuple(b for b in BACKENDS[1:] if _refusal(b, x, call) is None)
-    return measured_choice(device, call, usable)
+    return Choice(*_measured(x.device.index, x.dtype in _FLOATS, *astuple(call)))
+
+
+@torch.compiler.assume_constant_result  # neither device names nor tables can be traced
+def _measured(index: int, floats: bool, *call) -> tuple[str, str, str]:
+    """The fields of the choice for a call on a GPU."""
+    return _measured_once(index, floats, Call(*call))
+
+
+def _device_name(index: int | None) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+@lru_cache(maxsize=4096)
+def _measured_once(index: int, floats: bool, call: Call) -> tuple[str, str, str]:
+    usable = ["torch"]
+    if floats and _triton_usable()[0]:
+        usable.append("triton")
+    if floats and _outside_cuda(call) is None and _cuda_usable()[0]:
+        usable.append("cuda")
+    return astuple(measured_choice(_device_name(index), call, tuple(usable)))
 
 
 def _bucketed(call: Call) -> Call:
     """With m rounded up to a power of four: a traced m would make a graph for every length."""
-    bucket = next((4**i for i in range(12) if call.m <= 4**i), 4**12)
-    return Call(bucket, call.k, call.n, call.rank, call.train, call.dropout)
+    bucket = 1
+    while bucket < 4**12 and call.m > bucket:
+        bucket *= 4
+    return replace(call, m=bucket)
 
 
 def _refusal(backend: str, x: torch.Tensor, call: Call) -> str | None:
@@ -102,8 +124,14 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@torch.compiler.assume_constant_result
+def _cuda_usable() -> tuple[bool, str]:
+    return cuda.available()
+
+
+@torch.compiler.assume_constant_result
 def _triton_usable() -> tuple[bool, str]:
-    if importlib.util.find_spec("triton") is None:
+    if "triton" not in sys.modules and importlib.util.find_spec("triton") is None:
         return False, "triton is not installed; pip install triton, or use 'torch' or 'auto'"
     if _interpreting():
         return True, "Triton's interpreter (TRITON_INTERPRET=1), for tests: slow"
@@ -126,13 +154,21 @@ def _why_not_triton(x: torch.Tensor) -> str | None:
 def _why_not_cuda(x: torch.Tensor, call: Call) -> str | None:
     if x.device.type != "cuda":
         return f"the input is on {x.device.type}; the CUDA kernel needs a GPU tensor"
+    outside = _outside_cuda(call)
+    if outside is not None:
+        return outside
+    if x.dtype not in _FLOATS:
+        return f"dtype {x.dtype}; the CUDA kernel takes float32, float16 and bfloat16"
+    usable, why = _cuda_usable()
+    return None if usable else why
+
+
+def _outside_cuda(call: Call) -> str | None:
+    """Why the CUDA kernel is not for a call of these sizes."""
     if call.train or call.dropout:
         return "gradients are needed; the CUDA kernel is forward only"
     if call.m > cuda.MAX_ROWS:
         return f"{call.m} rows; the CUDA kernel is for {cuda.MAX_ROWS} or fewer"
-    if x.dtype not in _FLOATS:
-        return f"dtype {x.dtype}; the CUDA kernel takes float32, float16 and bfloat16"
     if call.rank > cuda.MAX_RANK:
         return f"{call.rank} rank columns; the CUDA kernel takes {cuda.MAX_RANK} at most"
-    usable, why = cuda.available()
-    return None if usable else why
+    return None

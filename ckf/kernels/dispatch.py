@@ -49,19 +49,18 @@ def device_slug(name: str) -> str:
 
 
 @lru_cache
-def load_table(device: str, folder: Path = TABLES) -> dict | None:
+def load_table(device: str, folder: Path | None = None) -> dict | None:
     """The table of a GPU by its name, or None."""
-    file = folder / f"{device_slug(device)}.json"
+    file = (folder or TABLES) / f"{device_slug(device)}.json"
     if not file.exists():
         return None
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-@lru_cache(maxsize=1024)
 def measured_choice(
-    device: str, call: Call, usable: tuple[str, ...], folder: Path = TABLES
+    device: str, call: Call, usable: tuple[str, ...], folder: Path | None = None
 ) -> Choice:
-    """The fastest of the ``usable`` backends for a call on a GPU; one log line a distinct call."""
+    """The fastest of the ``usable`` backends for a call on a GPU; writes one log line."""
     choice = _choose(load_table(device, folder), device, call, usable)
     logger.info("auto on %s, %s: %s (%s)", device, _words(call), choice.backend, choice.why)
     return choice

@@ -116,6 +116,8 @@ def run_group(
     )
     choice = choose_backend(backend, x, call)
     save_plain = needs_grad and any(g.requires_grad for g in gates)
+    if not needs_grad and choice.backend == "torch":
+        slots = None  # nothing is kept, so nothing is made compact
     static = _Static(
         tuple(len(experts) for experts in a),
         width,

@@ -39,10 +39,10 @@ Run = tuple[int, int, int]  # first row, row after the last, task
 def find_runs(task_ids: Tensor) -> list[Run] | None:
     """Runs of equal ids (m,) on the host; None where they are too short to pay."""
     m = task_ids.numel()
-    if m == 0:
+    if m < LEAST_ROWS:
         return None
     cuts = (task_ids[1:] != task_ids[:-1]).nonzero().squeeze(1) + 1
-    if (cuts.numel() + 1) * LEAST_ROWS > max(m, LEAST_ROWS):
+    if (cuts.numel() + 1) * LEAST_ROWS > m:
         return None
     starts = [0, *cuts.tolist()]
     tasks = task_ids[starts].tolist()

@@ -5,9 +5,10 @@ import logging
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
-from ckf.kernels import multi_lora_linear
-from ckf.kernels.config import BACKENDS, check_backend, choose_backend, explain_auto
+from ckf.kernels import config, multi_lora_linear
+from ckf.kernels.config import check_backend, choose_backend, explain_auto
 from ckf.kernels.dispatch import TABLES, Call, device_slug, measured_choice
 from tests.kernels.cases import random_case
 
@@ -59,10 +60,9 @@ def test_the_nearest_measured_shape_decides(tables, asked, usable, expected):
     assert choice.plan == ("gemm" if expected == "triton" else "expand")
 
 
-def test_the_reason_has_the_figures_and_is_logged_once(tables, caplog):
+def test_the_reason_has_the_figures_and_is_logged(tables, caplog):
     with caplog.at_level(logging.INFO, logger="ckf.kernels"):
-        for _ in range(3):
-            choice = measured_choice(GPU, call(rank=900), ALL, tables)
+        choice = measured_choice(GPU, call(rank=900), ALL, tables)
     assert "m 8192, k 4096, n 4096, rank 1024 it took torch 2 ms, triton 1.5 ms" in choice.why
     assert [r.message for r in caplog.records] == [
         f"auto on {GPU}, m 8192, k 4096, n 4096, rank 900, forward and backward: "
@@ -77,6 +77,41 @@ def test_far_shapes_and_unknown_gpus_take_torch(tables):
     assert unknown.backend == "torch" and "nothing was measured on NVIDIA Other" in unknown.why
 
 
+@pytest.fixture
+def a_gpu(tables, monkeypatch):
+    """Every tensor passes for one on a GPU that has the table."""
+    monkeypatch.setattr("ckf.kernels.dispatch.TABLES", tables)
+    monkeypatch.setattr(config, "_GPU", "cpu")
+    monkeypatch.setattr(config, "_device_name", lambda index: GPU)
+    monkeypatch.setattr(config, "_triton_usable", lambda: (True, ""))
+    config._measured_once.cache_clear()
+    yield
+    config._measured_once.cache_clear()
+
+
+def test_auto_asks_the_table_once_for_each_distinct_call(a_gpu, caplog):
+    with caplog.at_level(logging.INFO, logger="ckf.kernels"):
+        for rank in (1000, 1000, 80, 1000):
+            choice = choose_backend("auto", torch.zeros(1, 1), call(rank=rank))
+            assert choice.backend == ("triton" if rank == 1000 else "torch")
+    assert len(caplog.records) == 2
+
+
+def test_auto_is_traced_without_a_graph_for_each_length(a_gpu):
+    """torch.compile resolves the choice while it traces; lengths of one bucket share a graph."""
+
+    def run(x):
+        choice = choose_backend("auto", x, call(m=x.shape[0], rank=1000))
+        return x * (len(choice.plan) if choice.backend == "triton" else 0)
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    fast = torch.compile(run, fullgraph=True, backend=counter, dynamic=True)
+    for m in (4097, 5000, 8192):
+        assert torch.equal(fast(torch.ones(m, 2)), torch.full((m, 2), 4.0))
+    assert counter.frame_count == 1
+
+
 def test_committed_tables_are_readable():
     for file in TABLES.glob("*.json"):
         table = json.loads(file.read_text())
@@ -87,7 +122,9 @@ def test_committed_tables_are_readable():
 
 @pytest.mark.parametrize("backend", ["gpu", "", "triton:fast", "torch:gemm", "auto:", None, 3])
 def test_unknown_backends_list_the_known(backend):
-    with pytest.raises(ValueError, match="expected one of auto, torch, triton, cuda"):
+    with pytest.raises(
+        ValueError, match="expected one of auto, torch, triton, cuda, triton:exp"
+    ):
         check_backend(backend)
 
 
@@ -105,4 +142,3 @@ def test_a_cpu_takes_torch_and_says_so():
     assert torch.equal(auto, multi_lora_linear(*case.arguments(), backend="torch"))
     if not torch.cuda.is_available():
         assert explain_auto() == "torch: there is no GPU"
-    assert BACKENDS[0] == "auto"

@@ -57,8 +57,8 @@ def test_learned_gates_go_the_dense_way(calls):
 
 
 def test_base_only_batch(calls):
-    case = sorted_case(ids=[-1] * 64)
-    y, dx, *rest = run_with_gradients(by_runs, case, torch.ones(64, 17))
+    case = sorted_case(ids=[-1] * 150)
+    y, dx, *rest = run_with_gradients(by_runs, case, torch.ones(150, 17))
     assert torch.equal(y, torch.nn.functional.linear(case.x, case.weight, case.bias))
     assert not any(g.any() for g in rest) and dx.any() and calls
 
@@ -136,5 +136,6 @@ def test_gradcheck():
 def test_runs_are_found_or_refused():
     assert find_runs(torch.tensor([1, 1, 0])) is None  # too short to pay
     assert find_runs(torch.tensor([2] * 128 + [0] * 200)) == [(0, 128, 2), (128, 328, 0)]
-    assert find_runs(torch.tensor([1] * 5)) == [(0, 5, 1)]
+    assert find_runs(torch.tensor([1] * 128)) == [(0, 128, 1)]
+    assert find_runs(torch.tensor([1] * 127)) is None
     assert find_runs(torch.zeros(0, dtype=torch.int64)) is None

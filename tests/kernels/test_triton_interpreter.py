@@ -40,6 +40,7 @@ def test_says_why_it_is_not_usable(monkeypatch):
 
 def test_says_that_triton_is_missing(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
     usable, why = usable_backends()["triton"]
     assert not usable and "not installed" in why
 
