@@ -1,10 +1,13 @@
 """Training on ``transformers.Trainer``: mixed-task batches, curriculum, presence, resume."""
 
 import json
+import logging
 import math
 import shutil
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,8 +22,11 @@ from ckf.assembly import Assembly
 from ckf.batches import Example, is_text_row
 from ckf.config import TrainConfig
 from ckf.data.mixing import task_order
+from ckf.halving import HalvedSteps
 from ckf.presence import TaskPresence
 from ckf.processes import is_main_process, main_process_first, process_count
+
+logger = logging.getLogger("ckf.train")
 
 METANET_FILE = "metanet.safetensors"
 ADAPTERS_FOLDER = "adapters"
@@ -68,14 +74,14 @@ class TrainStream(Dataset):
         return self.examples[task][index], self.assembly.uses_vectors and not as_text
 
     def collate(self, entries: list[tuple[Example, bool]]) -> dict:
-        """Rows of one task next to each other, as one batch."""
+        """Rows of one task next to each other, as one batch; the rows themselves as "entries"."""
         entries = sorted(entries, key=lambda e: self.assembly.tasks.index(e[0].task))
         batcher = self.assembly.batcher
         prompts = [batcher.encode(example, "train", vectors) for example, vectors in entries]
-        return batcher.batch([example for example, _ in entries], prompts)
+        return batcher.batch([example for example, _ in entries], prompts) | {"entries": entries}
 
 
-class CKFTrainer(Trainer):
+class CKFTrainer(HalvedSteps, Trainer):
     """Trainer whose checkpoints hold adapters, meta-network and optimizer, never the base."""
 
     def __init__(self, assembly: Assembly, stream: TrainStream, folder: Path, device) -> None:
@@ -123,7 +129,16 @@ class CKFTrainer(Trainer):
         self._sums["losses"].append(outputs["row_losses"])
         self._sums["tasks"].append(outputs["row_tasks"])
         self._tokens += inputs["input_ids"].numel()
-        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+        loss = outputs["loss"] * self.loss_share
+        return (loss, outputs) if return_outputs else loss
+
+    def step_notes(self) -> tuple:
+        """What a step that is undone has to take back."""
+        return {k: list(v) for k, v in self._sums.items()}, self._tokens
+
+    def set_step_notes(self, notes: tuple) -> None:
+        sums, self._tokens = notes
+        self._sums = defaultdict(list, {k: list(v) for k, v in sums.items()})
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add the loss per task, the text share and the speed, and keep them as JSON lines."""
@@ -167,6 +182,10 @@ class CKFTrainer(Trainer):
                 self._check_finite(name, parameter.detach())
         if is_main_process():
             save_trained(self.assembly, Path(output_dir or self.args.output_dir))
+
+    def _save_checkpoint(self, *args) -> None:
+        with _writing(Path(self.args.output_dir)):
+            super()._save_checkpoint(*args)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         load_trained(self.assembly, Path(resume_from_checkpoint))
@@ -218,8 +237,24 @@ def train(assembly: Assembly, folder: Path, device: torch.device) -> dict[str, f
     trainer = CKFTrainer(assembly, TrainStream(assembly), folder, device)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if is_main_process():
-        save_trained(assembly, folder)
+        with _writing(folder):
+            save_trained(assembly, folder)
     return {"seconds": round(time.perf_counter() - start, 1)}
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Files that cannot be written end training with one line; earlier checkpoints are whole."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        of_torch_save = any(word in str(error) for word in ("inline_container", "iostream"))
+        if isinstance(error, RuntimeError) and not of_torch_save:
+            raise
+        raise OSError(
+            f"cannot save into {folder} ({error}); free space on its disk, then the same command "
+            "goes on from the last whole checkpoint"
+        ) from error
 
 
 def save_trained(assembly: Assembly, folder: Path) -> None:
@@ -266,8 +301,9 @@ def last_checkpoint(folder: Path) -> Path | None:
             state = json.loads((checkpoint / "trainer_state.json").read_text())
             if state["global_step"] == _step(checkpoint):
                 return checkpoint
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             pass
+        logger.warning("%s is half-written and left out: saving it was cut short", checkpoint)
         shutil.rmtree(checkpoint, ignore_errors=True)
     return None
 

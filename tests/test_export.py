@@ -167,7 +167,10 @@ def test_exports_and_saved_folders_import_again(tmp_path):
     renamed = patched(tasks={"choose": 5}, shared_r=6)
     ckf.import_peft(renamed, tmp_path / "all/shared", "shared")
     ckf.import_peft(renamed, tmp_path / "all/topk", "choose")
-    assert torch.equal(logits(renamed, tokens(), task_ids=["choose"] * 4), expected)
+    # the other model has more rank columns, whose zeros are summed in another order
+    torch.testing.assert_close(
+        logits(renamed, tokens(), task_ids=["choose"] * 4), expected, **CLOSE
+    )
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def files(config: DataConfig, root: Path) -> list[Path]:
 
 def read(config: DataConfig, paths: list[Path], out: Builder) -> None:
     """All reviews with a user, an item, a finite rating and a time; then titles of their items."""
-    for number, line in lines(paths[0]):
+    for number, line in lines(paths[0], out.limits):
         out.bad.lines += 1
         try:
             _add_review(_parse_json(line), out)
@@ -95,7 +95,7 @@ def _written_time(value) -> int:
 def _read_metadata(path: Path, out: Builder, max_bad_share: float) -> None:
     """Titles of items that occur; other lines are not even parsed. Nothing is ever evaluated."""
     known, broken, matched, first = out.known_items, 0, 0, ""
-    for number, line in lines(path):
+    for number, line in lines(path, out.limits):
         text = line.decode("utf-8", "replace")
         ids = {match[1] for match in _META_ID.findall(text)}
         if ids and ids.isdisjoint(known):

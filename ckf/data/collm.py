@@ -34,15 +34,16 @@ def files(config: DataConfig, root: Path) -> list[Path]:
 def read(config: DataConfig, paths: list[Path], out: Builder) -> None:
     """Rows of the three files in turn, then the titles."""
     for split, path in enumerate(paths[:3]):
-        for number, line in lines(path):
+        for number, line in lines(path, out.limits):
             out.bad.lines += 1
             try:
                 _add_row(line, split, out)
             except Broken as error:
                 out.bad.add(path, number, str(error))
     titles = paths[3]
-    positions = header_columns(titles, "\t", {"item": ("iid",), "title": ("title",)})
-    for number, line in lines(titles):
+    wanted = {"item": ("iid",), "title": ("title",)}
+    positions = header_columns(titles, "\t", wanted, out.limits)
+    for number, line in lines(titles, out.limits):
         row = line.decode("utf-8", "replace").split("\t")
         if number == 1 or len(row) <= max(positions.values()):
             continue

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ckf.data.errors import DataError
+from ckf.data.files import Limits
 
 FORMATS = (
     "movielens-100k",
@@ -49,10 +50,11 @@ class SplitConfig:
 
     `per_user_time`: of each user's rows in time order the last `test` share is test and the
     `valid` share before it is valid, at least one row each; users with fewer than `min_rows`
-    rows are train altogether. `global_time`: the same shares over all rows, cut at two points in
-    time (rows with the time of a cut fall before it). `leave_last_out`: each user's last row is
-    test, the one before it valid; users with fewer than three rows are train. `given`: the source
-    says it.
+    rows are train altogether. `leave_last_out`: each user's last row is test, the one before it
+    valid; users with fewer than three rows are train. In both a user's rows of one second stay
+    together in the later split, and a user without an earlier row left to train on is train
+    altogether. `global_time`: the same shares over all rows, cut at two points in time (rows with
+    the time of a cut fall before it). `given`: the source says it.
     """
 
     kind: str = "per_user_time"
@@ -98,8 +100,9 @@ class DataConfig:
     `reviews` and `metadata` are file names (globs allowed) inside the data folder; without them
     the usual names of the format are looked for. `columns` maps ckf's names (see `COLUMNS`) to the
     file's own, for format "table". `max_text_chars` cuts review texts (characters); sentences to
-    explain with have `explain_min_words` to `explain_max_words` words. Unknown or impossible
-    settings raise DataError.
+    explain with have `explain_min_words` to `explain_max_words` words. A file with a line (or CSV
+    record, or Parquet value) above `max_line_bytes`, or a packed one that unpacks to more than
+    `max_unpacked_bytes`, is refused. Unknown or impossible settings raise DataError.
     """
 
     name: str
@@ -121,6 +124,13 @@ class DataConfig:
     split: SplitConfig = field(default_factory=SplitConfig)
     train_list: str = "uniform9"
     test_lists: list[str] = field(default_factory=lambda: ["uniform9"])
+    max_line_bytes: int = Limits.line
+    max_unpacked_bytes: int = Limits.unpacked
+
+    @property
+    def limits(self) -> Limits:
+        """What a source file may ask of a reader."""
+        return Limits(self.max_line_bytes, self.max_unpacked_bytes)
 
     def __post_init__(self) -> None:
         _choice("data.format", self.format, FORMATS)
@@ -140,6 +150,8 @@ class DataConfig:
             ("max_text_chars", 1, 10**6),
             ("explain_min_words", 1, 1000),
             ("explain_max_words", self.explain_min_words, 1000),
+            ("max_line_bytes", 1, 2**31),
+            ("max_unpacked_bytes", 1, 2**50),
         ):
             _check_number(f"data.{name}", getattr(self, name), low, high, int)
         _choice("data.train_list", self.train_list, LISTS)

@@ -9,19 +9,21 @@ import numpy as np
 import polars as pl
 
 from ckf.data.errors import DataError
-from ckf.data.files import blocks, lines
+from ckf.data.files import Limits, blocks, lines
 from ckf.data.interactions import Broken, Builder, parse_rating, parse_time
 
 FIELDS = ("user", "item", "rating", "time")
 
 
-def header_columns(path: Path, sep: str, wanted: dict[str, tuple[str, ...]]) -> dict[str, int]:
+def header_columns(
+    path: Path, sep: str, wanted: dict[str, tuple[str, ...]], limits: Limits
+) -> dict[str, int]:
     """Positions of the wanted columns in the file's first line.
 
     `wanted` maps ckf's names to the names a header may use (compared without case and without
     RecBole's ":type"). DataError lists the columns there are.
     """
-    first = next(lines(path), None)
+    first = next(lines(path, limits), None)
     if first is None:
         raise DataError(f"{path} is empty; download or copy it again")
     names = first[1].decode("utf-8", "replace").split(sep)
@@ -49,7 +51,7 @@ def read_delimited(
     no finite rating, no time, not `encoding`) are noted as broken with their number.
     """
     number = 1  # of the block's first line
-    for block in blocks(path):
+    for block in blocks(path, out.limits):
         rows = _decode(block, encoding)
         if number == 1:
             rows[0] = rows[0].removeprefix("\ufeff")

@@ -1,17 +1,33 @@
-"""Source files: found inside the data folder only, opened by content, read line by line."""
+"""Source files: found inside the data folder only, opened by content, read line by line.
+
+Nothing here holds more than a few lines at a time, however a file was made: lines and unpacked
+sizes have limits, since a packed file of some megabytes can hold one line of many gigabytes.
+"""
 
 from __future__ import annotations
 
+import csv
 import gzip
 import io
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import BinaryIO
+
+import numpy as np
 
 from ckf.data.errors import DataError
 
 _GZIP = b"\x1f\x8b"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a source file may ask of a reader, in bytes; see data.max_line_bytes."""
+
+    line: int = 1 << 22
+    unpacked: int = 1 << 36
 
 
 def inside(root: Path, name: str) -> Path:
@@ -66,7 +82,7 @@ def find_file(root: Path, what: str, patterns: list[str], avoid: tuple[str, ...]
     )
 
 
-def open_bytes(path: Path) -> BinaryIO:
+def open_bytes(path: Path, limits: Limits) -> BinaryIO:
     """Open a file for reading bytes, unpacked if its first bytes say that it is gzip."""
     try:
         file = open(path, "rb")
@@ -78,16 +94,52 @@ def open_bytes(path: Path) -> BinaryIO:
         file.close()
         raise DataError(f"{path} is empty; download or copy it again")
     if head == _GZIP:
-        return io.BufferedReader(gzip.GzipFile(fileobj=file, mode="rb"), 1 << 20)
+        return io.BufferedReader(_Unpacked(path, file, limits.unpacked), 1 << 20)
     return file
 
 
-def blocks(path: Path, size: int = 1 << 24) -> Iterator[bytes]:
+class _Unpacked(io.RawIOBase):
+    """The unpacked bytes of a gzip file; DataError once there are more than ``most``."""
+
+    def __init__(self, path: Path, packed: BinaryIO, most: int):
+        self._path, self._packed, self._most = path, packed, most
+        self._gzip = gzip.GzipFile(fileobj=packed, mode="rb")
+        self._count = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        size = self._gzip.readinto(buffer)
+        self._count += size
+        if self._count > self._most:
+            raise DataError(
+                f"{self._path} unpacks to more than {self._most:,} bytes; if that is right, raise "
+                "data.max_unpacked_bytes"
+            )
+        return size
+
+    def close(self) -> None:
+        self._gzip.close()
+        self._packed.close()
+        super().close()
+
+
+def too_long(path: Path, number: int, limits: Limits) -> DataError:
+    """The error for a line, or a record over several lines, that no reader will hold."""
+    return DataError(
+        f"{path.name}:{number}: more than {limits.line:,} bytes in one line or record; if that is "
+        "right, raise data.max_line_bytes"
+    )
+
+
+def blocks(path: Path, limits: Limits, size: int = 1 << 24) -> Iterator[bytes]:
     """The unpacked bytes in blocks that end at line ends (the last one may not)."""
-    rest = b""
-    with guarded(path), open_bytes(path) as file:
+    rest, number = b"", 1
+    with guarded(path), open_bytes(path, limits) as file:
         while block := file.read(size):
             block = rest + block
+            number += _check_lines(path, block, number, limits)
             end = block.rfind(b"\n") + 1
             rest = block[end:]
             if end:
@@ -96,15 +148,56 @@ def blocks(path: Path, size: int = 1 << 24) -> Iterator[bytes]:
         yield rest
 
 
-def lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def _check_lines(path: Path, block: bytes, first: int, limits: Limits) -> int:
+    """The number of line ends in a block whose first line is ``first``; DataError if too long."""
+    ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n"))
+    sizes = np.diff(np.concatenate([[-1], ends, [len(block)]])) - 1
+    if sizes.max() > limits.line:
+        raise too_long(path, first + int(np.argmax(sizes > limits.line)), limits)
+    return len(ends)
+
+
+def lines(path: Path, limits: Limits) -> Iterator[tuple[int, bytes]]:
     """(line number from 1, line without its end) of every line that is not blank."""
-    with guarded(path), open_bytes(path) as file:
-        for number, line in enumerate(file, 1):
+    number = 0
+    with guarded(path), open_bytes(path, limits) as file:
+        while line := file.readline(limits.line + 1):
+            number += 1
+            if len(line) > limits.line and not line.endswith(b"\n"):
+                raise too_long(path, number, limits)
             if number == 1 and line.startswith(b"\xef\xbb\xbf"):  # byte order mark
                 line = line[3:]
             line = line.rstrip(b"\r\n")
             if line.strip():
                 yield number, line
+
+
+def csv_records(
+    path: Path, limits: Limits, sep: str = ",", errors: str = "replace"
+) -> Iterator[tuple[int, list[str]]]:
+    """(number of its first line, fields) of every CSV record; ``errors`` as ``bytes.decode``."""
+    held = 0  # characters of the record under way: a quote left open makes it the whole file
+
+    def feed(text: io.TextIOWrapper) -> Iterator[str]:
+        nonlocal held
+        while line := text.readline(limits.line + 2):
+            held += len(line)
+            if held > limits.line + 2 or len(line.rstrip("\r\n")) > limits.line:
+                raise too_long(path, reader.line_num + 1, limits)
+            yield line
+
+    with guarded(path), open_bytes(path, limits) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors=errors, newline="")
+        reader = csv.reader(feed(text), delimiter=sep)
+        before = 0
+        try:
+            for row in reader:
+                number, before, held = before + 1, reader.line_num, 0
+                yield number, row
+        except csv.Error as error:
+            raise DataError(
+                f"{path.name}:{reader.line_num}: {error}; mend the quotes of the file"
+            ) from error
 
 
 class guarded:

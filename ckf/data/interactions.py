@@ -12,6 +12,7 @@ from typing import BinaryIO
 import numpy as np
 
 from ckf.data.errors import DataError
+from ckf.data.files import Limits
 
 CHUNK = 1 << 16  # rows turned into arrays at a time
 SHOWN = 5  # broken lines that a message names
@@ -98,7 +99,8 @@ class BrokenLines:
 class Builder:
     """Collects rows from a reader; turns raw ids into indices by first appearance."""
 
-    def __init__(self, spool: BinaryIO, max_bad_share: float, max_text_chars: int):
+    def __init__(self, spool: BinaryIO, max_bad_share: float, max_text_chars: int, limits: Limits):
+        self.limits = limits
         self.bad = BrokenLines(max_bad_share)
         self.titles: dict[str, str] = {}
         self._spool = spool

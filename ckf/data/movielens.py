@@ -5,15 +5,12 @@ User files with ages and zip codes are not opened.
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterator
 from pathlib import Path
 
 from ckf.data.config import DataConfig
 from ckf.data.delimited import header_columns, read_delimited
 from ckf.data.errors import DataError
-from ckf.data.files import find_file, guarded, lines, open_bytes
+from ckf.data.files import csv_records, find_file, lines
 from ckf.data.interactions import Builder
 from ckf.data.titles import movie_title
 
@@ -64,10 +61,11 @@ def files_csv(config: DataConfig, root: Path) -> list[Path]:
 
 def read_csv(config: DataConfig, files: list[Path], out: Builder) -> None:
     """CSV with a header; titles may be quoted."""
-    columns = header_columns(files[0], ",", _CSV_NAMES)
+    columns = header_columns(files[0], ",", _CSV_NAMES, out.limits)
     read_delimited(files[0], ",", columns, out, header=True, encoding="utf-8")
-    positions = header_columns(files[1], ",", {"item": ("movieId",), "title": ("title",)})
-    for number, row in _csv_rows(files[1]):
+    wanted = {"item": ("movieId",), "title": ("title",)}
+    positions = header_columns(files[1], ",", wanted, out.limits)
+    for number, row in csv_records(files[1], out.limits):
         if number == 1 or not row:
             continue
         if len(row) <= max(positions.values()):
@@ -78,19 +76,9 @@ def read_csv(config: DataConfig, files: list[Path], out: Builder) -> None:
         _take(out, row[positions["item"]], row[positions["title"]])
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    with guarded(path), open_bytes(path) as file:
-        reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", errors="replace"))
-        try:
-            for row in reader:
-                yield reader.line_num, row
-        except csv.Error as error:
-            raise DataError(f"{path.name}:{reader.line_num}: {error}; mend the file") from error
-
-
 def _read_titles(path: Path, sep: str, out: Builder) -> None:
     """Movies by position: id first, title second (a title may hold "::" but not "|")."""
-    for number, line in lines(path):
+    for number, line in lines(path, out.limits):
         row = _decode(line).split(sep)
         if len(row) < 3:
             raise DataError(

@@ -112,7 +112,7 @@ def _settings(
 ) -> dict:
     """Everything that decides the result, as JSON values; where the files lie does not."""
     data = dataclasses.asdict(config)
-    for name in ("path", "source"):
+    for name in ("path", "source", "max_line_bytes", "max_unpacked_bytes"):
         del data[name]
     settings = {
         "data": data,

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from ckf.data.errors import DataError
@@ -30,6 +31,16 @@ TEXTS = "texts.safetensors"
 NAMES = "names.json"
 TASK_ROWS = "tasks.safetensors"
 CANDIDATES = "candidates.safetensors"
+_ROW_TYPES = {
+    "user": np.int32,
+    "item": np.int32,
+    "rating": np.float32,
+    "label": np.int8,
+    "time": np.int64,
+    "split": np.int8,
+    "not_cold": np.int8,
+    "history": np.int32,
+}
 
 
 @dataclass
@@ -46,21 +57,39 @@ class Texts:
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        with open(self.path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
-        start = 8 + size
-        low, high = header["offsets"]["data_offsets"]
-        self.offsets = np.fromfile(
-            self.path, dtype="<i8", count=(high - low) // 8, offset=start + low
-        )
-        low, high = header["blob"]["data_offsets"]
+        try:
+            places = self._places()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise _damaged(self.path, f"no table of texts: {error}") from error
+        (low, high), (first, last) = places
+        self.offsets = np.fromfile(self.path, dtype="<i8", count=(high - low) // 8, offset=low)
         # mmap refuses length 0
         self.blob = (
-            np.memmap(self.path, dtype=np.uint8, mode="r", offset=start + low, shape=(high - low,))
-            if high > low
+            np.memmap(self.path, dtype=np.uint8, mode="r", offset=first, shape=(last - first,))
+            if last > first
             else np.zeros(0, np.uint8)
         )
+        ends = [0, *self.offsets[-1:]]
+        if ends != [0, len(self.blob)] or self.offsets[0] or (np.diff(self.offsets) < 0).any():
+            raise _damaged(self.path, "the offsets do not cover the texts")
+
+    def _places(self) -> list[tuple[int, int]]:
+        """First and last byte of offsets and blob; whatever is wrong raises."""
+        end = self.path.stat().st_size
+        with open(self.path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > end - 8:
+                raise ValueError(f"a header of {size} bytes in a file of {end}")
+            header = json.loads(file.read(size))
+        places = []
+        for name, kind in (("offsets", "I64"), ("blob", "U8")):
+            low, high = (8 + size + int(place) for place in header[name]["data_offsets"])
+            if header[name]["dtype"] != kind or not 8 + size <= low <= high <= end:
+                raise ValueError(f"{name} is {header[name]}")
+            places.append((low, high))
+        if (places[0][1] - places[0][0]) % 8:
+            raise ValueError("offsets of no whole number")
+        return places
 
     def __getstate__(self) -> dict:
         return {"path": self.path}
@@ -168,29 +197,35 @@ def read_manifest(folder: str | Path) -> dict:
         raise DataError(
             f"{folder} is not a prepared data folder: it has no {MANIFEST}; prepare it first"
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path} is damaged ({error}); delete the folder and prepare it again"
-        ) from error
+    except (ValueError, RecursionError) as error:  # also bytes that are no UTF-8
+        raise _damaged(path, str(error)) from error
     version = manifest.get("format") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
         raise DataError(
             f"{path} has format {version!r}, this version reads {FORMAT_VERSION}; delete the "
             "folder and prepare it again"
         )
+    settings = manifest.get("settings")
+    data = settings.get("data") if isinstance(settings, dict) else None
+    words = ("explain_min_words", "explain_max_words")
+    if not isinstance(data, dict) or not all(isinstance(data.get(w), int) for w in words):
+        raise _damaged(path, f"no settings of the data with {' and '.join(words)}")
+    if not isinstance(manifest.get("files"), dict):
+        raise _damaged(path, "no table of files")
     return manifest
 
 
 def load_prepared(folder: str | Path) -> PreparedData:
-    """Read a prepared folder, every file checked against its sha256.
+    """Read a prepared folder, every file checked against its sha256 and for what it must hold.
 
-    A missing or changed file raises DataError naming it and the fix.
+    The folder may come from anybody: a checksum proves that nothing was damaged, not who wrote it,
+    so shapes, dtypes and index ranges are checked as well. DataError names the file and the fix.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
     for name in (INTERACTIONS, TEXTS, NAMES, TASK_ROWS, CANDIDATES):
-        path = folder / name
-        expected = manifest.get("files", {}).get(name, {}).get("sha256")
+        path, about = folder / name, manifest["files"].get(name)
+        expected = about.get("sha256") if isinstance(about, dict) else None
         if not path.is_file():
             raise DataError(f"{path} is missing; delete {folder} and prepare it again")
         found = file_sha256(path)
@@ -199,20 +234,97 @@ def load_prepared(folder: str | Path) -> PreparedData:
                 f"{path} has sha256 {found}, but its manifest says {expected}: the file was "
                 f"changed or damaged; delete {folder} and prepare it again"
             )
-    names = json.loads((folder / NAMES).read_text(encoding="utf-8"))
-    arrays = load_file(folder / INTERACTIONS)
+    names = _read_names(folder / NAMES)
+    users, items = len(names["users"]), len(names["items"])
+    arrays = _read_arrays(folder / INTERACTIONS)
+    _check_rows(folder / INTERACTIONS, arrays, users, items)
     texts = Texts(folder / TEXTS)
+    n = len(arrays["user"])
+    if len(texts.offsets) != n + 1:
+        raise _damaged(texts.path, f"{len(texts.offsets) - 1} texts for {n} rows")
+    rows, lists = _read_arrays(folder / TASK_ROWS), _read_arrays(folder / CANDIDATES)
+    for key, value in rows.items():
+        _check_indices(folder / TASK_ROWS, key, value, n, np.int64)
+    _check_lists(folder / CANDIDATES, lists, n, items)
     return PreparedData(
         folder=folder,
         manifest=manifest,
-        n_users=len(names["users"]),
-        n_items=len(names["items"]),
+        n_users=users,
+        n_items=items,
         has_text=np.diff(texts.offsets) > 0,
         user_ids=names["users"],
         item_ids=names["items"],
         titles=names["titles"],
         _texts=texts,
-        _rows=load_file(folder / TASK_ROWS),
-        _candidates=load_file(folder / CANDIDATES),
+        _rows=rows,
+        _candidates=lists,
         **arrays,
     )
+
+
+def _damaged(path: Path, why: str) -> DataError:
+    return DataError(
+        f"{path} is damaged or not ckf's ({why}); delete {path.parent} and prepare it again"
+    )
+
+
+def _read_names(path: Path) -> dict[str, list[str]]:
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, str(error)) from error
+    lists = (
+        [names.get(key) for key in ("users", "items", "titles")] if isinstance(names, dict) else []
+    )
+    if not lists or not all(
+        isinstance(found, list) and all(isinstance(name, str) for name in found) for found in lists
+    ):
+        raise _damaged(path, "no lists of users, items and titles")
+    if len(lists[1]) != len(lists[2]):
+        raise _damaged(path, f"{len(lists[2])} titles for {len(lists[1])} items")
+    return names
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _check_rows(path: Path, arrays: dict[str, np.ndarray], users: int, items: int) -> None:
+    n = len(arrays["user"]) if arrays.get("user", np.zeros(())).ndim else 0
+    for name, kind in _ROW_TYPES.items():
+        found, dims = arrays.get(name), 2 if name == "history" else 1
+        if found is None or found.dtype != kind or found.ndim != dims or len(found) != n:
+            shown = "missing" if found is None else f"{found.dtype} {found.shape}"
+            raise _damaged(path, f"{name} is {shown}; expected {np.dtype(kind)} of {n} rows")
+    if extra := sorted({*arrays} - {*_ROW_TYPES}):
+        raise _damaged(path, f"it also holds {extra[0]}")
+    _check_indices(path, "user", arrays["user"], users, np.int32)
+    _check_indices(path, "item", arrays["item"], items, np.int32)
+    _check_indices(path, "history", arrays["history"], items, np.int32, low=-1)
+    for name, low, high in (("label", -1, 1), ("split", 0, 2), ("not_cold", -1, 1)):
+        _check_indices(path, name, arrays[name], high + 1, np.int8, low)
+
+
+def _check_indices(
+    path: Path, name: str, found: np.ndarray, count: int, kind, low: int = 0
+) -> None:
+    if found.dtype != kind:
+        raise _damaged(path, f"{name} is {found.dtype}; expected {np.dtype(kind)}")
+    if found.size and not low <= found.min() <= found.max() < count:
+        raise _damaged(path, f"{name} is {found.min()} to {found.max()}; expected below {count}")
+
+
+def _check_lists(path: Path, lists: dict[str, np.ndarray], n: int, items: int) -> None:
+    names = {key.rpartition(".")[0] for key in lists}
+    if {*lists} != {f"{name}.{part}" for name in names for part in ("rows", "items", "positive")}:
+        raise _damaged(path, "a candidate list lacks rows, items or positive")
+    for name in names:
+        rows, there, positive = (lists[f"{name}.{part}"] for part in ("rows", "items", "positive"))
+        if there.ndim != 2 or rows.shape != positive.shape or rows.shape != there.shape[:1]:
+            raise _damaged(path, f"{name} has shapes that do not fit one another")
+        _check_indices(path, f"{name}.rows", rows, n, np.int64)
+        _check_indices(path, f"{name}.items", there, items, np.int32)
+        _check_indices(path, f"{name}.positive", positive, there.shape[1], np.int64)

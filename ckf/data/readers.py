@@ -37,6 +37,6 @@ def read_source(config: DataConfig, files: list[Path], spool: BinaryIO) -> Inter
     Line by line, in constant memory apart from about 40 bytes a row and the ids. DataError for
     whatever the user can mend: missing files and columns, too many broken lines, no rows.
     """
-    builder = Builder(spool, config.max_bad_share, config.max_text_chars)
+    builder = Builder(spool, config.max_bad_share, config.max_text_chars, config.limits)
     READERS[config.format].read(config, files, builder)
     return builder.finish(files[0])

@@ -35,16 +35,18 @@ def files(config: DataConfig, root: Path) -> list[Path]:
 
 def read(config: DataConfig, paths: list[Path], out: Builder) -> None:
     """Tab-separated with a typed header ("item_id:token"); title and year become one title."""
-    columns = header_columns(paths[0], "\t", _INTER)
+    columns = header_columns(paths[0], "\t", _INTER, out.limits)
     read_delimited(paths[0], "\t", columns, out, header=True, encoding="utf-8")
     if len(paths) < 2:
         return
-    positions = header_columns(paths[1], "\t", {"item": ("item_id",), "title": _TITLES})
+    wanted = {"item": ("item_id",), "title": _TITLES}
+    positions = header_columns(paths[1], "\t", wanted, out.limits)
     try:
-        year = header_columns(paths[1], "\t", {"year": ("release_year",)})["year"]
+        wanted = {"year": ("release_year",)}
+        year = header_columns(paths[1], "\t", wanted, out.limits)["year"]
     except DataError:
         year = None
-    for number, line in lines(paths[1]):
+    for number, line in lines(paths[1], out.limits):
         if number == 1:
             continue
         row = line.decode("utf-8", "replace").split("\t")

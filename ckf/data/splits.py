@@ -24,7 +24,7 @@ def assign_splits(
     elif config.kind == "global_time":
         split = _global_time(time, config)
     else:
-        split = _per_user(user, config)
+        split = _per_user(user, time, config)
     for value, name in enumerate(SPLITS):
         if not (split == value).any():
             raise DataError(
@@ -44,8 +44,8 @@ def _global_time(time: np.ndarray, config: SplitConfig) -> np.ndarray:
     return ((time > last_train).astype(np.int8) + (time > last_valid)).astype(np.int8)
 
 
-def _per_user(user: np.ndarray, config: SplitConfig) -> np.ndarray:
-    """Each user's last rows; the row's place from the end decides."""
+def _per_user(user: np.ndarray, time: np.ndarray, config: SplitConfig) -> np.ndarray:
+    """Each user's last rows; a cut inside a second moves back to its first row."""
     start, size = user_runs(user)
     if config.kind == "leave_last_out":
         n_test = (size >= 3).astype(np.int64)
@@ -56,10 +56,15 @@ def _per_user(user: np.ndarray, config: SplitConfig) -> np.ndarray:
         n_test = np.minimum(np.maximum(np.floor(size * config.test + 0.5), 1), size - 2) * enough
         n_valid = np.maximum(np.floor(size * config.valid + 0.5), 1)
         n_valid = np.minimum(n_valid, size - n_test - 1) * enough
-    from_end = np.repeat(start + size, size) - np.arange(len(user))  # 1: the last row
-    n_test, n_valid = np.repeat(n_test, size), np.repeat(n_valid, size)
-    split = np.where(from_end <= n_test, TEST, np.where(from_end <= n_test + n_valid, VALID, TRAIN))
-    return split.astype(np.int8)
+    rows = np.arange(len(user))
+    tied = np.r_[False, (user[1:] == user[:-1]) & (time[1:] == time[:-1])]
+    first_of_second = np.maximum.accumulate(np.where(tied, 0, rows))
+    test = first_of_second[np.minimum(start + size - n_test, start + size - 1).astype(np.int64)]
+    valid = first_of_second[np.maximum(test - n_valid, start).astype(np.int64)]
+    split_up = (n_test > 0) & (valid > start)  # else no earlier row is left to train on
+    valid, test = np.repeat(valid, size), np.repeat(test, size)
+    split = (rows >= valid).astype(np.int8) + (rows >= test)
+    return np.where(np.repeat(split_up, size), split, TRAIN).astype(np.int8)
 
 
 def user_runs(user: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

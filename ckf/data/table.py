@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from ckf.data.config import SPLITS, TIME_UNITS, DataConfig
 from ckf.data.errors import DataError
-from ckf.data.files import find_file, guarded, lines, open_bytes
+from ckf.data.files import Limits, csv_records, find_file, lines, too_long
 from ckf.data.interactions import CHUNK, Broken, Builder, parse_rating, parse_time
 from ckf.data.titles import clean_title
 
@@ -21,6 +19,8 @@ _SPLIT_NAMES = {name: index for index, name in enumerate(SPLITS)} | {
     "dev": 1,
 }
 _MISSING = (None, "")
+_VALUE = 16  # bytes of a value in memory, at least
+_SLICE = 4 * CHUNK  # rows read at a time
 
 
 def files(config: DataConfig, root: Path) -> list[Path]:
@@ -30,7 +30,7 @@ def files(config: DataConfig, root: Path) -> list[Path]:
 
 def read(config: DataConfig, paths: list[Path], out: Builder) -> None:
     """Every row; empty ratings, labels and texts mean "none"."""
-    for number, row in _rows(paths[0], config.columns):
+    for number, row in _rows(paths[0], config.columns, out.limits):
         out.bad.lines += 1
         try:
             if isinstance(row, Broken):
@@ -40,16 +40,18 @@ def read(config: DataConfig, paths: list[Path], out: Builder) -> None:
             out.bad.add(paths[0], number, str(error))
 
 
-def _rows(path: Path, columns: dict[str, str]) -> Iterator[tuple[int, dict | Broken]]:
+def _rows(
+    path: Path, columns: dict[str, str], limits: Limits
+) -> Iterator[tuple[int, dict | Broken]]:
     """(line number, {ckf's name: value}) by the file's kind."""
     suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
     kind = suffixes[-1] if suffixes else ""
     if kind in (".csv", ".tsv", ".txt"):
-        return _csv_rows(path, columns, "," if kind == ".csv" else "\t")
+        return _csv_rows(path, columns, "," if kind == ".csv" else "\t", limits)
     if kind in (".jsonl", ".json"):
-        return _json_rows(path, columns)
+        return _json_rows(path, columns, limits)
     if kind == ".parquet":
-        return _parquet_rows(path, columns)
+        return _parquet_rows(path, columns, limits)
     raise DataError(
         f"{path.name} is no table that can be read; it must end in .csv, .tsv, .txt, .jsonl, "
         ".json (one object a line) or .parquet, .gz allowed"
@@ -67,34 +69,29 @@ def _check_columns(path: Path, columns: dict[str, str], there: list[str]) -> Non
         )
 
 
-def _csv_rows(path: Path, columns: dict[str, str], sep: str) -> Iterator[tuple[int, dict | Broken]]:
-    with guarded(path), open_bytes(path) as file:
-        # surrogateescape: bytes that are no UTF-8 become a broken line, not a crash
-        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        reader = csv.reader(text, delimiter=sep)
-        try:
-            header = next(reader, [])
-            _check_columns(path, columns, header)
-            places = {name: header.index(column) for name, column in columns.items()}
-            before = reader.line_num
-            for row in reader:
-                number, before = before + 1, reader.line_num
-                if not row:
-                    continue
-                if len(row) != len(header):
-                    yield number, Broken(f"{len(row)} fields instead of {len(header)}")
-                    continue
-                yield number, {name: row[place] for name, place in places.items()}
-        except csv.Error as error:
-            raise DataError(
-                f"{path.name}:{reader.line_num}: {error}; mend the quotes of the file"
-            ) from error
+def _csv_rows(
+    path: Path, columns: dict[str, str], sep: str, limits: Limits
+) -> Iterator[tuple[int, dict | Broken]]:
+    # surrogateescape: bytes that are no UTF-8 become a broken line, not a crash
+    records = csv_records(path, limits, sep, errors="surrogateescape")
+    _, header = next(records, (1, []))
+    _check_columns(path, columns, header)
+    places = {name: header.index(column) for name, column in columns.items()}
+    for number, row in records:
+        if not row:
+            continue
+        if len(row) != len(header):
+            yield number, Broken(f"{len(row)} fields instead of {len(header)}")
+            continue
+        yield number, {name: row[place] for name, place in places.items()}
 
 
-def _json_rows(path: Path, columns: dict[str, str]) -> Iterator[tuple[int, dict | Broken]]:
+def _json_rows(
+    path: Path, columns: dict[str, str], limits: Limits
+) -> Iterator[tuple[int, dict | Broken]]:
     there: dict[str, None] = {}
     seen_all = False
-    for number, line in lines(path):
+    for number, line in lines(path, limits):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -111,20 +108,51 @@ def _json_rows(path: Path, columns: dict[str, str]) -> Iterator[tuple[int, dict 
         _check_columns(path, columns, list(there))
 
 
-def _parquet_rows(path: Path, columns: dict[str, str]) -> Iterator[tuple[int, dict]]:
+def _parquet_rows(
+    path: Path, columns: dict[str, str], limits: Limits
+) -> Iterator[tuple[int, dict]]:
     import polars as pl
 
+    wanted = list(dict.fromkeys(columns.values()))
     try:
         there = pl.read_parquet_schema(path)
         _check_columns(path, columns, list(there))
-        frame = pl.read_parquet(path, columns=list(dict.fromkeys(columns.values())))
-    except pl.exceptions.PolarsError as error:
+        _check_plain(path, {name: there[name] for name in wanted})
+        frame = pl.scan_parquet(path).select(wanted)
+        count = frame.select(pl.len()).collect().item()
+        if count * len(wanted) * _VALUE > limits.unpacked:
+            raise DataError(
+                f"{path} has {count:,} rows, which unpack to more than {limits.unpacked:,} bytes; "
+                "if that is right, raise data.max_unpacked_bytes"
+            )
+        for start in range(0, count, _SLICE):  # a part at a time: memory stays constant
+            part = frame.slice(start, _SLICE).collect()
+            _check_lengths(path, part, start, limits)
+            for number, row in enumerate(part.iter_rows(named=True, buffer_size=64), start + 1):
+                yield number, {name: row[column] for name, column in columns.items()}
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         raise DataError(f"{path} is no Parquet file that can be read ({error})") from error
-    number = 0
-    for part in frame.iter_slices(CHUNK):
-        for row in part.iter_rows(named=True):
-            number += 1
-            yield number, {name: row[column] for name, column in columns.items()}
+
+
+def _check_plain(path: Path, types: dict) -> None:
+    for name, kind in types.items():
+        if kind.is_nested() or kind.is_object():
+            raise DataError(
+                f"{path.name}: column {name!r} holds {kind}; expected plain values: take the "
+                "values out of it, or correct data.columns"
+            )
+
+
+def _check_lengths(path: Path, part, start: int, limits: Limits) -> None:
+    """Long values are found before they are made: many rows may share one in the file."""
+    import polars as pl
+
+    for column in part.iter_columns():
+        if column.dtype not in (pl.String, pl.Binary):
+            continue
+        sizes = column.cast(pl.Binary).bin.size().fill_null(0)
+        if len(sizes) and sizes.max() > limits.line:
+            raise too_long(path, start + sizes.arg_max() + 1, limits)
 
 
 def _add(row: dict, config: DataConfig, out: Builder) -> None:
@@ -141,7 +169,7 @@ def _add(row: dict, config: DataConfig, out: Builder) -> None:
         not_cold=-1 if row.get("not_cold") in _MISSING else _flag(row["not_cold"], "not_cold"),
     )
     title = row.get("title")
-    if title and item not in out.titles:
+    if title and not out.titles.get(item):
         out.titles[item] = clean_title(str(title))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ckf.kernels.cuda import MAX_LINEARS, DecodeGroup
 from ckf.kernels.group import GroupShape
-from ckf.kernels.triton_stacks import Stacks
+from ckf.kernels.stacks import Stacks
 
 
 class DecodeCache:

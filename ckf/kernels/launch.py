@@ -141,8 +141,9 @@ def gather_shrink_launch(
 
 
 def gather_expand_launch(m: int, n: int, width: int, dtype: torch.dtype) -> ExpandLaunch:
-    """As the dense expand's; nothing to skip."""
-    return replace(expand_launch(m, n, width, dtype), skip=False)
+    """As the dense expand's; nothing to skip, and fewer columns a step beside the gathered rows."""
+    launch = expand_launch(m, n, width, dtype)
+    return replace(launch, block_r=min(launch.block_r, 32), skip=False)
 
 
 def gather_outer_launch(m: int, width: int, c: int, dtype: torch.dtype) -> OuterLaunch:
@@ -159,7 +160,8 @@ def gather_outer_launch(m: int, width: int, c: int, dtype: torch.dtype) -> Outer
     block_m, block_r = launch.block_m, _power(width, 16, DENSE_RANK)
     block_c = 64 if block_r == DENSE_RANK else 128
     chunk = _chunk(m, -(-width // block_r) * -(-c // block_c), block_m)
-    return OuterLaunch(block_m, block_r, block_c, chunk, num_warps=4, num_stages=5)
+    warps = 8 if block_r == DENSE_RANK else 4
+    return OuterLaunch(block_m, block_r, block_c, chunk, num_warps=warps, num_stages=5)
 
 
 def reduce_blocks(rank: int) -> tuple[int, int]:

@@ -251,27 +251,7 @@ def _multi_lora_backward(
         shape, dys, x, saved, weights, gates, a, b, ids, seed, save_plain, slots, width, needs,
         *extra,
     )  # fmt: skip
-    if backend == "triton":
-        return _packed(shape, found, needs)
     return found.packed()
-
-
-def _packed(shape, found, needs):
-    linears, experts = shape.linears, shape.experts
-    first, rest = found[: 1 + 2 * linears], found[1 + 2 * linears :]
-    dg, da, db = rest[:linears], rest[linears : linears + experts], rest[linears + experts :]
-    out = [t for t, n in zip(first, needs, strict=False) if n]
-    if any(t is not None for t in dg):
-        out.append(torch.cat(dg, 1))
-    if any(t is not None for t in da):
-        out.append(torch.cat(da))
-    start = 0
-    for ranks in shape.ranks:
-        own = db[start : start + len(ranks)]
-        start += len(ranks)
-        if any(t is not None for t in own):
-            out.append(torch.cat([t.reshape(-1) for t in own]))
-    return out
 
 
 def _multi_lora_fake(

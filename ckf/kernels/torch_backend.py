@@ -32,6 +32,7 @@ from ckf.kernels.group import (
     product,
     unflatten,
 )
+from ckf.kernels.stacks import Stacks
 
 COMPACT_ABOVE = 128  # rank columns from which a GPU saves H compact
 
@@ -69,11 +70,12 @@ def forward_pass(
             )
     rows = x.reshape(-1, x.shape[-1])  # (m, k)
     keep = keep_mask(rows, shape, seed)
-    s = dropped(rows, keep, shape) @ _stack_a(a, x.dtype).t()  # (m, R)
-    h = _gated(s, _row_gates(gates, shape, task_ids))
+    stacks = Stacks.of(shape, gates, a, b, x.dtype)
+    s = dropped(rows, keep, shape) @ stacks.a.t()  # (m, R)
+    h = _gated(s, _row_gates(stacks.gates, task_ids))
     outputs = []
     for weight, bias, h_l, b_l in zip(
-        weights, biases, h.split(shape.linear_ranks, 1), _stack_b(b, shape, x.dtype), strict=True
+        weights, biases, h.split(shape.linear_ranks, 1), stacks.b, strict=True
     ):
         outputs.append(_expand(x, weight, bias, h_l, b_l))
     if save_plain:
@@ -113,14 +115,14 @@ def backward_pass(
                 shape, runs, dys, x, saved, weights, gates, a, b, seed, needs
             )
     need_w, need_bias, need_g, need_a, need_b = unflatten(shape, needs[1:])
-    gate = _row_gates(gates, shape, task_ids)
-    stacked_b = _stack_b(b, shape, x.dtype)
-    dh = torch.cat([dy @ b_l for dy, b_l in zip(dys, stacked_b, strict=True)], dim=1)  # (m, R)
+    stacks = Stacks.of(shape, gates, a, b, x.dtype)
+    gate = _row_gates(stacks.gates, task_ids)
+    dh = torch.cat([dy @ b_l.t() for dy, b_l in zip(dys, stacks.b, strict=True)], dim=1)  # (m, R)
     ds = _gated(dh, gate)
     keep = keep_mask(rows, shape, seed)
     dx = None
     if needs[0]:
-        dx = ds @ _stack_a(a, x.dtype)  # (m, k)
+        dx = ds @ stacks.a  # (m, k)
         if keep is not None:
             dx = torch.where(keep, dx * dropout_scale(shape.dropout_p), 0)
         dx = add_base(dx, dys, weights).view(x.shape)
@@ -131,7 +133,7 @@ def backward_pass(
     if any(need_b):
         h = _saved_h(shape, x, saved, gate, save_plain, slots, task_ids)
         db = _b_gradients(shape, dys, h, b, need_b)
-    dg = stacked_gate_gradients(shape, dh, saved, gates, task_ids) if any(need_g) else None
+    dg = gate_gradients(shape, dh, saved, gates, task_ids) if any(need_g) else None
     return Gradients(dx, base_gradients(rows, dys, need_w, need_bias), dg, da, db)
 
 
@@ -162,33 +164,13 @@ def _slot_index(slots: Tensor, task_ids: Tensor, columns: int, width: int) -> Te
     return torch.where(valid.unsqueeze(1) & (index >= 0), index, width)
 
 
-def _stack_a(a: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    return torch.cat(list(a)).to(dtype)  # (R, k)
-
-
-def _stack_b(b: Sequence[Tensor], shape: GroupShape, dtype: torch.dtype) -> list[Tensor]:
-    stacked, start = [], 0
-    for ranks in shape.ranks:
-        experts = b[start : start + len(ranks)]
-        stacked.append(torch.cat(list(experts), dim=1).to(dtype))  # (n_l, R_l)
-        start += len(ranks)
-    return stacked
-
-
-def _row_gates(gates: Sequence[Tensor], shape: GroupShape, task_ids: Tensor) -> Tensor:
-    """The gate of every row and rank column, (m, R); id -1 gets zeros, an invalid id gets NaN."""
-    columns = [_repeat_columns(gate, ranks) for gate, ranks in zip(gates, shape.ranks, strict=True)]
-    table = torch.cat(columns, dim=1) if len(columns) > 1 else columns[0]
+def _row_gates(table: Tensor, task_ids: Tensor) -> Tensor:
+    """The gates (m, R) of every row from those of every task (T, R): id -1 gets zeros, an invalid
+    id gets NaN."""
+    tasks = table.shape[0]
     table = F.pad(table, (0, 0, 2, 1), value=float("nan"))  # rows of ids -2, -1, 0 .. T
     table[1] = 0
-    return table.index_select(0, task_ids.reshape(-1).clamp(-2, gates[0].shape[0]) + 2)
-
-
-def _repeat_columns(gate: Tensor, ranks: Sequence[int]) -> Tensor:
-    """(T, E) to (T, R_l): every gate as often as its expert has rank columns."""
-    if len(set(ranks)) == 1:
-        return gate.unsqueeze(2).expand(*gate.shape, ranks[0]).flatten(1)
-    return torch.cat([gate[:, e : e + 1].expand(-1, rank) for e, rank in enumerate(ranks)], dim=1)
+    return table.index_select(0, task_ids.reshape(-1).clamp(-2, tasks) + 2)
 
 
 def _gated(s: Tensor, gate: Tensor) -> Tensor:
@@ -197,10 +179,11 @@ def _gated(s: Tensor, gate: Tensor) -> Tensor:
 
 
 def _expand(x: Tensor, weight: Tensor | None, bias: Tensor | None, h: Tensor, b: Tensor) -> Tensor:
+    """x W^T + bias + H B^T, B transposed as (R, n)."""
     if weight is None:
-        return (h @ b.t()).view(*x.shape[:-1], b.shape[0])
+        return (h @ b).view(*x.shape[:-1], b.shape[1])
     y = F.linear(x, weight, bias).contiguous()
-    y.view(-1, y.shape[-1]).addmm_(h, b.t())
+    y.view(-1, y.shape[-1]).addmm_(h, b)
     return y
 
 
@@ -214,13 +197,7 @@ def _b_gradients(shape: GroupShape, dys, h: Tensor, b, need_b) -> list[Tensor | 
     return gradients
 
 
-def gate_gradients(shape: GroupShape, dh, s, gates, task_ids) -> list[Tensor]:
-    """Per linear (T, E)."""
-    total = stacked_gate_gradients(shape, dh, s, gates, task_ids)
-    return list(total.split([len(ranks) for ranks in shape.ranks], 1))
-
-
-def stacked_gate_gradients(shape: GroupShape, dh, s, gates, task_ids) -> Tensor:
+def gate_gradients(shape: GroupShape, dh, s, gates, task_ids) -> Tensor:
     """(T, E), experts of all linears: over the rows of a task, the sum of an expert's <dH, S>."""
     ids = task_ids.reshape(-1, 1)
     products = (dh * s).split(shape.expert_ranks, 1)

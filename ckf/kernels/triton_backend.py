@@ -19,10 +19,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ckf.kernels.group import Gradients, GroupShape, base_gradients, expert_parts, unflatten
+from ckf.kernels.group import Gradients, GroupShape, base_gradients, unflatten
 from ckf.kernels.launch import DENSE_RANK, PLANS
-from ckf.kernels.torch_backend import stacked_gate_gradients
-from ckf.kernels.triton_stacks import Stacks
+from ckf.kernels.stacks import Stacks
+from ckf.kernels.torch_backend import gate_gradients
 from ckf.kernels.triton_update import Dense, Gathered
 
 
@@ -67,7 +67,7 @@ def forward_pass(
     return outputs, saved
 
 
-def gradients(
+def backward_pass(
     shape: GroupShape,
     dys: Sequence[Tensor],
     x: Tensor,
@@ -106,25 +106,9 @@ def gradients(
         if any(need_a):
             da = update.a_gradient(rows, a[0].dtype)
         if any(need_g):
-            dg = stacked_gate_gradients(shape, update.dh, saved, gates, task_ids)
+            dg = gate_gradients(shape, update.dh, saved, gates, task_ids)
         base = base_gradients(rows, dys, need_w, need_bias)
     return Gradients(dx, base, dg, da, db)
-
-
-def backward_pass(shape: GroupShape, *arguments) -> list[Tensor | None]:
-    """:func:`gradients` one by one: of x, weights, biases, gates, a and b; experts as views."""
-    *_, b, _, _, _, _, _, needs, _ = arguments
-    found = gradients(shape, *arguments)
-    counts = [len(ranks) for ranks in shape.ranks]
-    dg = [None] * shape.linears if found.gates is None else found.gates.split(counts, 1)
-    da = [None] * shape.experts if found.a is None else found.a.split(shape.expert_ranks)
-    db, start = [], 0
-    for packed, ranks in zip(found.b, shape.ranks, strict=True):
-        n = b[start].shape[0]
-        db += [None] * len(ranks) if packed is None else expert_parts(packed, n, ranks)
-        start += len(ranks)
-    each = [found.x, *found.base, *dg, *da, *db]
-    return [g if needed else None for g, needed in zip(each, needs, strict=True)]
 
 
 def saves_compact(shape: GroupShape, x: Tensor, slots: Tensor | None) -> bool:

@@ -116,17 +116,15 @@ def gather_reduce_kernel(
     begin = tl.load(p_starts + o_g, mask=m_g, other=0)
     end = tl.load(p_starts + 1 + o_g, mask=m_g, other=0)
     live = (slot >= 0) & (end > begin)  # an expert's columns are live together, slot by slot
+    count = tl.where(live, (end - 1) // chunk - begin // chunk + 1, 0)
+    before = tl.cumsum(count, 0) - count
+    o_row = (begin // chunk + o_g - before) * width + slot  # of a task's partial i: + i * width
     acc = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    task = tl.min(tl.where(live, o_g, GROUPS))
-    while task < GROUPS:
-        mine = o_g == task
-        from_chunk = tl.sum(tl.where(mine, begin // chunk, 0))
-        to_chunk = tl.sum(tl.where(mine, (end - 1) // chunk, 0)) + 1
-        o_s = tl.sum(tl.where(mine, slot, 0)) + o_j
-        for split in range(from_chunk, to_chunk):
-            o_row = (split + task).to(tl.int64) * width + o_s
-            acc += tl.load(p_part + o_row[:, None] * c + o_c[None, :], mask=m_i, other=0.0)
-        task = tl.min(tl.where(live & (o_g > task), o_g, GROUPS))
+    for i in range(tl.sum(count)):
+        mine = (i >= before) & (i < before + count)
+        row = tl.sum(tl.where(mine, o_row + i * width, 0)) + o_j
+        p_i = p_part + row.to(tl.int64)[:, None] * c + o_c[None, :]
+        acc += tl.load(p_i, mask=m_i, other=0.0)
     invalid = tl.load(p_starts + tasks + 2) > tl.load(p_starts + tasks + 1)
     acc = tl.where(invalid, float("nan"), acc * scale)  # an invalid row is a row of every expert
     store_expert(acc, p_out, first, rank, o_j, o_c, c, TRANSPOSED)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ckf.kernels.dropout import dropout_scale, dropout_threshold
 from ckf.kernels.group import GroupShape
+from ckf.kernels.stacks import Stacks
 from ckf.kernels.triton_expand import expand
 from ckf.kernels.triton_gather import gather_expand, gather_shrink
 from ckf.kernels.triton_gather_outer import gather_outer
@@ -21,7 +22,6 @@ from ckf.kernels.triton_gemm import gemm, gemm_dx, why_not_gemm
 from ckf.kernels.triton_groups import group_rows
 from ckf.kernels.triton_outer import outer
 from ckf.kernels.triton_shrink import shrink
-from ckf.kernels.triton_stacks import Stacks
 
 
 class _Update:

@@ -84,7 +84,9 @@ def test_wrong_bytes_are_one_broken_line(tmp_path):
 def test_line_numbers_across_blocks(tmp_path, monkeypatch):
     from ckf.data import delimited, files
 
-    monkeypatch.setattr(delimited, "blocks", lambda path: files.blocks(path, size=64))
+    monkeypatch.setattr(
+        delimited, "blocks", lambda path, limits: files.blocks(path, limits, size=64)
+    )
     raw = samples.movielens_csv(tmp_path / "raw", EVENTS)
     lines = (raw / "ratings.csv").read_text().splitlines()
     lines[100] = "1,2,x,3"

@@ -50,12 +50,15 @@ def test_per_user_splits_never_look_back(rows, kind):
     if split is None:
         return
     for one in np.unique(user):
-        own = split[user == one]
+        own, when = split[user == one], time[user == one]
         assert (np.diff(own) >= 0).all()  # train, then valid, then test
         assert own[0] == 0
+        assert all(len(set(own[when == second])) == 1 for second in when)  # ties stay together
         if len(own) < 3:
             assert (own == 0).all()
         else:
+            assert set(own.tolist()) in ({0}, {0, 1, 2})
+        if len(set(when)) == len(when) >= 3:
             assert {1, 2} <= set(own.tolist())
             assert kind != "leave_last_out" or (own > 0).sum() == 2
 
@@ -92,9 +95,21 @@ def test_a_train_row_is_always_left():
         assert np.bincount(split[user == one], minlength=3).min() >= 1
 
 
-def test_ties_follow_the_input():
-    user, time = np.zeros(10, int), np.zeros(10, int)
-    assert split_of(user, time).tolist() == [0] * 8 + [1, 2]
+@pytest.mark.parametrize(
+    ("times", "kind", "expected"),
+    [
+        ([0, 1, 2, 3, 3], "leave_last_out", [0, 0, 1, 2, 2]),  # both of the last second
+        ([0, 1, 2, 2, 3], "leave_last_out", [0, 0, 1, 1, 2]),
+        ([0, 0, 0, 1, 2], "leave_last_out", [0, 0, 0, 1, 2]),
+        ([0, 0, 0, 1, 1], "leave_last_out", [0, 0, 0, 0, 0]),  # valid would take all that is left
+        ([0, 0, 0, 0, 0], "leave_last_out", [0, 0, 0, 0, 0]),
+        ([0, 1, 1, 2, 2], "per_user_time", [0, 1, 1, 2, 2]),
+    ],
+)
+def test_rows_of_one_second_stay_together(times, kind, expected):
+    user = np.repeat([0, 1], [len(times), 5])  # a second user, so that no split is empty
+    time = np.array([*times, *range(5)])
+    assert split_of(user, time, kind=kind, min_rows=3)[: len(times)].tolist() == expected
 
 
 def test_given_split_must_be_there():

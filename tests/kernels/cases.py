@@ -105,7 +105,9 @@ def run_with_gradients(function, case: Case, dy: Tensor) -> list[Tensor]:
 def assert_as_good_as_reference(function, case: Case) -> None:
     """Error against the float64 reference at most twice that of the same-dtype reference."""
     wide = case.to(torch.float64)
-    dy = torch.randn(*case.x.shape[:-1], case.weight.shape[0], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(case.seed if isinstance(case.seed, int) else 0)
+    sizes = (*case.x.shape[:-1], case.weight.shape[0])
+    dy = torch.randn(*sizes, dtype=torch.float64, generator=generator)
     exact = run_with_gradients(multi_lora_reference, wide, dy)
     plain = run_with_gradients(multi_lora_reference, case.to(case.x.dtype), dy)
     ours = run_with_gradients(function, case, dy)

@@ -15,7 +15,7 @@ from ckf.kernels.group import GroupShape
 from ckf.kernels.launch import PLANS, ShrinkLaunch
 from ckf.kernels.reference import multi_lora_reference
 from ckf.kernels.slots import compact_slots
-from ckf.kernels.triton_backend import forward_pass, gradients
+from ckf.kernels.triton_backend import backward_pass, forward_pass
 from ckf.kernels.triton_expand import expand
 from ckf.kernels.triton_groups import group_rows
 from ckf.kernels.triton_shrink import shrink
@@ -206,7 +206,7 @@ def test_invalid_ids_become_nan_rows(ranks, compact):
         with torch.no_grad():
             (y,), saved = forward_pass(shape, x, [w], [bias], [gates], a, b, *last, "expand")
             needs = [True, False, False, False] + [True] * 8
-            found = gradients(
+            found = backward_pass(
                 shape, [torch.ones(8, 17)], x, saved, [w], [gates], a, b, *last, needs, "expand"
             )
         return y, found.x, found.a, found.b[0]

@@ -122,9 +122,7 @@ def test_committed_tables_are_readable():
 
 @pytest.mark.parametrize("backend", ["gpu", "", "triton:fast", "torch:gemm", "auto:", None, 3])
 def test_unknown_backends_list_the_known(backend):
-    with pytest.raises(
-        ValueError, match="expected one of auto, torch, triton, cuda, triton:exp"
-    ):
+    with pytest.raises(ValueError, match="expected one of auto, torch, triton, cuda, triton:exp"):
         check_backend(backend)
 
 

@@ -173,6 +173,7 @@ def launches(arch: int, tf32: bool = False):
             *itertools.product([fp32], [8192], [4096], (8, 32, 1024)),
             *itertools.product([bf16, fp32], [8191], [4095], [32]),
             *([(bf16, 8192, 4096, 100), (fp16, 8192, 4096, 128)] if hopper else []),
+            (bf16, ROWS[0], 4096, 32),
         ]
         gathered = [
             *itertools.product([bf16], rows, [4096], (32, 128)),

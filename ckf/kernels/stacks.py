@@ -18,7 +18,7 @@ from ckf.kernels.group import GroupShape
 class Stacks:
     a: Tensor  # (R, k)
     b: list[Tensor]  # per linear (R_l, n_l): B transposed
-    gates: Tensor  # (T, R) float32, one column a rank column
+    gates: Tensor  # (T, R) float32 (float64 for float64 inputs), one column a rank column
 
     @classmethod
     def of(
@@ -36,7 +36,11 @@ class Stacks:
                 _cat([t.t() for t in itertools.islice(experts, len(ranks))]).to(dtype)
                 for ranks in shape.ranks
             ],
-            gates=_column_gates([gate.detach() for gate in gates], shape.ranks),
+            gates=_column_gates(
+                [gate.detach() for gate in gates],
+                shape.ranks,
+                torch.float64 if dtype == torch.float64 else torch.float32,
+            ),
         )
 
 
@@ -45,10 +49,12 @@ def _cat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat(tensors) if len(tensors) > 1 else tensors[0].contiguous()
 
 
-def _column_gates(gates: Sequence[Tensor], ranks: Sequence[Sequence[int]]) -> Tensor:
-    """(T, R) float32: every gate as often as its expert has columns, run by run of one rank."""
+def _column_gates(
+    gates: Sequence[Tensor], ranks: Sequence[Sequence[int]], dtype: torch.dtype
+) -> Tensor:
+    """(T, R): every gate as often as its expert has columns, run by run of one rank."""
     gate = torch.cat(gates, dim=1) if len(gates) > 1 else gates[0]
-    gate = gate.float()
+    gate = gate.to(dtype)
     runs, start = [], 0
     for rank, members in itertools.groupby(itertools.chain.from_iterable(ranks)):
         count = len(list(members))
