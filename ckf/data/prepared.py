@@ -24,7 +24,7 @@ from safetensors.numpy import load_file
 from ckf.data.errors import DataError
 from ckf.data.explain import explanation_of
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: rows of one user and second stay in one split
 MANIFEST = "manifest.json"
 INTERACTIONS = "interactions.safetensors"
 TEXTS = "texts.safetensors"
