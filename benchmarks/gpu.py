@@ -15,7 +15,6 @@ import contextlib
 import json
 import os
 import platform
-import re
 import shutil
 import signal
 import subprocess
@@ -40,12 +39,6 @@ LIMITS = {"build": 300, "tests": 240, "sanitize": 120, "bench": 600, "plots": 60
 RESERVED = {"build": 240, "tests": 180, "sanitize": 120, "bench": 0}
 GRACE_SECONDS, LEAST_SECONDS = 5, 5  # to write what one has; worth starting a step
 QUICK_UNDER = 400  # seconds left for all benchmarks: below it they run with --quick
-
-
-def slug(name: str) -> str:
-    """NVIDIA H200 -> h200."""
-    words = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    return words.removeprefix("nvidia-")
 
 
 def output_of(command: list[str]) -> str:
@@ -295,9 +288,12 @@ def main(argv: list[str] | None = None) -> int:
     except ImportError as error:
         print(f"no torch for {sys.executable}: {error}", file=sys.stderr)
         return 2
+    sys.path.insert(0, str(ROOT))
+    from ckf.kernels.dispatch import device_slug  # needs torch
+
     has_gpu = torch.cuda.is_available()
     found = environment(torch)
-    folder = options.out.resolve() / slug(found["gpu"]) if has_gpu else REHEARSAL
+    folder = options.out.resolve() / device_slug(found["gpu"]) if has_gpu else REHEARSAL
     minutes = options.minutes or (10 if has_gpu else 20)
     runner = Runner(folder, has_gpu, minutes * 60 - GRACE_SECONDS)
     (folder / "environment.json").write_text(json.dumps(found, indent=1) + "\n")

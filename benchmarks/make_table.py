@@ -9,7 +9,6 @@ it matters. Of several measurements of one shape the first is taken: linear, sca
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -17,15 +16,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.records import load_record, rows_of  # noqa: E402
+from ckf.kernels.dispatch import device_slug  # noqa: E402
 
 SOURCES = ("bench_linear", "bench_scaling", "bench_decode")
 KEY = ("pass", "m", "k", "n", "rank", "tasks", "dropout")
-
-
-def slug(name: str) -> str:
-    """NVIDIA H200 -> h200."""
-    words = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    return words.removeprefix("nvidia-")
 
 
 def table_rows(records: list[dict]) -> list[dict]:
@@ -101,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"no table: {error}", file=sys.stderr)
         return 1
-    out = options.out or ROOT / "ckf" / "kernels" / "tables" / f"{slug(table['gpu'])}.json"
+    out = options.out or ROOT / "ckf" / "kernels" / "tables" / f"{device_slug(table['gpu'])}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join("  " + json.dumps(row) for row in table["rows"])
     head = json.dumps({"gpu": table["gpu"], "record": table["record"]}, indent=1)[:-2]

@@ -133,7 +133,3 @@ def test_rehearsal(monkeypatch, tmp_path, capsys):
     assert [step["why"] for step in steps] == ["no GPU"] * 3
     assert json.loads((tmp_path / "environment.json").read_text())["gpu"] is None
     assert "this is a rehearsal" in capsys.readouterr().err
-
-
-def test_slug():
-    assert gpu.slug("NVIDIA H200") == "h200"

@@ -14,6 +14,7 @@ from benchmarks import (
     report,
 )
 from benchmarks.records import load_record, rows_of
+from ckf.kernels.dispatch import device_slug
 from tests.benchmarks.synthetic import write_all
 
 
@@ -55,7 +56,7 @@ def test_no_table_from_a_cpu(results, tmp_path, capsys):
     ("name", "slug"), [("NVIDIA H200", "h200"), ("NVIDIA A100-SXM4-80GB", "a100-sxm4-80gb")]
 )
 def test_slug(name, slug):
-    assert make_table.slug(name) == slug
+    assert device_slug(name) == slug
 
 
 def test_every_picture_is_drawn(results):
