@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ckf.kernels.ops import check_id_range
+from ckf.kernels.checks import check_id_range
 
 BASE_ONLY = -1
 _SEED_STEP = 0x9E3779B97F4A7C15

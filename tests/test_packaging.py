@@ -1,6 +1,7 @@
 """What importing and building the package may not drag in."""
 
 import ast
+import itertools
 import json
 import re
 import subprocess
@@ -57,11 +58,18 @@ def imported(folder: Path) -> set[str]:
 def test_every_import_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     groups = project["optional-dependencies"]
-    names = [*project["dependencies"], *groups["recsys"], *groups["test"]]
+    names = [*project["dependencies"], *itertools.chain.from_iterable(groups.values())]
     declared = {re.split(r"[<>=\[]", name)[0].lower().replace("-", "_") for name in names}
     other_names = {"yaml": "pyyaml", "sklearn": "scikit_learn"}
     alternatives = {"pyarrow"}  # used where polars is missing
-    own = alternatives | {"ckf", "tests", "benchmarks", "__future__", *sys.stdlib_module_names}
+    own = alternatives | {
+        "ckf",
+        "tests",
+        "benchmarks",
+        "scripts",
+        "__future__",
+        *sys.stdlib_module_names,
+    }
     for folder in ("ckf", "tests"):
         needed = {other_names.get(name, name) for name in imported(ROOT / folder) - own}
         assert needed <= declared, f"{folder} imports what pyproject.toml does not name"

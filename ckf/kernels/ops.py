@@ -1,4 +1,4 @@
-"""The public functions: checks, autocast, choice of backend, and the ops with their gradient.
+"""The public functions: autocast, choice of backend, and the ops with their gradient.
 
 Each pass is one registered op (``ckf::multi_lora``, ``ckf::multi_lora_backward``) under one
 autograd.Function, so that torch.compile sees a single node whatever the mix of tasks, and a call
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ckf.kernels import decode, torch_backend
+from ckf.kernels.checks import check_group, check_id_range, check_slots, check_task_ids
 from ckf.kernels.config import choose_backend
 from ckf.kernels.dispatch import Call
 from ckf.kernels.dropout import dropout_threshold
@@ -31,6 +32,7 @@ def multi_lora_linear(
     dropout_p: float = 0.0,
     seed: int | Tensor = 0,
     backend: str = "auto",
+    slots: tuple[Tensor, int] | None = None,
 ) -> Tensor:
     """A frozen linear plus the gated low-rank updates of every row's experts, in one pass.
 
@@ -46,6 +48,9 @@ def multi_lora_linear(
         dropout_p: probability of dropping an element of the LoRA input.
         seed: int or one-element int64 tensor on x's device; draws the dropout mask.
         backend: "auto", "torch", "triton" or "cuda".
+        slots: what ``compact_slots`` makes of the gates that are always zero, its table on x's
+            device; made once. Backward then keeps a row's own columns only, and with many rank
+            columns the Triton kernels compute no others.
 
     Returns:
         (..., n) of x's dtype (the autocast dtype under autocast).
@@ -54,7 +59,7 @@ def multi_lora_linear(
         ValueError: shapes, dtypes, devices or ids that do not fit, or a backend that cannot run.
     """
     return multi_lora_group(
-        x, [weight], [bias], [a], [b], gates, task_ids, dropout_p, seed, backend
+        x, [weight], [bias], [a], [b], gates, task_ids, dropout_p, seed, backend, slots
     )[0]
 
 
@@ -69,6 +74,7 @@ def multi_lora_group(
     dropout_p: float = 0.0,
     seed: int | Tensor = 0,
     backend: str = "auto",
+    slots: tuple[Tensor, int] | None = None,
 ) -> tuple[Tensor, ...]:
     """Several linears fed the same x (q, k, v; gate, up): one shrink, one mask, one saved x.
 
@@ -83,7 +89,12 @@ def multi_lora_group(
         gates = [gates.view_as(gates) for _ in weights]
     check_group(x, weights, biases, a, b, gates)
     task_ids = check_task_ids(task_ids, x, gates[0].shape[0])
-    return run_group(x, weights, biases, a, b, gates, task_ids, dropout_p, seed, backend)
+    table, width = slots or (None, 0)
+    if slots is not None:
+        check_slots(table, a, gates)
+    return run_group(
+        x, weights, biases, a, b, gates, task_ids, dropout_p, seed, backend, table, width
+    )
 
 
 def run_group(
@@ -320,84 +331,3 @@ def _seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
         return seed.reshape(1).to(device=device, dtype=torch.int64, non_blocking=True)
     signed = (seed + 2**63) % 2**64 - 2**63
     return torch.full((1,), signed, dtype=torch.int64, device=device)
-
-
-def check_task_ids(task_ids: Tensor, x: Tensor, tasks: int) -> Tensor:
-    """The ids as int64 on x's device; the range is checked where they lie on the host."""
-    if not isinstance(task_ids, Tensor) or task_ids.dtype not in (torch.int64, torch.int32):
-        kind = task_ids.dtype if isinstance(task_ids, Tensor) else type(task_ids).__name__
-        raise ValueError(f"task_ids are {kind}; expected an int64 or int32 tensor")
-    if task_ids.shape != x.shape[:-1]:
-        raise ValueError(
-            f"task_ids have shape {tuple(task_ids.shape)}; expected x's leading shape "
-            f"{tuple(x.shape[:-1])}, one id a row"
-        )
-    if task_ids.device != x.device:  # else the op looks at them, also under torch.compile
-        check_id_range(task_ids, tasks)
-    return task_ids.to(device=x.device, dtype=torch.int64, non_blocking=True)
-
-
-def check_id_range(task_ids: Tensor, tasks: int) -> None:
-    """ValueError for an id outside [-1, tasks) on the host; device ids cost no check."""
-    if task_ids.device.type != "cpu" or task_ids.numel() == 0 or torch.compiler.is_compiling():
-        return
-    low, high = (int(v) for v in task_ids.aminmax())
-    if low < -1 or high >= tasks:
-        wrong = low if low < -1 else high
-        raise ValueError(
-            f"task id {wrong} is out of range; expected 0 to {tasks - 1}, or -1 for the base alone"
-        )
-
-
-def check_group(x, weights, biases, a, b, gates) -> None:
-    """ValueError naming the first argument whose shape, dtype or device does not fit."""
-    if not len(weights) == len(biases) == len(a) == len(b) == len(gates) or not weights:
-        raise ValueError(
-            "weights, biases, a, b and gates need one entry for each linear; got "
-            f"{len(weights)}, {len(biases)}, {len(a)}, {len(b)} and {len(gates)}"
-        )
-    if x.dim() == 0 or not x.is_floating_point():
-        raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}; expected floats (..., k)")
-    for index, (weight, bias, a_l, b_l, gate) in enumerate(
-        zip(weights, biases, a, b, gates, strict=True)
-    ):
-        _check_linear(f"linear {index}", x, weight, bias, a_l, b_l, gate)
-        if gate.shape[0] != gates[0].shape[0]:
-            raise ValueError(
-                f"linear {index}: gates for {gate.shape[0]} tasks; expected "
-                f"{gates[0].shape[0]}, as for linear 0"
-            )
-
-
-def _check_linear(name, x, weight, bias, a, b, gate) -> None:
-    k = x.shape[-1]
-    if len(a) != len(b) or not a:
-        raise ValueError(f"{name}: {len(a)} A and {len(b)} B; expected as many, one or more")
-    n = b[0].shape[0] if weight is None else weight.shape[0]
-    if weight is not None:
-        _expect(f"{name}: weight", weight, (n, k), x)
-    if bias is not None:
-        _expect(f"{name}: bias", bias, (n,), x)
-    for e, (a_e, b_e) in enumerate(zip(a, b, strict=True)):
-        rank = a_e.shape[0]
-        _expect(f"{name}: a[{e}]", a_e, (rank, k), x, adapter=True)
-        _expect(f"{name}: b[{e}]", b_e, (n, rank), x, adapter=True)
-        if a_e.dtype != a[0].dtype or b_e.dtype != a[0].dtype:
-            raise ValueError(f"{name}: experts differ in dtype; expected {a[0].dtype} for all")
-    if gate.dim() != 2 or gate.shape[1] != len(a) or gate.device != x.device:
-        raise ValueError(
-            f"{name}: gates of shape {tuple(gate.shape)} on {gate.device}; expected "
-            f"(tasks, {len(a)} experts) on {x.device}"
-        )
-
-
-def _expect(name: str, tensor: Tensor, shape: tuple, x: Tensor, adapter: bool = False) -> None:
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}")
-    if tensor.device != x.device:
-        raise ValueError(f"{name} is on {tensor.device}; expected x's device, {x.device}")
-    allowed = {x.dtype, torch.float32} if adapter else {x.dtype}
-    autocast = torch.is_autocast_enabled(x.device.type)
-    if tensor.dtype not in allowed and not autocast:
-        expected = " or ".join(sorted(str(d) for d in allowed))
-        raise ValueError(f"{name} is {tensor.dtype}; expected {expected}")

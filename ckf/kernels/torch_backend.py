@@ -81,7 +81,7 @@ def forward_pass(
     if save_plain:
         return outputs, s
     if saves_compact(shape, x, slots):
-        index = _slot_index(slots, task_ids, h.shape[1], width)  # (m, R)
+        index = _slot_index(slots, task_ids, width)  # (m, R)
         h = h.new_zeros(h.shape[0], width + 1).scatter_(1, index, h)[:, :width].contiguous()
     return outputs, h
 
@@ -152,15 +152,15 @@ def _saved_h(shape, x, saved, gate, save_plain, slots, task_ids) -> Tensor:
         return _gated(saved, gate)
     if not saves_compact(shape, x, slots):
         return saved
-    index = _slot_index(slots, task_ids, shape.columns, saved.shape[1])
+    index = _slot_index(slots, task_ids, saved.shape[1])
     return torch.cat([saved, saved.new_zeros(saved.shape[0], 1)], dim=1).gather(1, index)
 
 
-def _slot_index(slots: Tensor, task_ids: Tensor, columns: int, width: int) -> Tensor:
+def _slot_index(slots: Tensor, task_ids: Tensor, width: int) -> Tensor:
     """(m, R): the slot of every column in its row; one past the last where it has none."""
     ids = task_ids.reshape(-1)
     valid = (ids >= 0) & (ids < slots.shape[0])
-    index = slots[:, :columns].index_select(0, torch.where(valid, ids, 0)).long()
+    index = slots.index_select(0, torch.where(valid, ids, 0)).long()
     return torch.where(valid.unsqueeze(1) & (index >= 0), index, width)
 
 

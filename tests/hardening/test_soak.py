@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from scripts import soak
+
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-import soak  # noqa: E402
 
 
 def history(**last) -> list[dict]:

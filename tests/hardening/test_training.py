@@ -3,6 +3,7 @@
 Children come from a fork server, so that a kill costs a second and not an import of torch.
 """
 
+import functools
 import logging
 import multiprocessing
 import os
@@ -29,12 +30,19 @@ STEPS = 40
 CHANGES = {"train__steps": STEPS, "train__save_every": 4}
 
 
-def train_child(model: Path, prepared: Path, folder: Path, file_bytes: int | None) -> None:
-    """One training in a process of its own; ``file_bytes``: no file may grow beyond."""
+def train_child(
+    model: Path, prepared: Path, folder: Path, file_bytes: int | None, steps: int
+) -> None:
+    """One training in a process of its own; ``file_bytes``: no file may grow beyond.
+
+    A step takes 50 ms or more, so that no machine is done before it is disturbed.
+    """
     torch.set_num_threads(1)
+    plain = CKFModel.forward
+    CKFModel.forward = lambda self, **batch: time.sleep(0.05) or plain(self, **batch)
     if file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
-    config = small_config(model, **CHANGES)
+    config = small_config(model, **{**CHANGES, "train__steps": steps})
     try:
         train_run(config, folder, prepared=str(prepared), device="cpu", log=quiet)
     except (ValueError, OSError) as error:
@@ -49,8 +57,9 @@ def start():
     context.set_forkserver_preload(["tests.hardening.test_training"])
     children = []
 
-    def begin(model, prepared, folder, file_bytes=None):
-        child = context.Process(target=train_child, args=(model, prepared, folder, file_bytes))
+    def begin(model, prepared, folder, file_bytes=None, steps=STEPS):
+        arguments = (model, prepared, folder, file_bytes, steps)
+        child = context.Process(target=train_child, args=arguments)
         child.start()
         children.append(child)
         return child
@@ -61,10 +70,22 @@ def start():
 
 
 @pytest.fixture(scope="module")
-def whole(small_model, prepared, tmp_path_factory):
-    """The folder of the run that nobody disturbs."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    return run_again(small_model, prepared, folder, **CHANGES).folder
+def whole(start, small_model, prepared, tmp_path_factory):
+    """The folder of the run that nobody disturbs, by its number of steps."""
+
+    @functools.cache
+    def folder(steps: int = STEPS) -> Path:
+        folder = tmp_path_factory.mktemp("whole") / "run"
+        run_to_the_end(start, small_model, prepared, folder, steps)
+        return folder
+
+    return folder
+
+
+def run_to_the_end(start, model, prepared, folder: Path, steps: int = STEPS) -> None:
+    child = start(model, prepared, folder, steps=steps)
+    child.join()
+    assert child.exitcode == 0
 
 
 def wait_until(condition, child, seconds=120.0) -> bool:
@@ -91,7 +112,7 @@ def kill_at(moment: str, child, folder: Path, rng: random.Random) -> None:
         wait_until(lambda: log.exists() and log.stat().st_size > size, child)
         time.sleep(rng.uniform(0, 0.3))
     else:
-        time.sleep(rng.uniform(0, 2))
+        time.sleep(rng.uniform(0, 1))
     child.kill()
     child.join()
 
@@ -99,24 +120,24 @@ def kill_at(moment: str, child, folder: Path, rng: random.Random) -> None:
 def assert_the_same_end(folder: Path, whole: Path) -> None:
     assert_same_bits(folder, whole)
     lines, wanted = read_log(folder), read_log(whole)
-    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in lines] == list(range(1, len(wanted) + 1))
     assert [line["loss"] for line in lines] == [line["loss"] for line in wanted]
 
 
-@pytest.mark.parametrize("rounds", [1, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("rounds", "steps"), [(1, STEPS), pytest.param(5, 4 * STEPS, marks=pytest.mark.slow)]
+)
 def test_four_kills_a_round_end_in_the_same_bits(
-    start, small_model, prepared, whole, tmp_path, rounds
+    start, small_model, prepared, whole, tmp_path, rounds, steps
 ):
     rng, folder, killed = random.Random(0), tmp_path / "run", 0
     for moment in ["saving", "start", "step", "step"] * rounds:
-        child = start(small_model, prepared, folder)
+        child = start(small_model, prepared, folder, steps=steps)
         kill_at(moment, child, folder, rng)
         killed += child.exitcode == -signal.SIGKILL
     assert killed == 4 * rounds and not (folder / "run.json").exists()
-    child = start(small_model, prepared, folder)
-    child.join()
-    assert child.exitcode == 0
-    assert_the_same_end(folder, whole)
+    run_to_the_end(start, small_model, prepared, folder, steps)
+    assert_the_same_end(folder, whole(steps))
 
 
 def test_a_half_written_checkpoint_is_left_out_with_one_line(small_run, run_copy, caplog):
@@ -145,10 +166,8 @@ def test_a_full_disk_leaves_a_run_that_goes_on(
     said = (tmp_path / "said").read_text()
     assert "cannot save into" in said and "free space on its disk" in said
     assert last_checkpoint(folder / "checkpoints") == kept
-    child = start(small_model, prepared, folder)
-    child.join()
-    assert child.exitcode == 0
-    assert_the_same_end(folder, whole)
+    run_to_the_end(start, small_model, prepared, folder)
+    assert_the_same_end(folder, whole())
 
 
 # ---- out of GPU memory

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from ckf.kernels import multi_lora_group, multi_lora_linear
+from ckf.kernels import compact_slots, multi_lora_group, multi_lora_linear
 from ckf.kernels.reference import multi_lora_reference
 from tests.kernels.cases import assert_as_good_as_reference, random_case, run_with_gradients
 
@@ -197,6 +197,33 @@ def test_saves_the_input_and_one_rank_tensor():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         torch_backend(*case.arguments()[:7], 0.5, 3)
     assert sorted(saved) == sorted([(1,), (50,), (50, 24), (50, 16)])  # seed, ids, x, H
+
+
+@pytest.mark.parametrize("rows", [50, 400], ids=["dense", "runs"])
+def test_slots_keep_a_rows_own_columns(rows):
+    case = random_case(m=rows, k=24, ranks=[4, 4, 2, 6], ids=torch.arange(rows) * 3 // rows)
+    slots = compact_slots([(case.gates != 0).tolist()], [[4, 4, 2, 6]])
+    assert slots[1] == 16  # 4 + 6, to the next 16
+    dy = torch.randn(rows, 17)
+    plain = run_with_gradients(torch_backend, case, dy)
+    compact = run_with_gradients(partial(torch_backend, slots=slots), case, dy)
+    assert all(torch.equal(p, q) for p, q in zip(compact, plain, strict=True))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        torch_backend(*case.arguments(), slots=slots)
+    assert [tuple(t.shape) for t in kept if t.shape[0] == rows and t.dim() == 2] == [
+        (rows, 24),
+        (rows, 16),
+    ]
+
+
+def test_wrong_slots_are_refused():
+    case = random_case(ranks=[4, 4, 2, 6])
+    slots = compact_slots([[[True, False, False, False]] * 3], [[4, 4, 2, 6]])
+    with pytest.raises(ValueError, match="slots leave out a gate that is not zero"):
+        torch_backend(*case.arguments(), slots=slots)
+    with pytest.raises(ValueError, match=r"expected \(3, 16\)"):
+        torch_backend(*case.arguments(), slots=(slots[0][:, 1:], slots[1]))
 
 
 def test_autocast_is_honoured():

@@ -17,18 +17,39 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_compiles_without_spills(arch):
+ARCHS = [80, 90, 100]
+
+
+@pytest.fixture(scope="module")
+def compilations(tmp_path_factory):
+    """A process for each GPU, all at once: its output by GPU when it has ended."""
+    folder = tmp_path_factory.mktemp("compiled")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.triton_compile", str(arch)],
-        env={**environment, "OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    environment["OMP_NUM_THREADS"] = "1"
+    running = {}
+    for arch in ARCHS:
+        command = [sys.executable, "-m", "tests.kernels.triton_compile", str(arch)]
+        with open(folder / f"{arch}.out", "w") as out, open(folder / f"{arch}.err", "w") as err:
+            running[arch] = subprocess.Popen(
+                command, env=environment, cwd=ROOT, stdout=out, stderr=err
+            )
+
+    def ended(arch: int) -> tuple[int, str, str]:
+        status = running[arch].wait()
+        return status, *((folder / f"{arch}.{kind}").read_text() for kind in ("out", "err"))
+
+    yield ended
+    for process in running.values():
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_compiles_without_spills(arch, compilations):
+    status, output, errors = compilations(arch)
+    assert status == 0, errors[-3000:]
+    lines = [json.loads(line) for line in output.splitlines()]
     groups = defaultdict(list)
     for line in lines:
         groups[line["kernel"], line["dtype"]].append(line)
