@@ -84,8 +84,11 @@ class TrainStream(Dataset):
 class CKFTrainer(HalvedSteps, Trainer):
     """Trainer whose checkpoints hold adapters, meta-network and optimizer, never the base."""
 
-    def __init__(self, assembly: Assembly, stream: TrainStream, folder: Path, device) -> None:
+    def __init__(
+        self, assembly: Assembly, stream: TrainStream, folder: Path, device, before: float = 0.0
+    ) -> None:
         self.assembly, self.folder = assembly, folder
+        self.start = time.perf_counter() - before  # as if the run had never been stopped
         self.presence = TaskPresence(assembly.model.backbone)
         self._sums: dict[str, list] = defaultdict(list)
         self._tokens, self._since, self._waited = 0, time.perf_counter(), 0.0
@@ -148,6 +151,7 @@ class CKFTrainer(HalvedSteps, Trainer):
             logs |= self._task_losses()
             now = time.perf_counter()
             elapsed = max(now - self._since, 1e-9)
+            logs["seconds"] = round(now - self.start, 1)
             logs["tokens_per_second"] = round(self._tokens / elapsed, 1)
             logs["data_wait"] = round(self._waited / elapsed, 4)  # share of the time
             progress = self.state.global_step / self.assembly.config.train.steps
@@ -223,7 +227,7 @@ def train(assembly: Assembly, folder: Path, device: torch.device) -> dict[str, f
     """Train, going on from the last whole checkpoint where there is one; save into ``folder``.
 
     Returns:
-        seconds and tokens of this call.
+        seconds of this call and of those that it goes on from.
     """
     if assembly.config.train.gradient_checkpointing:
         backbone = assembly.model.backbone
@@ -232,14 +236,13 @@ def train(assembly: Assembly, folder: Path, device: torch.device) -> dict[str, f
         getattr(backbone, f"{name}_enable")({"use_reentrant": False})
     with main_process_first(device):
         checkpoint = last_checkpoint(folder / "checkpoints")
-        _cut_log(folder / "train_log.jsonl", _step(checkpoint) if checkpoint else 0)
-    start = time.perf_counter()
-    trainer = CKFTrainer(assembly, TrainStream(assembly), folder, device)
+        before = _cut_log(folder / "train_log.jsonl", _step(checkpoint) if checkpoint else 0)
+    trainer = CKFTrainer(assembly, TrainStream(assembly), folder, device, before)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if is_main_process():
         with _writing(folder):
             save_trained(assembly, folder)
-    return {"seconds": round(time.perf_counter() - start, 1)}
+    return {"seconds": round(time.perf_counter() - trainer.start, 1)}
 
 
 @contextmanager
@@ -313,18 +316,21 @@ def _step(checkpoint: Path) -> int:
     return int(digits) if digits.isdigit() else -1
 
 
-def _cut_log(file: Path, step: int) -> None:
-    """Drop lines of steps that will be trained again."""
+def _cut_log(file: Path, step: int) -> float:
+    """Drop lines of steps that will be trained again; the seconds that the kept ones took."""
     if not file.exists():
-        return
-    kept = []
+        return 0.0
+    kept, seconds = [], 0.0
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            entry = json.loads(line)
+            if entry["step"] <= step:
                 kept.append(line + "\n")
-        except (ValueError, KeyError):
+                seconds = float(entry.get("seconds", 0.0))
+        except (ValueError, KeyError, TypeError):
             continue  # a line cut short by a kill
     file.write_text("".join(kept), encoding="utf-8")
+    return seconds
 
 
 def _named_learning_rate(logs: dict) -> dict:

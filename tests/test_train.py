@@ -311,6 +311,19 @@ def test_without_a_whole_checkpoint_training_starts_anew(
     assert_goes_on(folder, small_run, small_model, prepared)
 
 
+def test_seconds_go_on_where_they_were(interrupt, small_model, prepared, tmp_path):
+    folder = interrupt(tmp_path / "run", 6)
+    lines = read_log(folder)
+    assert all(line["seconds"] > 0 for line in lines)
+    lines[-1]["seconds"] = lines[3]["seconds"] = 500.0  # of the last step and of checkpoint-4
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "train_log.jsonl").write_text(text)
+    run_again(small_model, prepared, folder)
+    about = json.loads((folder / "run.json").read_text())
+    later = [line["seconds"] for line in read_log(folder)[4:]]
+    assert 500 < later[0] <= later[-1] <= about["seconds"]["train"] < 560
+
+
 def test_a_line_of_the_log_cut_short_is_dropped(
     interrupt, small_run, small_model, prepared, tmp_path
 ):
