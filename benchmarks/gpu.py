@@ -12,6 +12,8 @@ Exit status: 0 if every step passed, 1 if one failed, 2 without a GPU or torch.
 
 import argparse
 import contextlib
+import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -53,8 +55,6 @@ def output_of(command: list[str]) -> str:
 
 def environment(torch) -> dict:
     """What a reader needs to repeat or to doubt the numbers."""
-    import importlib.metadata
-
     versions = {}
     for name in ("torch", "triton", "transformers", "numpy", "peft", "pytest"):
         try:
@@ -210,9 +210,17 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc", path=os.pathsep.join([f"{home}/bin", os.environ.get("PATH", "")]))
 
 
+def side_by_side() -> list[str]:
+    """Most of the GPU tests' time is Triton compiling on one core: several processes where they
+    can be had."""
+    if importlib.util.find_spec("xdist") is None:
+        return []
+    return ["-n", str(max(1, min(8, (os.cpu_count() or 2) // 2)))]
+
+
 def part_tests(runner: Runner, reserved: float) -> None:
     if runner.has_gpu:
-        command = pytest_command("-rs", "-m", "gpu", *gpu_test_files())
+        command = pytest_command("-rs", "-m", "gpu", *side_by_side(), *gpu_test_files())
         runner.run("tests", command, limit(runner, "tests", reserved))
         return
     command = pytest_command("--collect-only", "-m", "gpu", *gpu_test_files())

@@ -11,7 +11,8 @@ cd "$(dirname "$0")/.."
 
 ROOT=${VERSIONS_DIR:-build/versions}
 PYTHON=${PYTHON:-python3}
-ARGS=${PYTEST_ARGS:--m "not gpu and not slow"}
+default='-m "not gpu and not slow"'
+ARGS=${PYTEST_ARGS:-$default}
 declare -A SETS=(
     [oldest]="torch==2.11.0 transformers==5.0.0 triton==3.6.0"
     [newest]="torch transformers triton"
@@ -52,7 +53,7 @@ for name in "${@:-oldest newest}"; do
         eval "\"$python\" -m pytest -q $ARGS" 2>&1 | tee "$home/pytest.log"
         status=${PIPESTATUS[0]}
         ((status == 0)) || failed=1
-        table+=("$set | $(versions "$python") | $(tail -n 1 "$home/pytest.log")")
+        table+=("$set | $(versions "$python") | $(grep . "$home/pytest.log" | tail -n 1)")
     done
 done
 printf '\nset | versions | outcome\n'

@@ -104,6 +104,18 @@ def test_all_benchmarks_on_the_gpu(runner, monkeypatch, tmp_path):
     assert "--quick" not in seen["bench_step"]
 
 
+@pytest.mark.parametrize(("found", "cores", "flags"), [(1, 16, "8"), (1, 3, "1"), (None, 16, None)])
+def test_gpu_tests_run_side_by_side_where_xdist_is(runner, monkeypatch, found, cores, flags):
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setattr(gpu.os, "cpu_count", lambda: cores)
+    runner.has_gpu = True
+    command = commands_of(runner, monkeypatch)
+    gpu.part_tests(runner, 0)
+    (command,) = command.values()
+    assert ("-n" in command) == (flags is not None)
+    assert flags is None or command[command.index("-n") + 1] == flags
+
+
 def test_sanitizers_see_every_kernel(runner, monkeypatch):
     seen = commands_of(runner, monkeypatch)
     monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: f"/x/{name}")
