@@ -40,6 +40,7 @@ BENCHMARKS = ("bench_linear", "bench_decode", "bench_step", "bench_scaling")
 LIMITS = {"build": 300, "tests": 240, "sanitize": 120, "bench": 600, "plots": 60}
 RESERVED = {"build": 240, "tests": 180, "sanitize": 120, "bench": 0}
 GRACE_SECONDS, LEAST_SECONDS = 5, 5  # to write what one has; worth starting a step
+TABLE = "table.json"  # what backend="auto" would choose by
 QUICK_UNDER = 400  # seconds left for all benchmarks: below it they run with --quick
 
 
@@ -261,6 +262,10 @@ def part_bench(runner: Runner, reserved: float) -> None:
         # An equal share of what is left; what a script does not use goes to those after it.
         share = (runner.left() - LIMITS["plots"] / 2) / (len(found) - i)
         runner.run(name, [*command, *["--quick"] * quick], min(LIMITS["bench"], share))
+    if runner.has_gpu and (runner.folder / "bench_linear.json").exists():
+        command = [sys.executable, "benchmarks/make_table.py", "--results", str(runner.folder)]
+        runner.run("table", [*command, "--out", str(runner.folder / TABLE)], LIMITS["plots"])
+        print(f'copy {TABLE} to ckf/kernels/tables/{runner.folder.name}.json for backend="auto"')
     if (ROOT / "benchmarks" / "plots.py").exists():
         command = [sys.executable, "benchmarks/plots.py", "--results", str(runner.folder)]
         runner.run("plots", command, LIMITS["plots"])

@@ -100,8 +100,13 @@ def test_all_benchmarks_on_the_gpu(runner, monkeypatch, tmp_path):
     assert seen["bench_step"][2:] == ["--device", "cuda", "--out", str(runner.folder), "--quick"]
     assert summary(runner)["bench_decode"] == "skipped"
     runner.deadline += 1000
+    (runner.folder / "bench_linear.json").touch()
     gpu.part_bench(runner, 0)
     assert "--quick" not in seen["bench_step"]
+    assert seen["table"][2:] == [
+        *["--results", str(runner.folder)],
+        *["--out", str(runner.folder / "table.json")],
+    ]
 
 
 @pytest.mark.parametrize(("found", "cores", "flags"), [(1, 16, "8"), (1, 3, "1"), (None, 16, None)])
