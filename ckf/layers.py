@@ -125,6 +125,8 @@ class MultiLoRALinear(nn.Module):
 
     def _apply(self, fn, recurse: bool = True) -> "MultiLoRALinear":
         super()._apply(fn, recurse)
+        for cache in self._decode:
+            cache.clear()
         self._prepare(adapter_device(self.base_layer))
         return self
 

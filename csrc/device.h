@@ -211,10 +211,11 @@ bool clusters_work(int device, int threads, int cluster) {
         if (able != 0 && is_hopper_code<kKernel>(device)) {
             Launch probe{dim3(cluster), threads, cluster, false, nullptr, {}};
             const cudaLaunchConfig_t config = probe.config();
-            if (cudaOccupancyMaxActiveClusters(&clusters, kKernel, &config) != cudaSuccess)
-                clusters = 0;
+            if (cudaOccupancyMaxActiveClusters(&clusters, kKernel, &config) != cudaSuccess) {
+                cudaGetLastError();  // nobody's error: asked again next time
+                return false;
+            }
         }
-        cudaGetLastError();  // a refusal here is an answer, not an error
         known = clusters > 0 ? 2 : 1;
         answer[device].store(known, std::memory_order_relaxed);
     }

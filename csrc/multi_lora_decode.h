@@ -117,6 +117,7 @@ __device__ __forceinline__ void compute_h(const Args<T>& p, const Linear<T>& lin
                                           const Rows<T, kRows>& rows, int first, unsigned rank,
                                           int start, int warp, int lane,
                                           Shared<kRows, kCluster>& shared) {
+    __syncwarp();  // the last window's reads of shared.h come before the writes below
     const int own = first + lane * kWarps + warp;
     float gate[kRows];
     unsigned mask = 0;

@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import sys
-from dataclasses import astuple, replace
 from functools import lru_cache
 
 import torch
@@ -82,7 +81,7 @@ def _automatic(x: torch.Tensor, call: Call) -> Choice:
         return _ON_A_CPU
     if torch.compiler.is_compiling():
         call = _bucketed(call)
-    return Choice(*_measured(x.device.index, x.dtype in _FLOATS, *astuple(call)))
+    return Choice(*_measured(x.device.index, x.dtype in _FLOATS, *call))
 
 
 @torch.compiler.assume_constant_result  # neither device names nor tables can be traced
@@ -102,7 +101,7 @@ def _measured_once(index: int, floats: bool, call: Call) -> tuple[str, str, str]
         usable.append("triton")
     if floats and _outside_cuda(call) is None and _cuda_usable()[0]:
         usable.append("cuda")
-    return astuple(measured_choice(_device_name(index), call, tuple(usable)))
+    return tuple(measured_choice(_device_name(index), call, tuple(usable)))
 
 
 def _bucketed(call: Call) -> Call:
@@ -110,7 +109,7 @@ def _bucketed(call: Call) -> Call:
     bucket = 1
     while bucket < 4**12 and call.m > bucket:
         bucket *= 4
-    return replace(call, m=bucket)
+    return Call(bucket, *call[1:])
 
 
 def _refusal(backend: str, x: torch.Tensor, call: Call) -> str | None:

@@ -19,14 +19,17 @@ class DecodeCache:
     """The prepared launches of one group of linears.
 
     Changes in place are seen by the tensors' version counters, replaced tensors by their addresses.
-    A change through ``parameter.data`` shows in neither: ``clear`` after one.
+    A change through ``parameter.data`` shows in neither: ``clear`` after one. A CUDA graph captured
+    with prepared launches replays the adapters of that moment.
     """
 
     def __init__(self) -> None:
+        self._captured: list[list[DecodeGroup]] = []  # graphs hold their addresses
         self.clear()
 
     def clear(self) -> None:
         self._key: tuple | None = None
+        self._kept: tuple = ()  # so that no address of the key is given out again
         self._groups: list[DecodeGroup] = []
 
     def groups(self, shape: GroupShape, gates, a, b, dtype: torch.dtype) -> list[DecodeGroup]:
@@ -35,8 +38,15 @@ class DecodeCache:
         if any(t.is_inference() for t in tensors):  # they count no versions
             return _prepare(shape, gates, a, b, dtype)
         key = (dtype, *((t.data_ptr(), t._version) for t in tensors))
+        capturing = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
         if key != self._key:
-            self._groups, self._key = _prepare(shape, gates, a, b, dtype), key
+            groups = _prepare(shape, gates, a, b, dtype)
+            if capturing:  # only replays of the graph compute these
+                return groups
+            self._groups, self._key = groups, key
+            self._kept = tuple(t.detach() for t in tensors)
+        elif capturing and not any(g is self._groups for g in self._captured):
+            self._captured.append(self._groups)
         return self._groups
 
 

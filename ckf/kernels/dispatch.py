@@ -9,9 +9,9 @@ import json
 import logging
 import math
 import re
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 logger = logging.getLogger("ckf.kernels")
 
@@ -21,8 +21,7 @@ LEAST_GAIN = 0.03  # of torch's time, below which its well-worn products are kep
 _SIZES = ("m", "k", "n", "rank")
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """A backend, the way in which it adds the base (Triton's plan), and the reason in words."""
 
     backend: str
@@ -30,8 +29,7 @@ class Choice:
     plan: str = "expand"
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What a choice depends on: sizes (n summed over a group, R likewise) and the pass."""
 
     m: int

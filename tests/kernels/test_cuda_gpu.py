@@ -3,6 +3,8 @@
 Tests named "small" also run under compute-sanitizer (benchmarks/gpu.py).
 """
 
+import re
+
 import pytest
 import torch
 
@@ -164,6 +166,21 @@ def test_same_bits_in_a_group_and_alone(gpu):
             assert torch.equal(y, together[rows])
 
 
+def test_clusters_are_used(gpu):
+    """Bits are the same without, so only the kernel's name tells."""
+    if torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("no clusters before sm_90")
+    case = decode_case(m=4, k=256, n=512).to("cuda")
+    cuda.multi_lora_decode(**case.tensors())
+    kinds = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds) as profile:
+        cuda.multi_lora_decode(**case.tensors())
+        torch.cuda.synchronize()
+    names = [e.key for e in profile.key_averages() if "multi_lora_decode_kernel" in e.key]
+    # template arguments: type, rows, cluster, aligned
+    assert names and all(re.search(r"<\w+, (\(int\))?\d, (\(int\))?8, ", n) for n in names), names
+
+
 @pytest.mark.parametrize("preceding", ["x", "y", "ids", "nothing"])
 def test_overlap_small_reads_what_was_just_written(gpu, preceding):
     """Whichever tensor the kernel before wrote, plain or slow, the update sees all of it."""
@@ -177,6 +194,9 @@ def test_overlap_small_reads_what_was_just_written(gpu, preceding):
             there.x.fill_(7)
         elif preceding == "ids":
             there.task_ids.fill_(-1)
+        elif preceding == "y":
+            for y in there.ys:
+                y.fill_(3)
         busy = torch.empty(1 << 26, device="cuda")
         torch.cuda.synchronize()
         busy.normal_()
@@ -195,7 +215,7 @@ def test_mixed_devices_are_refused(gpu):
     case = decode_case()
     with pytest.raises(ValueError, match="x is a torch.strided tensor on cpu"):
         cuda.multi_lora_decode(**(case.to("cuda").tensors() | {"x": case.x}))
-    with pytest.raises(ValueError, match="b is torch.float16; expected torch.float32"):
+    with pytest.raises(ValueError, match=r"bs\[0\] is torch.float16; expected torch.float32"):
         cuda.multi_lora_decode(**(case.to("cuda").tensors() | {"b": case.b.half().cuda()}))
 
 

@@ -50,7 +50,7 @@ def to_gpu(case, dtype: torch.dtype):
 @pytest.mark.parametrize("soft, dropout_p", [(False, 0.0), (False, 0.3), (True, 0.3)])
 def test_small_forward_and_backward(monkeypatch, plan, dtype, sizes, soft, dropout_p):
     choose = ops.choose_backend
-    monkeypatch.setattr(ops, "choose_backend", lambda *a, **k: replace(choose(*a, **k), plan=plan))
+    monkeypatch.setattr(ops, "choose_backend", lambda *a, **k: choose(*a, **k)._replace(plan=plan))
     tasks = len(sizes["ranks"]) - 1
     ids = torch.arange(sizes["m"]) // 16 % (tasks + 1) - 1
     case = random_case(**sizes, tasks=tasks, soft=soft, dropout_p=dropout_p, ids=ids)
