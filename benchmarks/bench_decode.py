@@ -8,6 +8,7 @@ eager time and the host's share are beside it.
 """
 
 import copy
+import gc
 import sys
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from benchmarks.harness import (  # noqa: E402
     figures,
     gate,
     time_in_turn,
+    why_no_figure,
+    words,
 )
 from benchmarks.measure import run_cases  # noqa: E402
 from benchmarks.models import SHAPES, adding_loras, make_adapters, make_base  # noqa: E402
@@ -46,11 +49,17 @@ GPU_GROUPS = (((4096, (4096,)),), ((4096, (4096, 1024, 1024)),))
 CPU_GROUPS = (((576, (1536,)),), ((576, (576, 192, 192)),))
 
 
+QUICK = ["single", "dense", "grouped", "peft-big", "ckf*"]
+
+
 def linear_cases(device: str, quick: bool) -> list:
-    if quick:
-        return [Case("forward", 4, ((32, (48,)),), mix="token")]
     gpu = device == "cuda"
     kinds = {"dtype": "bfloat16", "adapters": "bfloat16"} if gpu else {}
+    if quick and gpu:
+        few = [Case("forward", m, GPU_GROUPS[0], mix="token", **kinds) for m in (1, 4, 16, 64)]
+        return [(case, QUICK) for case in few]
+    if quick:
+        return [Case("forward", 4, ((32, (48,)),), mix="token")]
     cases: list = [
         Case("forward", m, groups, mix="token", **kinds)
         for groups in (GPU_GROUPS if gpu else CPU_GROUPS)
@@ -88,7 +97,9 @@ class FullCache:
 
 
 def model_cases(device: str, quick: bool) -> list[dict]:
-    if quick:
+    if quick and device == "cuda":
+        sizes, dtype = [("1B", m, CONTEXT) for m in (4, 64)], "bfloat16"
+    elif quick:
         sizes, dtype = [("tiny", 4, 16)], "float32"
     elif device == "cpu":
         sizes, dtype = [("135M, 4 layers", m, 128) for m in (1, 16, 64)], "float32"
@@ -151,8 +162,8 @@ def build_models(case: dict, device: torch.device) -> tuple[dict, dict[str, str]
                 models[kind.name].model.eval()
             else:
                 reasons[kind.name] = f"RED: {failure}"
-        except ValueError as error:  # a backend that cannot run here says so
-            reasons[kind.name] = str(error)[:300]
+        except Exception as error:
+            reasons[kind.name] = why_no_figure(error)
     return models, reasons
 
 
@@ -170,8 +181,8 @@ def measure_model(
     for name, provider in models.items():
         try:
             logits = provider.decode(ids, **inputs).float()
-        except ValueError as error:
-            reasons[name] = str(error)[:300]
+        except Exception as error:
+            reasons[name] = why_no_figure(error)
             continue
         if name != "frozen":  # which has no LoRA and is the base itself
             verdict = gate([logits], [exact.double()], [exact], _band(config, dtype))
@@ -209,9 +220,15 @@ def run_models(options) -> int:
     open_cases = [c for c in model_cases(options.device, options.quick) if not record.done(c)]
     models, unable, red = None, {}, 0
     for case in open_cases:
-        if models is None:
-            models, unable = build_models(case, device)
-        rows, reasons = measure_model(case, models, device, rounds)
+        try:
+            if models is None:
+                models, unable = build_models(case, device)
+            rows, reasons = measure_model(case, models, device, rounds)
+        except Exception as error:  # costs this case alone
+            rows, reasons = [], {"case": f"RED: {words(error)}"}
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         reasons = unable | reasons
         record.add(case, rows, reasons)
         print(f"\n{case['model']}  m {case['m']}  context {case['context']}")
@@ -225,7 +242,7 @@ def run_models(options) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = arguments(__doc__, "tiny sizes").parse_args(argv)
+    options = arguments(__doc__, "tiny sizes; on a GPU few").parse_args(argv)
     linears = run_cases("bench_decode", linear_cases(options.device, options.quick), options)
     return max(linears, run_models(options))
 

@@ -23,6 +23,7 @@ from benchmarks.problems import LAYER_8B, LAYER_135M, Case  # noqa: E402
 SHORT = ["single", "dense", "grouped", "bmm", "peft-big", "ckf*"]
 OURS = ["dense", "ckf*"]
 COMPILED = ["single", "peft-big", "peft-big-compiled", "ckf*"]
+GOALS = [*SHORT, "peft-masks", "peft-loop-by-hand"]
 GPU_SHAPES = ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096), (576, 1536))
 
 
@@ -47,30 +48,42 @@ def cpu_cases() -> list:
     ]
 
 
+def goal_cases() -> list:
+    """What is measured first on a GPU; then a few rows forward, for the table of "auto"."""
+    half = {"dtype": "bfloat16", "adapters": "float32"}
+    both = {"dtype": "bfloat16", "adapters": "bfloat16"}
+    goals: list = [
+        (linear(m, 4096, n, dropout=dropout, **half), GOALS)
+        for m in (8192, 2048)
+        for dropout in (0.0, 0.1)
+        for n in (4096, 14336)
+    ]
+    few = [Case("forward", m, ((4096, (4096,)),), mix="token", **both) for m in (1, 16, 64, 256)]
+    return goals + [(case, OURS) for case in few]
+
+
 def gpu_cases() -> list:
     """bfloat16; float32 adapters unless the case says otherwise. bench_scaling.py has the axes."""
     half = {"dtype": "bfloat16", "adapters": "float32"}
     both = {"dtype": "bfloat16", "adapters": "bfloat16"}
-    cases: list = [
-        linear(8192, 4096, 4096, **half),
-        linear(8192, 4096, 4096, **both),
-        Case("train", 8192, LAYER_8B, **half),
-        (Case("train", 8192, LAYER_8B, **both), SHORT),
+    cases = [*goal_cases(), linear(8192, 4096, 4096, **half), linear(8192, 4096, 4096, **both)]
+    others = [(k, n) for k, n in GPU_SHAPES if (k, n) not in ((4096, 4096), (4096, 14336))]
+    cases += [(linear(8192, k, n, **half), SHORT) for k, n in others]
+    cases += [
+        (linear(8192, 4096, 4096, tasks=16, rank=64, **half), SHORT),
+        (linear(8192, 4096, 14336, tasks=16, rank=64, **half), SHORT),
+    ]
+    cases += [(linear(2048, k, n, **half), OURS) for k, n in others]
+    forward = [replace(linear(m, 4096, 4096, **half), step="forward") for m in (2048, 8192)]
+    cases += [(case, [*OURS, "vllm", "sglang"]) for case in forward]
+    return [
+        *cases,
         (Case("train", 8192, LAYER_8B[:1], **half), SHORT),
+        (Case("train", 8192, LAYER_8B, **both), SHORT),
+        Case("train", 8192, LAYER_8B, **half),
         (linear(8192, 4096, 4096, **half), COMPILED),
         (linear(8192, 4096, 4096, **both), COMPILED),
     ]
-    cases += [(linear(8192, k, n, **half), SHORT) for k, n in GPU_SHAPES[1:]]
-    cases += [
-        (linear(8192, 4096, 4096, dropout=0.1, **half), [*SHORT, "peft-masks"]),
-        (linear(2048, 4096, 4096, **half), SHORT),
-        (linear(8192, 4096, 4096, tasks=16, rank=64, **half), SHORT),
-        (linear(8192, 4096, 14336, tasks=16, rank=64, **half), SHORT),
-        (linear(2048, 4096, 4096, dropout=0.1, **half), OURS),
-    ]
-    cases += [(linear(2048, k, n, **half), OURS) for k, n in GPU_SHAPES[1:]]
-    forward = [replace(linear(m, 4096, 4096, **half), step="forward") for m in (2048, 8192)]
-    return cases + [(case, [*OURS, "vllm", "sglang"]) for case in forward]
 
 
 def full_cases(device: str) -> list:
@@ -97,14 +110,12 @@ def full_cases(device: str) -> list:
 
 def quick_cases(device: str) -> list:
     if device == "cuda":
-        half = {"dtype": "bfloat16"}
-        first = [linear(2048, 4096, 4096, **half), (linear(8192, 4096, 4096, **half), SHORT)]
-        return [*first, (Case("train", 8192, LAYER_8B, **half), OURS)]
+        return [*goal_cases(), (Case("train", 8192, LAYER_8B, dtype="bfloat16"), OURS)]
     return [linear(256, 64, 96), (Case("train", 64, ((64, (64, 32)),)), OURS)]
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = arguments(__doc__, "one or two small cases")
+    parser = arguments(__doc__, "one or two small cases; on a GPU the goals")
     parser.add_argument("--sweep", default="default", choices=("default", "full"))
     parser.add_argument("--peers", nargs="+", metavar="NAME", help="only these; NAME* for all such")
     options = parser.parse_args(argv)

@@ -9,11 +9,18 @@ every provider's loss and gradients must equal those of a plain row-by-row compu
 on a small model; at full size they must agree with the loop over tasks. Routing is timed.
 """
 
+import contextlib
+import gc
+import os
 import statistics
 import sys
 import time
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
+
+if __name__ == "__main__":  # torch reads it when it first allocates
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 
@@ -25,7 +32,10 @@ from benchmarks.harness import (  # noqa: E402
     chosen_device,
     environment,
     gate,
+    rotated,
     spread,
+    why_no_figure,
+    words,
 )
 from benchmarks.memory import peak_bytes, saved_bytes  # noqa: E402
 from benchmarks.models import (  # noqa: E402
@@ -59,28 +69,33 @@ TASKS, RANK = 4, 16
 # At full size, 16-bit rounding moves gradients by some percent, a wrong route by their own size.
 WRONG_ROUTE = 0.25
 MODELS = (FrozenModel, SingleModel, LoopModel, LoopByHandModel, MasksModel, BigModel)
+COMPILED = ("frozen", "peft-loop", "peft-big", "peft-big-compiled", "ckf*")
 
 
 def cases(device: str, quick: bool) -> list[dict]:
     if quick and device == "cuda":
-        return [_case("1B", 8, 128, "bfloat16", "float32", False, ("labels",))]
+        return [_case("1B", 8, 128, "bfloat16", "float32", False, "labels")]
     if quick:
         return [_case("tiny", 8, 24, "float32", "float32", compiled=False)]
     if device == "cpu":
         return [_case("135M, 4 layers", 12, 64, "float32", "float32")]
+    large = ("8B", 16, 256, "bfloat16")
+    padded = _case(*large, "float32", False, "padded")
     return [
-        _case("1B", 32, 256, "bfloat16", "float32"),
-        _case("8B", 16, 256, "bfloat16", "float32", layouts=("padded", "labels")),
-        _case("8B", 16, 256, "bfloat16", "bfloat16", layouts=("labels",)),
+        _case(*large, "float32", False, "labels"),
+        _case(*large, "bfloat16", False, "labels"),
+        padded,
+        padded | {"sigma": 0.0},  # equal lengths: no pads, the same attention for all
+        _case("1B", 32, 256, "bfloat16", "float32", False, "labels"),
+        _case(*large, "float32", True, "labels") | {"contenders": ",".join(COMPILED)},
     ]
 
 
-def _case(
-    model, rows, mean_length, dtype, adapters, compiled=True, layouts: tuple[str, ...] = LAYOUTS
-) -> dict:
+def _case(model, rows, mean_length, dtype, adapters, compiled=True, *layouts: str) -> dict:
+    """On a GPU one layout a case, so that a lack of time or memory costs no other."""
     sizes = {"model": model, "row_count": rows, "mean_length": mean_length}
     kinds = {"dtype": dtype, "adapters": adapters, "tasks": TASKS, "rank": RANK}
-    return sizes | kinds | {"compiled": compiled, "layouts": ",".join(layouts)}
+    return sizes | kinds | {"compiled": compiled, "layouts": ",".join(layouts or LAYOUTS)}
 
 
 class Contender:
@@ -88,6 +103,8 @@ class Contender:
 
     def __init__(self, provider, optimizer, rows: list[Row], layout: str, device) -> None:
         self.provider, self.optimizer, self.layout = provider, optimizer, layout
+        self.title = f"{provider.name} {layout}"
+        self.tokens = sum(len(row.tokens) for row in rows)
         self.batches = batches_for(provider, rows, layout, device)
         self.ms: list[tuple[float, float]] = []
 
@@ -169,38 +186,85 @@ def full_size_failure(contender: Contender, known: dict) -> str | None:
 
 def measure(case: dict, device: torch.device, rounds: int) -> tuple[list[dict], dict[str, str]]:
     """(rows, why others have none: provider, with its layout if its check was red, to reason)."""
-    shape = SHAPES[case["model"]]
-    kinds = [*MODELS, *([BigCompiledModel] if case["compiled"] else []), OursModel]
-    if device.type == "cuda":
-        kinds.append(ours_with("triton"))
-    kinds, reasons = runnable(kinds)
-    contenders: list[Contender] = []
-    base = make_base(shape, device, getattr(torch, case["dtype"]))
-    adapters = make_adapters(base, TASKS, RANK, getattr(torch, case["adapters"]))
-    rows = make_rows(TASKS, case["row_count"], case["mean_length"], shape.vocabulary)
-    known: dict = {}
-    kinds.sort(key=lambda kind: kind is not LoopModel)  # the loop first: others are held to it
-    for kind in kinds:
+    kinds, reasons = contender_kinds(case, device)
+    good: dict[type[ModelProvider], list[str]] = {}
+    for kind in kinds:  # all before any is built: a check throws compiled code away
         wanted = case["layouts"].split(",")
         layouts = [la for la in wanted if kind.layouts is None or la in kind.layouts]
         why = {la: _small_failure(kind, la, device) for la in layouts}
         reasons |= {f"{kind.name} {la}": f"RED: {w}" for la, w in why.items() if w is not None}
-        good = [la for la in layouts if why[la] is None]
-        provider = kind(base, adapters, TASKS) if good else None
-        optimizer = _optimizer(provider, device)
-        for layout in good:
-            contender = Contender(provider, optimizer, rows, layout, device)
-            failure = full_size_failure(contender, known)
+        good[kind] = [la for la in layouts if why[la] is None]
+    _forget(device)
+    contenders, failures = _built(case, good, device)
+    reasons |= failures | _time(contenders, device, rounds)
+    frozen = {c.layout: c for c in contenders if isinstance(c.provider, FrozenModel)}
+    rows = []
+    for contender in contenders:
+        try:
+            rows.append(_row(contender, frozen.get(contender.layout), device))
+        except Exception as error:
+            reasons[contender.title] = why_no_figure(error)
             contender.clear()
+    return rows, reasons
+
+
+def contender_kinds(case: dict, device) -> tuple[list[type[ModelProvider]], dict[str, str]]:
+    """Those of a case, the loop first, for others are held to it; why others cannot run."""
+    kinds = [*MODELS, *([BigCompiledModel] if case["compiled"] else []), OursModel]
+    if device.type == "cuda":
+        kinds += [ours_with("triton"), ours_with("triton:gemm")]
+    if "contenders" in case:
+        names = case["contenders"].split(",")
+        kinds = [k for k in kinds if any(fnmatchcase(k.name, name) for name in names)]
+    kinds, reasons = runnable(kinds)
+    return sorted(kinds, key=lambda kind: kind is not LoopModel), reasons
+
+
+def _built(
+    case: dict, good: dict[type[ModelProvider], list[str]], device: torch.device
+) -> tuple[list[Contender], dict[str, str]]:
+    """Contenders whose first step is right, and why others are none."""
+    shape = SHAPES[case["model"]]
+    base = make_base(shape, device, getattr(torch, case["dtype"]))
+    adapters = make_adapters(base, TASKS, RANK, getattr(torch, case["adapters"]))
+    sizes = (case["row_count"], case["mean_length"], shape.vocabulary, case.get("sigma", 0.5))
+    rows = make_rows(TASKS, *sizes)
+    contenders, reasons, known = [], {}, {}
+    for kind, layouts in good.items():
+        provider = optimizer = None
+        for layout in layouts:
+            contender = None
+            try:
+                if provider is None:
+                    provider = kind(base, adapters, TASKS)
+                    optimizer = _optimizer(provider, device)
+                contender = Contender(provider, optimizer, rows, layout, device)
+                failure = full_size_failure(contender, known)
+                failure = failure and f"RED: {failure}"
+            except Exception as error:
+                failure = why_no_figure(error)
+            if contender is not None:
+                contender.clear()
             if failure is None:
                 contenders.append(contender)
-            else:
-                reasons[f"{kind.name} {layout}"] = f"RED: {failure}"
-    known.clear()
-    _time(contenders, device, rounds)
-    tokens = sum(len(row.tokens) for row in rows)
-    frozen = {c.layout: c for c in contenders if isinstance(c.provider, FrozenModel)}
-    return [_row(c, frozen.get(c.layout), tokens, device) for c in contenders], reasons
+                continue
+            reasons[f"{kind.name} {layout}"] = failure
+            del contender
+            _free(device)
+    return contenders, reasons
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        with contextlib.suppress(RuntimeError):  # a broken context says so at the next step
+            torch.cuda.empty_cache()
+
+
+def _forget(device: torch.device) -> None:
+    """Compiled code as well."""
+    torch._dynamo.reset()
+    _free(device)
 
 
 def _optimizer(provider: ModelProvider | None, device) -> torch.optim.AdamW | None:
@@ -214,33 +278,42 @@ def _small_failure(kind: type[ModelProvider], layout: str, device) -> str | None
     try:
         return check_small(kind, layout, device)
     except Exception as error:
-        return f"{type(error).__name__}: {error}"[:300]
+        return words(error)
     finally:
         torch._dynamo.reset()
 
 
-def _time(contenders: list[Contender], device: torch.device, rounds: int) -> None:
-    """All in turn, each round; the first round warms up."""
+def _time(contenders: list[Contender], device: torch.device, rounds: int) -> dict[str, str]:
+    """All in turn, each round; the first round warms up. One that fails leaves the list: why."""
 
     def now() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() * 1e3
 
+    reasons = {}
     for index in range(rounds + 1):
-        for contender in contenders:
-            start = now()
-            contender.step()
-            middle = now()
-            contender.update()
-            end = now()
+        for contender in rotated(list(contenders), index):
+            try:
+                start = now()
+                contender.step()
+                middle = now()
+                contender.update()
+                end = now()
+            except Exception as error:
+                reasons[contender.title] = why_no_figure(error)
+                contenders.remove(contender)
+                contender.clear()
+                _free(device)
+                continue
             if index > 0:
                 contender.ms.append((middle - start, end - start))
             contender.clear()
+    return reasons
 
 
-def _row(contender: Contender, frozen: Contender | None, tokens: int, device) -> dict:
-    plain = [ms for ms, _ in contender.ms]
+def _row(contender: Contender, frozen: Contender | None, device) -> dict:
+    plain, tokens = [ms for ms, _ in contender.ms], contender.tokens
     row = {"provider": contender.provider.name, "peer": contender.provider.peer}
     row |= {"layout": contender.layout, "rounds": len(plain), "tokens": tokens}
     row["computed_tokens"] = sum(batch.input_ids.numel() for batch in contender.batches)
@@ -267,19 +340,22 @@ def main(argv: list[str] | None = None) -> int:
     for case in cases(options.device, options.quick):
         if record.done(case):
             continue
-        found, reasons = measure(case, device, rounds)
+        try:
+            found, reasons = measure(case, device, rounds)
+        except Exception as error:  # costs this case alone
+            found, reasons = [], {"case": f"RED: {words(error)}"}
         record.add(case, found, reasons)
         for name, why in reasons.items():
             print(f"no figure: {name}: {why}")
             red += why.startswith("RED")
         _show(case, found)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        _forget(device)
     return 1 if red else 0
 
 
 def _show(case: dict, rows: list[dict]) -> None:
-    print(f"\n{case['model']}, {rows[0]['tokens'] if rows else 0} tokens, {case['adapters']}")
+    tokens = rows[0]["tokens"] if rows else 0
+    print(f"\n{case['model']}, {tokens} tokens, {case['adapters']}, {case['layouts']}")
     for row in sorted(rows, key=lambda r: (LAYOUTS.index(r["layout"]), r["ms"])):
         peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:9.0f} MiB peak"
         print(

@@ -3,8 +3,9 @@
 ``python3 benchmarks/gpu.py [build|tests|sanitize|bench|all] [--out FOLDER] [--minutes N]``
 
 Uses the interpreter it is run with. Results go to FOLDER/<gpu>/: environment.json, one log a step
-and summary.json, written after every step, so that an interrupted run keeps what it has. Every step
-has a time limit, and together they keep to ``--minutes`` (10).
+and summary.json, written after every step, so that an interrupted run keeps what it has; all of it
+is packed into FOLDER/<gpu>.tar.gz at the end. Every step has a time limit, and together they keep
+to ``--minutes`` (9, so that the whole fits in ten). Outside git CKF_COMMIT names the commit.
 Without a GPU it is a rehearsal in build/gpu_rehearsal/: it builds if nvcc is there, collects the
 GPU tests without running them and runs what a CPU can.
 Exit status: 0 if every step passed, 1 if one failed, 2 without a GPU or torch.
@@ -21,11 +22,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+STARTED = time.monotonic()  # importing torch takes its share of the time as well
 ROOT = Path(__file__).resolve().parents[1]
 REHEARSAL = ROOT / "build" / "gpu_rehearsal"
 PARTS = ("build", "tests", "sanitize", "bench")
@@ -35,13 +38,16 @@ SANITIZERS = {
     "racecheck": [],
     "initcheck": [],
 }
-BENCHMARKS = ("bench_linear", "bench_decode", "bench_step", "bench_scaling")
+# The benchmarks' shares of the time.
+WEIGHTS = {"bench_linear": 4, "bench_decode": 3, "bench_step": 4, "bench_scaling": 1}
 # Seconds: the most a step may take, and what "all" leaves for the steps after a part.
-LIMITS = {"build": 300, "tests": 240, "sanitize": 120, "bench": 600, "plots": 60}
+LIMITS = {"build": 300, "tests": 240, "sanitize": 60, "bench": 600, "plots": 60}
+SANITIZE_ALONE = 100  # with Triton's cache still empty
 RESERVED = {"build": 240, "tests": 180, "sanitize": 120, "bench": 0}
 GRACE_SECONDS, LEAST_SECONDS = 5, 5  # to write what one has; worth starting a step
 TABLE = "table.json"  # what backend="auto" would choose by
 QUICK_UNDER = 400  # seconds left for all benchmarks: below it they run with --quick
+ARCHS = {(8, 0): "sm_80", (9, 0): "sm_90a", (10, 0): "sm_100"}
 
 
 def output_of(command: list[str]) -> str:
@@ -56,6 +62,9 @@ def output_of(command: list[str]) -> str:
 
 def environment(torch) -> dict:
     """What a reader needs to repeat or to doubt the numbers."""
+    from benchmarks.harness import commit  # imports torch
+
+    in_git = (ROOT / ".git").exists()
     versions = {}
     for name in ("torch", "triton", "transformers", "numpy", "peft", "pytest"):
         try:
@@ -64,8 +73,8 @@ def environment(torch) -> dict:
             versions[name] = None
     found = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": output_of(["git", "rev-parse", "HEAD"]),
-        "uncommitted": output_of(["git", "status", "--porcelain"]) != "",
+        "commit": commit(),
+        "uncommitted": output_of(["git", "status", "--porcelain"]) != "" if in_git else None,
         "cuda": torch.version.cuda,
         "nvcc": output_of([find_nvcc() or "nvcc", "--version"]),
         "python": platform.python_version(),
@@ -192,15 +201,18 @@ def gpu_test_files() -> list[str]:
 
 def part_build(runner: Runner, reserved: float) -> None:
     command = [sys.executable, "setup.py", "build_ext"]
+    extra = {"CKF_BUILD_CUDA": "1"}
     if runner.has_gpu:
         command += ["--inplace"]
+        if not os.environ.get("CKF_CUDA_ARCHS") and own_arch() is not None:
+            extra["CKF_CUDA_ARCHS"] = own_arch()
     elif find_nvcc() is None:
         runner.skip("build", "no nvcc in CUDA_HOME, on PATH or in /usr/local/cuda/bin")
         return
     else:  # the tree's own extension stays as it is
         command += ["--build-lib", str(runner.folder / "lib")]
         command += ["--build-temp", str(runner.folder / "temp")]
-    runner.run("build", command, limit(runner, "build", reserved), CKF_BUILD_CUDA="1")
+    runner.run("build", command, limit(runner, "build", reserved), **extra)
     log = ROOT / "build" / "cuda_build.log"
     if log.exists():
         shutil.copy(log, runner.folder / "nvcc.log")
@@ -209,6 +221,24 @@ def part_build(runner: Runner, reserved: float) -> None:
 def find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     return shutil.which("nvcc", path=os.pathsep.join([f"{home}/bin", os.environ.get("PATH", "")]))
+
+
+def own_arch() -> str | None:
+    """The name by which setup.py builds for the GPU at hand alone, if it is one of its own."""
+    import torch
+
+    return ARCHS.get(torch.cuda.get_device_capability(0))
+
+
+def has_extension() -> bool:
+    return any((ROOT / "ckf").glob("_C*.so"))
+
+
+def build_if_missing(runner: Runner, reserved: float) -> None:
+    """A fresh machine has no ckf._C, and the CUDA kernels would be left out in silence."""
+    tried = any(step["step"] == "build" for step in runner.steps)
+    if runner.has_gpu and not tried and not has_extension() and find_nvcc() is not None:
+        part_build(runner, reserved)
 
 
 def side_by_side() -> list[str]:
@@ -220,6 +250,7 @@ def side_by_side() -> list[str]:
 
 
 def part_tests(runner: Runner, reserved: float) -> None:
+    build_if_missing(runner, reserved)
     if runner.has_gpu:
         command = pytest_command("-rs", "-m", "gpu", *side_by_side(), *gpu_test_files())
         runner.run("tests", command, limit(runner, "tests", reserved))
@@ -238,39 +269,75 @@ def part_sanitize(runner: Runner, reserved: float) -> None:
     )
     why = "no GPU" if not runner.has_gpu else "compute-sanitizer is not on PATH"
     if tool is None or not runner.has_gpu:
-        for name in SANITIZERS:
-            runner.skip(f"sanitize_{name}", why)
+        for kernels in ("cuda", "triton"):
+            for name in SANITIZERS:
+                runner.skip(f"sanitize_{kernels}_{name}", why)
         return
-    tests = pytest_command("-m", "gpu", "-k", "small", *gpu_test_files())
-    for name, options in SANITIZERS.items():
-        command = [tool, "--tool", name, "--error-exitcode", str(SANITIZER_ERROR), *options, *tests]
-        # Without torch's pool every tensor is an allocation of its own, with borders to overrun.
-        seconds = limit(runner, "sanitize", reserved)
-        runner.run(f"sanitize_{name}", command, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    build_if_missing(runner, reserved)
+    seconds = LIMITS["sanitize"] if reserved else SANITIZE_ALONE
+    files = gpu_test_files()
+    own = [file for file in files if file.endswith("test_cuda_gpu.py")]
+    # apart, so that what a tool says of cuBLAS or Triton hides nothing that it says of csrc
+    for kernels, part in {"cuda": own, "triton": [f for f in files if f not in own]}.items():
+        tests = pytest_command("-m", "gpu", "-k", "small", *part)
+        for name, options in SANITIZERS.items():
+            command = [tool, "--tool", name, "--error-exitcode", str(SANITIZER_ERROR)]
+            # Without torch's pool every tensor is an allocation of its own, with borders to overrun
+            runner.run(
+                f"sanitize_{kernels}_{name}",
+                [*command, *options, *tests],
+                min(seconds, runner.left() - reserved),
+                PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+            )
 
 
 def part_bench(runner: Runner, reserved: float) -> None:
-    del reserved  # nothing comes after
-    scripts = {name: ROOT / "benchmarks" / f"{name}.py" for name in BENCHMARKS}
-    found = [name for name, path in scripts.items() if path.exists()]
-    for name in sorted(set(BENCHMARKS) - set(found)):
-        runner.skip(name, f"there is no benchmarks/{name}.py")
+    build_if_missing(runner, reserved)
     quick = not runner.has_gpu or runner.left() < QUICK_UNDER
+    found = []
+    for name in WEIGHTS:
+        if not (ROOT / "benchmarks" / f"{name}.py").exists():
+            runner.skip(name, f"there is no benchmarks/{name}.py")
+        elif quick and runner.has_gpu and name == "bench_scaling":
+            runner.skip(name, f"under {QUICK_UNDER} s left for all benchmarks")
+        else:
+            found.append(name)
     for i, name in enumerate(found):
         command = [sys.executable, f"benchmarks/{name}.py"]
         command += ["--device", "cuda" if runner.has_gpu else "cpu", "--out", str(runner.folder)]
-        # An equal share of what is left; what a script does not use goes to those after it.
-        share = (runner.left() - LIMITS["plots"] / 2) / (len(found) - i)
+        # a share of what is left; what a script does not use goes to those after it
+        share = (runner.left() - LIMITS["plots"] / 2) * WEIGHTS[name]
+        share /= sum(WEIGHTS[other] for other in found[i:])
         runner.run(name, [*command, *["--quick"] * quick], min(LIMITS["bench"], share))
-    if runner.has_gpu and (runner.folder / "bench_linear.json").exists():
-        command = [sys.executable, "benchmarks/make_table.py", "--results", str(runner.folder)]
-        runner.run("table", [*command, "--out", str(runner.folder / TABLE)], LIMITS["plots"])
-        print(f'copy {TABLE} to ckf/kernels/tables/{runner.folder.name}.json for backend="auto"')
+        if name == "bench_linear":
+            make_table(runner)
     if (ROOT / "benchmarks" / "plots.py").exists():
         command = [sys.executable, "benchmarks/plots.py", "--results", str(runner.folder)]
         runner.run("plots", command, LIMITS["plots"])
     else:
         runner.skip("plots", "there is no benchmarks/plots.py")
+
+
+def make_table(runner: Runner) -> None:
+    """So that the benchmarks after bench_linear measure what backend="auto" chooses by it."""
+    if not runner.has_gpu or not (runner.folder / "bench_linear.json").exists():
+        return
+    table = runner.folder / TABLE
+    command = [sys.executable, "benchmarks/make_table.py", "--results", str(runner.folder)]
+    if runner.run("table", [*command, "--out", str(table)], LIMITS["plots"]):
+        installed = ROOT / "ckf" / "kernels" / "tables" / f"{runner.folder.name}.json"
+        installed.parent.mkdir(exist_ok=True)
+        shutil.copy(table, installed)
+        print(f"{TABLE} is in {installed} as well", flush=True)
+
+
+def pack(folder: Path) -> Path:
+    """All files of the folder in one, for machines that give back few."""
+    archive = folder.with_name(f"{folder.name}.tar.gz")
+    temporary = archive.with_name(f"{archive.name}.tmp")
+    with tarfile.open(temporary, "w:gz") as tar:
+        tar.add(folder, folder.name)
+    return temporary.replace(archive)
 
 
 def run_parts(runner: Runner, parts: tuple[str, ...]) -> None:
@@ -291,7 +358,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", nargs="?", default="all", choices=[*PARTS, "all"])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--minutes", type=float, help="for all steps together; 10, rehearsal 20")
+    parser.add_argument("--minutes", type=float, help="for all steps together; 9, rehearsal 20")
     options = parser.parse_args(argv)
     os.environ["PYTHONPATH"] = os.pathsep.join(
         [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -307,8 +374,9 @@ def main(argv: list[str] | None = None) -> int:
     has_gpu = torch.cuda.is_available()
     found = environment(torch)
     folder = options.out.resolve() / device_slug(found["gpu"]) if has_gpu else REHEARSAL
-    minutes = options.minutes or (10 if has_gpu else 20)
-    runner = Runner(folder, has_gpu, minutes * 60 - GRACE_SECONDS)
+    minutes = options.minutes or (9 if has_gpu else 20)
+    spent = time.monotonic() - STARTED
+    runner = Runner(folder, has_gpu, minutes * 60 - GRACE_SECONDS - spent)
     (folder / "environment.json").write_text(json.dumps(found, indent=1) + "\n")
     if not has_gpu:
         print("no GPU: torch.cuda.is_available() is False; this is a rehearsal", file=sys.stderr)
@@ -317,12 +385,13 @@ def main(argv: list[str] | None = None) -> int:
         run_parts(runner, PARTS if options.part == "all" else (options.part,))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
+    finally:
+        archive = pack(folder)
     for step in runner.steps:
         print(f"{step['state']:>11s}  {step['step']}  {step.get('why', '')}".rstrip())
     failed = runner.failed()
-    print(
-        f"results in {folder}; " + (f"NOT PASSED: {', '.join(failed)}" if failed else "no failure")
-    )
+    state = f"NOT PASSED: {', '.join(failed)}" if failed else "no failure"
+    print(f"results in {folder}, all of them in {archive}; {state}")
     return 2 if not has_gpu else 1 if failed else 0
 
 

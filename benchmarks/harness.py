@@ -3,7 +3,7 @@
 On a GPU the figure is the time of a CUDA graph that runs a provider once on each of several copies
 of its tensors, together larger than the L2 cache; eager time and the host's share are kept beside
 it. On a CPU it is wall time. Every round times each provider once, so that drift hits all alike,
-and ratios are taken within a round.
+and begins at another one, so that neighbours change; ratios are taken within a round.
 """
 
 import argparse
@@ -63,10 +63,16 @@ def time_in_turn(
         loops[name] = max(1, round(GROUP_MS / once))
         cost += once * loops[name] * len(calls) / 1e3
     timings = {name: Timing([], "wall") for name in providers}
-    for _ in range(_rounds(rounds, seconds, cost)):
-        for name, calls in providers.items():
-            timings[name].ms.append(_wall_ms(calls, loops[name]))
+    for index in range(_rounds(rounds, seconds, cost)):
+        for name in rotated(list(providers), index):
+            timings[name].ms.append(_wall_ms(providers[name], loops[name]))
     return timings
+
+
+def rotated(items: list, by: int) -> list:
+    """The items from number ``by`` on, then those before it."""
+    start = by % len(items) if items else 0
+    return items[start:] + items[:start]
 
 
 def _rounds(rounds: int, seconds: float, cost: float) -> int:
@@ -103,10 +109,10 @@ def _time_gpu(providers, rounds: int, seconds: float, graphs: dict[str, bool]) -
         loops[name] = (max(1, round(GROUP_MS / once)), scale)
         cost += once * loops[name][0] / 1e3
         timings[name] = timing
-    for _ in range(_rounds(rounds, seconds, cost)):
-        for name, calls in replays.items():
+    for index in range(_rounds(rounds, seconds, cost)):
+        for name in rotated(list(replays), index):
             count, scale = loops[name]
-            timings[name].ms.append(_event_ms(calls, count) * scale)
+            timings[name].ms.append(_event_ms(replays[name], count) * scale)
     return timings
 
 
@@ -250,7 +256,9 @@ def version_of(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit checked out, or None outside git."""
+    """The commit checked out; of a copy without .git what CKF_COMMIT says, or None."""
+    if not (ROOT / ".git").exists():
+        return os.environ.get("CKF_COMMIT") or None
     try:
         done = subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False
@@ -267,6 +275,17 @@ def sources_digest() -> str:
     for path in sorted(p for p in files if p.is_file()):
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:300]
+
+
+def why_no_figure(error: Exception) -> str:
+    """For a record; red, unless it is a refusal or a lack of memory."""
+    if isinstance(error, ValueError):
+        return str(error)[:300]
+    return words(error) if isinstance(error, torch.OutOfMemoryError) else f"RED: {words(error)}"
 
 
 def arguments(doc: str, quick: str) -> argparse.ArgumentParser:

@@ -1,12 +1,20 @@
 """One case through all its providers: build, check, time, count bytes; red ones get no figure."""
 
+import contextlib
 import gc
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from benchmarks.harness import chosen_device, copies_wanted, environment, figures, time_in_turn
+from benchmarks.harness import (
+    chosen_device,
+    copies_wanted,
+    environment,
+    figures,
+    time_in_turn,
+    words,
+)
 from benchmarks.memory import peak_bytes, saved_bytes
 from benchmarks.peers import COMPETITORS_EXCLUDED, providers_for
 from benchmarks.peers.base import Provider, check, references
@@ -38,7 +46,11 @@ def run_cases(name: str, cases: Sequence[Case | tuple[Case, list[str]]], options
         key = case.columns() | {"providers": ",".join(names) if names else "all"}
         if record.done(key):
             continue
-        rows, skipped, failures = measure(case, device, names, **settings)
+        try:
+            rows, skipped, failures = measure(case, device, names, **settings)
+        except Exception as error:  # costs this case alone
+            rows, skipped, failures = [], {}, {"case": words(error)}
+        _forget(device)
         for provider, why in failures.items():
             print(f"RED {provider}: {why}; no figure")
         record.add(key, rows, skipped | {p: f"RED: {why}" for p, why in failures.items()})
@@ -62,8 +74,11 @@ def measure(
         if why is not None:
             failures[name] = why
             continue
-        errors[name] = error
-        built[name] = [kind(problem) for problem in problems]
+        try:
+            built[name] = [kind(problem) for problem in problems]
+            errors[name] = error
+        except Exception as error:
+            failures[name] = words(error)
     exact_by_kind.clear()
     if "frozen" not in built:
         return [], skipped, failures
@@ -84,7 +99,6 @@ def measure(
         if device.type == "cuda":
             row["peak_bytes"] = peak_bytes(first.step, device)
         rows.append(row | {"copies": copies} | floors)
-    _forget(device)
     return rows, skipped, failures
 
 
@@ -101,7 +115,7 @@ def _checked(kind: type[Provider], problem, known: dict) -> tuple[float, str | N
             known[key] = references(own, case.dropout)
         verdict = check(provider, *known[key])
     except Exception as error:  # a peer that breaks costs its own rows alone, and says so
-        return float("inf"), f"{type(error).__name__}: {error}"[:300]
+        return float("inf"), words(error)
     return verdict.error, verdict.failure
 
 
@@ -110,7 +124,8 @@ def _forget(device: torch.device) -> None:
     torch._dynamo.reset()
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # of a broken context every later call says so
+            torch.cuda.empty_cache()
 
 
 def show(case: Case, rows: list[dict]) -> None:

@@ -103,13 +103,15 @@ class Row:
     answer: int
 
 
-def make_rows(tasks: int, count: int, mean_length: int, vocabulary: int) -> list[Row]:
-    """Rows of all tasks in turn, shuffled, their lengths log-normal (sigma 0.5) about the mean."""
+def make_rows(
+    tasks: int, count: int, mean_length: int, vocabulary: int, sigma: float = 0.5
+) -> list[Row]:
+    """Rows of all tasks in turn, shuffled, their lengths log-normal (sigma) about the mean."""
     generator = torch.Generator().manual_seed(2)
     rows = []
     for i in range(count):
         answer = ANSWERS[i % tasks % len(ANSWERS)]
-        factor = math.exp(0.5 * torch.randn((), generator=generator).item() - 0.125)
+        factor = math.exp(sigma * torch.randn((), generator=generator).item() - sigma**2 / 2)
         length = max(answer + 2, round(mean_length * factor))
         tokens = torch.randint(0, vocabulary, (length,), generator=generator)
         rows.append(Row(i % tasks, tokens, answer))

@@ -128,12 +128,16 @@ def decode_model(rows: list[dict], path: Path) -> bool:
 
 def step(rows: list[dict], path: Path) -> bool:
     """Tokens a second of a training step, one panel a model, one bar a provider and layout."""
-    cases = dict.fromkeys((r["model"], r["adapters"]) for r in rows)
+    cases: dict[str, list[dict]] = {}
+    for r in rows:
+        title = f"{r['model']}, {r['adapters']} adapters"
+        title += ", rows of equal length" if r.get("sigma") == 0 else ""
+        title += ", compiled too" if r.get("contenders") else ""
+        cases.setdefault(title, []).append(r)
     if not cases:
         return False
     figure, axes = _figure(len(cases), 5.8, 6.2)
-    for ax, (model, adapters) in zip(axes, cases, strict=True):
-        own = [r for r in rows if (r["model"], r["adapters"]) == (model, adapters)]
+    for ax, (title, own) in zip(axes, cases.items(), strict=True):
         own.sort(key=lambda r: r["tokens_per_s"])
         for y, row in enumerate(own):
             name = row["provider"]
@@ -143,7 +147,7 @@ def step(rows: list[dict], path: Path) -> bool:
             ax.hlines(y, *ends, color=INK, lw=1.2)
         ax.set_yticks(range(len(own)), [f"{r['provider']}, {r['layout']}" for r in own], fontsize=7)
         ax.set_xlabel("tokens a second, without AdamW")
-        ax.set_title(f"{model}, {adapters} adapters", loc="left")
+        ax.set_title(title, loc="left")
     return _save(figure, path)
 
 

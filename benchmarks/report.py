@@ -163,7 +163,8 @@ def step_table(record: dict) -> list[str]:
             name = f"**{r['provider']}**" if r["provider"].startswith("ckf") else r["provider"]
             ratio = _ratio(r, named=False) if "ratio" in r else ""
             speed, whole = f"{r['tokens_per_s']:.0f}", f"{r['ms_with_adamw']:.0f}"
-            head = (what["model"], what["adapters"], r["layout"])
+            layout = r["layout"] + (", equal lengths" if what.get("sigma") == 0 else "")
+            head = (what["model"], what["adapters"], layout)
             lines.append(_line(*head, name, speed, ratio, whole, peak))
     return lines
 

@@ -81,13 +81,27 @@ class Dense(Provider):
         dtype = getattr(torch, problem.case.dtype)
         columns = problem.gates.repeat_interleave(problem.case.rank, 1).to(dtype)  # (T, R)
         self.gate = columns.index_select(0, problem.ids)  # (m, R), once a step in a model
+        self.stacks: list[tuple[Tensor, Tensor]] = []  # A^T (k, R), B^T (R, n)
+        if problem.case.step == "forward" and not problem.case.dropout:
+            self.stacks = [
+                (torch.cat(one.a).to(dtype).t(), torch.cat(one.b, 1).to(dtype).t())
+                for one in problem.linears
+            ]
 
     def forward(self) -> list[Tensor]:
         xs, dropout = self.problem.xs, self.problem.case.dropout
+        if self.stacks:
+            pairs = zip(self.problem.linears, self.stacks, strict=True)
+            return [self._stacked(xs[one.group], one.weight, a, b) for one, (a, b) in pairs]
         return [
             _DenseGated.apply(xs[one.group], one.weight, self.gate, dropout, *one.a, *one.b)
             for one in self.problem.linears
         ]
+
+    def _stacked(self, x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        h = x @ a
+        h *= self.gate
+        return (h @ b).addmm_(x, weight.t())
 
 
 class Single(Dense):

@@ -1,28 +1,30 @@
 """ckf itself, backend by backend, the Triton kernels plan by plan."""
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from benchmarks.peers.base import DROPOUT_SEED, Provider
-from benchmarks.problems import Case, Problem, make_problem
-from ckf.kernels import launch, ops
+from benchmarks.problems import Case, Problem
+from ckf.kernels import config, launch, ops
+from ckf.kernels.decode import DecodeCache
+from ckf.kernels.dispatch import Call, load_table
 from ckf.kernels.slots import compact_slots
 
 
 class Ours(Provider):
-    """What a patched layer runs: linears that share x in one call, ids checked before."""
+    """What a patched layer runs: linears that share x in one call, ids checked before, decoding's
+    stacks kept."""
 
     backend = "torch"
     draws_like_reference = True
 
     @classmethod
     def refusal(cls, case: Case, device: torch.device) -> str | None:
-        # asked of the package itself: a small problem with the case's rows, ranks and dtypes
-        probe = make_problem(replace(case, groups=((16, (16,)),)), device)
+        rank = case.total_rank * max(len(widths) for _, widths in case.groups)
+        call = Call(case.m, 16, 16, rank, case.step == "train", case.dropout > 0)
+        x = torch.empty(1, 16, dtype=getattr(torch, case.dtype), device=device)
         try:
-            cls(probe).step()
+            config.choose_backend(cls.backend, x, call)
         except ValueError as error:
             return str(error).split(": ", 1)[-1]
         return None
@@ -30,6 +32,7 @@ class Ours(Provider):
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         self.slots = []
+        self.caches = [DecodeCache() for _ in problem.xs]
         live = (problem.gates != 0).tolist()
         for group in range(len(problem.xs)):
             count = sum(one.group == group for one in problem.linears)
@@ -55,6 +58,7 @@ class Ours(Provider):
                 self.backend,
                 slots=slots,
                 width=width,
+                decode_cache=self.caches[group],
             )
         return ys
 
@@ -70,6 +74,12 @@ class OursCuda(Ours):
 class OursAuto(Ours):
     name, label, backend = "ckf", "ckf (auto)", "auto"
 
+    @classmethod
+    def refusal(cls, case: Case, device: torch.device) -> str | None:
+        if device.type == "cuda" and load_table(torch.cuda.get_device_name(device)) is None:
+            return "no table yet"
+        return super().refusal(case, device)
+
 
 def our_providers() -> list[type[Ours]]:
     """One a backend, of the Triton kernels one a plan; the default last."""
@@ -77,20 +87,6 @@ def our_providers() -> list[type[Ours]]:
 
 
 def _with_plan(plan: str) -> type[Ours]:
-    """A provider for one plan of the Triton kernels.
-
-    Users cannot ask for a plan; here the package's own choice is replaced during the call.
-    """
-
-    class OursTriton(Ours):
-        name, label, backend = f"ckf-triton:{plan}", f"ckf (Triton, {plan})", "triton"
-
-        def forward(self) -> list[Tensor]:
-            choose = ops.choose_backend
-            ops.choose_backend = lambda *args, **kwargs: replace(choose(*args, **kwargs), plan=plan)
-            try:
-                return super().forward()
-            finally:
-                ops.choose_backend = choose
-
-    return OursTriton
+    backend = f"triton:{plan}"
+    own = {"name": f"ckf-{backend}", "label": f"ckf (Triton, {plan})", "backend": backend}
+    return type("OursTriton", (Ours,), own)

@@ -1,8 +1,11 @@
 """The command for a GPU machine: its limits, its records, and its rehearsal without a GPU."""
 
+import contextlib
 import json
 import sys
+import tarfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,36 +80,97 @@ def test_an_interrupted_run_has_a_summary(runner, monkeypatch):
     assert runner.failed() == ["step"]
 
 
-def commands_of(runner, monkeypatch) -> dict[str, list[str]]:
-    seen = {}
+class Calls(dict):
+    """What a runner is asked to run, by step: command, limit, environment."""
 
-    def note(name, command, limit, **environment):
-        seen[name] = command
-        runner.steps.append({"step": name, "state": "passed"})
+    def __init__(self, runner, monkeypatch, extension: bool = True):
+        self.runner = runner
+        monkeypatch.setattr(runner, "run", self.note)
+        monkeypatch.setattr(gpu, "has_extension", lambda: extension)
+
+    def note(self, name, command, limit, **environment):
+        self[name] = {"command": command, "limit": limit, "environment": environment}
+        self.runner.steps.append({"step": name, "state": "passed"})
         return True
 
-    monkeypatch.setattr(runner, "run", note)
-    return seen
 
-
-def test_all_benchmarks_on_the_gpu(runner, monkeypatch, tmp_path):
-    seen = commands_of(runner, monkeypatch)
+@pytest.fixture
+def tree(monkeypatch, tmp_path):
+    """A checkout with all benchmarks and nothing else."""
     (tmp_path / "benchmarks").mkdir()
-    for name in ("bench_linear", "bench_step", "plots"):
+    (tmp_path / "ckf" / "kernels").mkdir(parents=True)
+    for name in (*gpu.WEIGHTS, "plots"):
         (tmp_path / "benchmarks" / f"{name}.py").touch()
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    return tmp_path
+
+
+def test_all_benchmarks_on_the_gpu(runner, monkeypatch, tree):
+    calls = Calls(runner, monkeypatch)
+    (tree / "benchmarks" / "bench_decode.py").unlink()
     gpu.part_bench(runner, 0)
-    assert list(seen) == ["bench_linear", "bench_step", "plots"]
-    assert seen["bench_step"][2:] == ["--device", "cuda", "--out", str(runner.folder), "--quick"]
-    assert summary(runner)["bench_decode"] == "skipped"
+    assert list(calls) == ["bench_linear", "bench_step", "plots"]
+    out = ["--device", "cuda", "--out", str(runner.folder)]
+    assert calls["bench_step"]["command"][2:] == [*out, "--quick"]
+    assert summary(runner)["bench_decode"] == summary(runner)["bench_scaling"] == "skipped"
     runner.deadline += 1000
-    (runner.folder / "bench_linear.json").touch()
     gpu.part_bench(runner, 0)
-    assert "--quick" not in seen["bench_step"]
-    assert seen["table"][2:] == [
+    assert calls["bench_step"]["command"][2:] == out
+    assert "bench_scaling" in calls
+
+
+def test_the_table_comes_before_what_goes_by_it(runner, monkeypatch, tree):
+    calls = Calls(runner, monkeypatch)
+    (runner.folder / "bench_linear.json").touch()
+    (runner.folder / "table.json").write_text("{}")
+    gpu.part_bench(runner, 0)
+    assert list(calls)[:3] == ["bench_linear", "table", "bench_decode"]
+    assert calls["table"]["command"][2:] == [
         *["--results", str(runner.folder)],
         *["--out", str(runner.folder / "table.json")],
     ]
+    installed = tree / "ckf" / "kernels" / "tables" / f"{runner.folder.name}.json"
+    assert installed.read_text() == "{}"
+
+
+def test_shares_of_the_time(runner, monkeypatch, tree):
+    calls = Calls(runner, monkeypatch)
+    monkeypatch.setattr(runner, "left", lambda: 510.0)
+    gpu.part_bench(runner, 0)
+    shares = [calls[name]["limit"] for name in gpu.WEIGHTS]
+    assert shares == pytest.approx([480 * 4 / 12, 480 * 3 / 8, 480 * 4 / 5, 480])
+
+
+@pytest.mark.parametrize("part", [gpu.part_tests, gpu.part_sanitize, gpu.part_bench])
+def test_a_fresh_machine_builds_the_extension_once(runner, monkeypatch, tree, part):
+    (tree / "tests").mkdir()
+    calls = Calls(runner, monkeypatch, extension=False)
+    monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: f"/x/{name}")
+    monkeypatch.setattr(gpu, "own_arch", lambda: "sm_90a")
+    monkeypatch.delenv("CKF_CUDA_ARCHS", raising=False)
+    part(runner, 0)
+    assert next(iter(calls)) == "build" and len(calls) > 1
+    assert calls.pop("build")["environment"] == {"CKF_BUILD_CUDA": "1", "CKF_CUDA_ARCHS": "sm_90a"}
+    part(runner, 0)
+    assert "build" not in calls
+
+
+def test_no_build_where_it_is_there_or_cannot_be(runner, monkeypatch):
+    calls = Calls(runner, monkeypatch)
+    gpu.build_if_missing(runner, 0)
+    monkeypatch.setattr(gpu, "has_extension", lambda: False)
+    monkeypatch.setattr(gpu, "find_nvcc", lambda: None)
+    gpu.build_if_missing(runner, 0)
+    assert not calls
+
+
+@pytest.mark.parametrize(("asked", "own"), [("sm_80", "sm_90a"), ("", None)])
+def test_archs_that_were_asked_for_are_built(runner, monkeypatch, asked, own):
+    calls = Calls(runner, monkeypatch)
+    monkeypatch.setattr(gpu, "own_arch", lambda: own)
+    monkeypatch.setenv("CKF_CUDA_ARCHS", asked)
+    gpu.part_build(runner, 0)
+    assert calls["build"]["environment"] == {"CKF_BUILD_CUDA": "1"}
 
 
 @pytest.mark.parametrize(("found", "cores", "flags"), [(1, 16, "8"), (1, 3, "1"), (None, 16, None)])
@@ -114,21 +178,26 @@ def test_gpu_tests_run_side_by_side_where_xdist_is(runner, monkeypatch, found, c
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: found)
     monkeypatch.setattr(gpu.os, "cpu_count", lambda: cores)
     runner.has_gpu = True
-    command = commands_of(runner, monkeypatch)
+    calls = Calls(runner, monkeypatch)
     gpu.part_tests(runner, 0)
-    (command,) = command.values()
+    command = calls["tests"]["command"]
     assert ("-n" in command) == (flags is not None)
     assert flags is None or command[command.index("-n") + 1] == flags
 
 
-def test_sanitizers_see_every_kernel(runner, monkeypatch):
-    seen = commands_of(runner, monkeypatch)
+@pytest.mark.parametrize(("reserved", "most"), [(0, 100), (20, 60)])
+def test_sanitizers_see_every_kernel(runner, monkeypatch, reserved, most):
+    calls = Calls(runner, monkeypatch)
+    runner.deadline += 100
     monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: f"/x/{name}")
-    gpu.part_sanitize(runner, 0)
-    assert list(seen) == ["sanitize_memcheck", "sanitize_racecheck", "sanitize_initcheck"]
-    for command in seen.values():
-        assert "tests/kernels/test_cuda_gpu.py" in command
-        assert "tests/kernels/test_cuda_sanitized.py" in command
+    gpu.part_sanitize(runner, reserved)
+    tools = ("memcheck", "racecheck", "initcheck")
+    assert {call["limit"] for call in calls.values()} == {most}
+    assert list(calls) == [f"sanitize_{k}_{tool}" for k in ("cuda", "triton") for tool in tools]
+    for name, call in calls.items():
+        command = call["command"]
+        assert ("tests/kernels/test_cuda_gpu.py" in command) == ("_cuda_" in name)
+        assert ("tests/kernels/test_cuda_sanitized.py" in command) == ("_triton_" in name)
         assert command[command.index("-k") + 1] == "small"
 
 
@@ -136,6 +205,7 @@ def test_a_failed_build_stops_the_rest(runner, monkeypatch):
     monkeypatch.setattr(
         runner, "run", lambda *a, **k: runner.steps.append({"step": "build", "state": "FAILED"})
     )
+    monkeypatch.setattr(gpu, "own_arch", lambda: None)
     gpu.run_parts(runner, gpu.PARTS)
     assert runner.failed() == ["build"]
     assert len(runner.steps) == 1
@@ -147,6 +217,28 @@ def test_rehearsal(monkeypatch, tmp_path, capsys):
     assert gpu.main(["sanitize", "--out", str(tmp_path / "never")]) == 2
     assert not (tmp_path / "never").exists(), "a rehearsal is no record"
     steps = json.loads((tmp_path / "summary.json").read_text())
-    assert [step["why"] for step in steps] == ["no GPU"] * 3
+    assert [step["why"] for step in steps] == ["no GPU"] * 6
     assert json.loads((tmp_path / "environment.json").read_text())["gpu"] is None
-    assert "this is a rehearsal" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "this is a rehearsal" in said.err
+    archive = tmp_path.with_name(f"{tmp_path.name}.tar.gz")
+    assert str(archive) in said.out.splitlines()[-1]
+    with tarfile.open(archive) as tar:
+        names = {Path(name).name for name in tar.getnames()}
+    assert names == {tmp_path.name, "environment.json", "summary.json"}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_results_are_packed_whatever_happens(monkeypatch, tmp_path, error):
+    def broken(runner, parts):
+        assert runner.left() < 60 - 7, "importing counts"
+        (runner.folder / "kept.log").touch()
+        raise error
+
+    monkeypatch.setattr(gpu, "REHEARSAL", tmp_path / "out")
+    monkeypatch.setattr(gpu, "STARTED", time.monotonic() - 7)
+    monkeypatch.setattr(gpu, "run_parts", broken)
+    with contextlib.suppress(RuntimeError):
+        gpu.main(["bench", "--minutes", "1"])
+    with tarfile.open(tmp_path / "out.tar.gz") as tar:
+        assert "out/kept.log" in tar.getnames()

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import figures, gate, spread, time_in_turn
+from benchmarks import harness
+from benchmarks.harness import figures, gate, rotated, spread, time_in_turn, why_no_figure
 from benchmarks.memory import peak_bytes, saved_bytes
 from benchmarks.records import Record, load_record, rows_of
 
@@ -47,11 +48,27 @@ def test_gate_refuses_a_wrong_result(fault):
 
 def test_every_round_times_every_provider_in_turn():
     order = []
-    calls = {name: [lambda name=name: order.append(name)] for name in "ab"}
+    calls = {name: [lambda name=name: order.append(name)] for name in "abc"}
     timings = time_in_turn(calls, "cpu", rounds=4, seconds=60)
     assert {len(t.ms) for t in timings.values()} == {4}
     runs = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
-    assert runs[-8:] == list("abababab")
+    assert "".join(runs[-12:]) == "abc" + "bca" + "cab" + "abc"
+    assert rotated([], 3) == []
+
+
+def test_a_copy_without_git_is_told_its_commit(monkeypatch, tmp_path):
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    monkeypatch.setenv("CKF_COMMIT", "abc")
+    assert harness.commit() == "abc"
+    monkeypatch.delenv("CKF_COMMIT")
+    assert harness.commit() is None
+
+
+def test_why_there_is_no_figure():
+    assert why_no_figure(ValueError("not here")) == "not here"
+    assert why_no_figure(torch.OutOfMemoryError("full")) == "OutOfMemoryError: full"
+    assert why_no_figure(KeyError("x" * 999)).startswith("RED: KeyError: 'xx")
+    assert len(why_no_figure(KeyError("x" * 999))) == len("RED: ") + 300
 
 
 def test_spread_and_ratio_are_of_the_same_round():

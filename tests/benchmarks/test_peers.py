@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks import measure as measuring
+from benchmarks.harness import arguments
 from benchmarks.measure import measure
 from benchmarks.models import (
     LAYOUTS,
@@ -15,10 +16,12 @@ from benchmarks.models import (
     make_rows,
     sharing_copy,
 )
-from benchmarks.peers import providers_for
+from benchmarks.peers import ours, providers_for
 from benchmarks.peers.base import check, references
-from benchmarks.peers.dense import Dense
+from benchmarks.peers.dense import Dense, Single
 from benchmarks.problems import Case, least_work, make_problem, task_ids
+from benchmarks.records import load_record
+from ckf.kernels import ops
 
 CPU = torch.device("cpu")
 SMALL = Case("train", 96, ((32, (48,)),), tasks=3, rank=8)
@@ -89,6 +92,102 @@ def test_a_wrong_provider_gets_no_figure(monkeypatch):
     assert "off by" in failures["wrong"] and "does not load" in failures["broken"]
 
 
+def test_a_provider_that_cannot_be_copied_costs_its_own_rows(monkeypatch):
+    class Once(Dense):
+        name, built = "once", 0
+
+        def __init__(self, problem):
+            super().__init__(problem)
+            Once.built += 1
+            if Once.built > 1:
+                raise torch.OutOfMemoryError("full")
+
+    def with_once(case, device, names=None):
+        classes, skipped = providers_for(case, device, ["dense"])
+        return classes | {"once": Once}, skipped
+
+    monkeypatch.setattr(measuring, "providers_for", with_once)
+    rows, _, failures = measure(SMALL, CPU, None, rounds=2, seconds=0.1)
+    assert {row["provider"] for row in rows} == {"frozen", "dense"}
+    assert failures == {"once": "OutOfMemoryError: full"}
+
+
+def test_a_case_that_breaks_costs_itself_alone(monkeypatch, tmp_path):
+    real = measuring.measure
+
+    def sometimes(case, *args, **kwargs):
+        if case.m == 96:
+            raise RuntimeError("x" * 999)
+        return real(case, *args, **kwargs)
+
+    monkeypatch.setattr(measuring, "measure", sometimes)
+    options = arguments("", "").parse_args(["--quick", "--out", str(tmp_path)])
+    cases = [(SMALL, ["dense"]), (replace(SMALL, m=32), ["dense"])]
+    assert measuring.run_cases("x", cases, options) == 1
+    broken, good = load_record(tmp_path / "x.json")["cases"]
+    assert broken["rows"] == [] and broken["skipped"]["case"].startswith("RED: RuntimeError: xxx")
+    assert len(broken["skipped"]["case"]) == len("RED: ") + 300
+    assert {row["provider"] for row in good["rows"]} == {"frozen", "dense"}
+
+
+def test_a_refusal_runs_nothing(monkeypatch):
+    monkeypatch.setattr(ops, "run_group", None)
+    assert ours.OursTorch.refusal(SMALL, CPU) is None
+    assert ours.OursAuto.refusal(SMALL, CPU) is None
+    assert (
+        ours.OursCuda.refusal(SMALL, CPU)
+        == "the input is on cpu; the CUDA kernel needs a GPU tensor"
+    )
+
+
+def test_a_refusal_asks_with_the_rank_of_a_whole_group(monkeypatch):
+    asked = []
+    monkeypatch.setattr(ours.config, "choose_backend", lambda *args: asked.append(args))
+    case = replace(CASES["layer"], dropout=0.1, dtype="bfloat16")
+    ours.our_providers()[1].refusal(case, CPU)
+    (backend, x, call) = asked.pop()
+    assert backend == "triton:expand" and x.dtype == torch.bfloat16
+    assert call == (96, 16, 16, 2 * case.total_rank, True, True)
+
+
+def test_auto_waits_for_a_table(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H200")
+    monkeypatch.setattr(ours, "load_table", lambda device: None)
+    assert ours.OursAuto.refusal(SMALL, torch.device("cuda")) == "no table yet"
+
+
+def test_a_plan_is_asked_for_by_name():
+    plans = {p.name: p.backend for p in ours.our_providers() if ":" in p.name}
+    assert plans == {f"ckf-triton:{p}": f"triton:{p}" for p in ("expand", "addmm", "gemm")}
+
+
+def test_ours_keeps_the_stacks_of_decoding(monkeypatch):
+    seen = []
+    real = ops.run_group
+
+    def note(*args, decode_cache, **kwargs):
+        seen.append(decode_cache)
+        return real(*args, **kwargs)
+
+    provider = ours.OursTorch(make_problem(replace(CASES["layer"], step="forward"), CPU))
+    monkeypatch.setattr(ops, "run_group", note)
+    provider.step()
+    provider.step()
+    assert seen == 2 * provider.caches and len(set(map(id, seen))) == 2
+
+
+@pytest.mark.parametrize("kind", [Dense, Single])
+def test_dense_stacks_once_for_forward_alone(monkeypatch, kind):
+    case = replace(SMALL, step="forward", dtype="bfloat16")
+    provider = kind(make_problem(case, CPU))
+    want = torch.cat(provider.problem.linears[0].a).bfloat16().t()
+    assert torch.equal(provider.stacks[0][0], want)
+    assert kind(make_problem(SMALL, CPU)).stacks == []
+    monkeypatch.setattr(torch, "cat", None)
+    (y,) = provider.step()
+    assert y.shape == (96, 48)
+
+
 @pytest.mark.parametrize("mix", ["sorted", "balanced", "skewed", "token"])
 @pytest.mark.parametrize(("m", "tasks"), [(2048, 4), (64, 64), (1000, 3), (8192, 256)])
 def test_every_task_has_rows(mix, m, tasks):
@@ -123,3 +222,8 @@ def test_layouts_hold_the_same_tokens_and_labels():
     assert torch.equal(packed.input_ids[0, labels.positions + 1], labels.targets)
     assert padded.task_ids.tolist() == [row.task for row in rows]
     assert (packed.position_ids == 0).sum() == len(rows)
+
+
+def test_rows_of_equal_length():
+    assert {len(row.tokens) for row in make_rows(4, 8, 40, 256, 0.0)} == {40}
+    assert len({len(row.tokens) for row in make_rows(4, 8, 40, 256)}) > 4

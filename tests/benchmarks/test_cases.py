@@ -1,0 +1,115 @@
+"""What is measured, in which order, and what a failure in the middle costs."""
+
+import pytest
+import torch
+
+from benchmarks import bench_decode, bench_linear, bench_step
+from benchmarks.bench_step import Contender
+from benchmarks.peers.models import BigModel, FrozenModel, LoopModel, MasksModel
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize("cases", [bench_linear.gpu_cases(), bench_linear.quick_cases("cuda")])
+def test_the_goals_come_first(cases):
+    wanted = {(m, n, p) for m in (8192, 2048) for n in (4096, 14336) for p in (0, 0.1)}
+    goals = [case for case, names in cases[:8] if names == bench_linear.GOALS]
+    assert {(c.m, c.linears[0][1], c.dropout) for c in goals} == wanted
+    assert {(c.step, c.dtype, c.adapters, c.mix) for c in goals} == {
+        ("train", "bfloat16", "float32", "balanced")
+    }
+    plain = [entry if isinstance(entry, tuple) else (entry, None) for entry in cases]
+    kinds = [
+        2 if names == bench_linear.COMPILED else 1 if len(case.linears) > 1 else 0
+        for case, names in plain
+    ]
+    assert kinds == sorted(kinds) and 1 in kinds
+    keys = [(case, tuple(names or ())) for case, names in plain]
+    assert len(keys) == len(set(keys))
+
+
+def test_a_quick_decode_on_a_gpu():
+    cases = bench_decode.linear_cases("cuda", True)
+    assert [case.m for case, _ in cases] == [1, 4, 16, 64]
+    for case, names in cases:
+        assert names == ["single", "dense", "grouped", "peft-big", "ckf*"]
+        assert (case.step, case.mix, case.adapters) == ("forward", "token", "bfloat16")
+
+
+def test_training_steps_on_a_gpu():
+    cases = bench_step.cases("cuda", False)
+    order = [(c["model"], c["layouts"], c["adapters"], c.get("sigma")) for c in cases]
+    assert order == [
+        ("8B", "labels", "float32", None),
+        ("8B", "labels", "bfloat16", None),
+        ("8B", "padded", "float32", None),
+        ("8B", "padded", "float32", 0.0),
+        ("1B", "labels", "float32", None),
+        ("8B", "labels", "float32", None),
+    ]
+    assert [c["compiled"] for c in cases] == [False] * 5 + [True]
+    names = [
+        [kind.name for kind in bench_step.contender_kinds(case, CUDA)[0]]
+        for case in (cases[0], cases[-1])
+    ]
+    assert names[0][0] == names[1][0] == "peft-loop"
+    assert {"frozen", "single", "ckf", "ckf-triton", "ckf-triton:gemm"} < set(names[0])
+    assert "peft-big-compiled" in names[1] and "peft-masks" not in names[1]
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """The quick case in one layout, by few contenders whose small checks are trusted."""
+    monkeypatch.setattr(bench_step, "MODELS", (FrozenModel, LoopModel, MasksModel, BigModel))
+    monkeypatch.setattr(bench_step, "check_small", lambda *args: None)
+    return bench_step.cases("cpu", True)[0] | {"layouts": "labels", "contenders": "f*,peft*"}
+
+
+@pytest.mark.parametrize("when", ["build", "first step", "timing", "figures"])
+def test_a_lack_of_memory_costs_one_contender(monkeypatch, few, when):
+    class Large(MasksModel):
+        name, calls = "peft-large", 0
+
+        def build(self, adapters):
+            super().build(adapters)
+            if when == "build":
+                raise torch.OutOfMemoryError("full")
+
+        def loss(self, batch):
+            Large.calls += 1
+            if Large.calls > {"first step": 0, "timing": 2, "figures": 4}.get(when, 99):
+                raise torch.OutOfMemoryError("full")
+            return super().loss(batch)
+
+    monkeypatch.setattr(bench_step, "MODELS", (Large, *bench_step.MODELS))
+    rows, reasons = bench_step.measure(few, CPU, rounds=2)
+    assert reasons == {"peft-large labels": "OutOfMemoryError: full"}
+    assert {row["provider"] for row in rows} == {"frozen", "peft-loop", "peft-masks", "peft-big"}
+    assert all(row["rounds"] == 2 and row["ratio"] > 0 for row in rows)
+
+
+def test_no_check_comes_between_a_build_and_its_timing(monkeypatch, few):
+    events = []
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: events.append("reset"))
+
+    class Noted(Contender):
+        def step(self):
+            events.append("step")
+            return super().step()
+
+    monkeypatch.setattr(bench_step, "Contender", Noted)
+    bench_step.measure(few, CPU, rounds=1)
+    assert "step" in events and "reset" not in events[events.index("step") :]
+
+
+def test_a_broken_case_does_not_end_the_script(monkeypatch, tmp_path):
+    def broken(*args):
+        raise ValueError("nothing works")
+
+    monkeypatch.setattr(bench_step, "measure", broken)
+    assert bench_step.main(["--quick", "--out", str(tmp_path)]) == 1
+    assert "RED: ValueError: nothing works" in (tmp_path / "bench_step.json").read_text()
+    monkeypatch.setattr(bench_decode, "build_models", broken)
+    options = bench_decode.arguments("", "").parse_args(["--quick", "--out", str(tmp_path)])
+    assert bench_decode.run_models(options) == 1
+    assert "nothing works" in (tmp_path / "bench_decode_model.json").read_text()
