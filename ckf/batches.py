@@ -149,8 +149,11 @@ class Collator:
         tasks, lookup, filler = self.tasks, self.lookup, self.filler
         return Collator(tasks, lookup, filler, False, self.one_lora, self.matches)
 
-    def __call__(self, prompts: Sequence[Encoded], users: Sequence[int], histories) -> dict:
-        """The batch. users: user index per prompt; histories (b, h) padded with -1.
+    def __call__(
+        self, prompts: Sequence[Encoded], users: Sequence[int], histories, folded=None
+    ) -> dict:
+        """The batch. users: user index per prompt; histories (b, h) padded with -1; folded (b,)
+        bool or None: users whose vectors come from their history, own ones or not.
 
         Returns:
             input_ids, position_ids, task_ids (B, S); attention_mask (B, S), padded only; slots
@@ -168,7 +171,10 @@ class Collator:
             batch["task_ids"] = torch.zeros_like(batch["task_ids"])
         batch["row_tasks"] = torch.tensor([self.tasks.index(p.task) for p in prompts])
         if self.lookup is not None:
-            batch |= self._vectors(prompts, starts, np.asarray(users), np.asarray(histories))
+            users, histories = self.lookup.profiles(np.asarray(users), np.asarray(histories))
+            if folded is not None:
+                users = np.where(folded, -1, users)
+            batch |= self._vectors(prompts, starts, users, histories)
         return batch
 
     def _packed(self, prompts: Sequence[Encoded]) -> dict:
@@ -229,7 +235,6 @@ class Collator:
                 slot_rows.append(row if what == USER_SLOT else -1)
                 if what != USER_SLOT:
                     items.append(what)
-        users, histories = self.lookup.profiles(users, histories)
         vectors, mask = self.lookup.histories(histories)
         matches = {}
         if self.matches is not None and match_slots:
@@ -260,13 +265,14 @@ class RowBatcher:
             return self.cache.prompt(self.maker, self.encoder, example, split, vectors, list_name)
         return self.encoder.encode(self.maker.question(example, split, list_name), vectors)
 
-    def batch(self, examples: Sequence[Example], prompts: Sequence[Encoded]) -> dict:
+    def batch(self, examples: Sequence[Example], prompts: Sequence[Encoded], folded=None) -> dict:
+        """The batch of encoded examples; ``folded`` as for the collator."""
         rows = [e.row for e in examples]
         data = self.maker.data
-        return self.collator(prompts, data.user[rows], data.history[rows])
+        return self.collator(prompts, data.user[rows], data.history[rows], folded)
 
 
-def is_text_row(seed: int, position: int, probability: float) -> bool:
-    """Whether the row at a position of the run is shown as text: a draw that needs no state."""
+def is_drawn(seed: int, position: int, probability: float) -> bool:
+    """Whether a draw for a position of the run, which needs no state, falls below a probability."""
     digest = hashlib.blake2b(f"{seed}:{position}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") / 2**64 < probability

@@ -36,13 +36,19 @@ _LOWEST = {
     "train.warmup": 0,
     "train.max_grad_norm": 0,  # 0: no limit
     "train.curriculum_middle": 0,
+    "train.fold_share": 0,
     "train.save_every": 1,
     "train.log_every": 1,
     "train.workers": 0,
     "evaluate.batch_tokens": 1,
     "evaluate.bootstrap": 0,
 }
-_HIGHEST = {"seed": 2**32 - 1, "train.warmup": 1, "train.curriculum_middle": 1}
+_HIGHEST = {
+    "seed": 2**32 - 1,
+    "train.warmup": 1,
+    "train.curriculum_middle": 1,
+    "train.fold_share": 1,
+}
 _ABOVE_ZERO = (
     "lora.lora_alpha",
     "train.lr",
@@ -128,6 +134,8 @@ class TrainConfig:
     curriculum: rows are shown as plain text with probability s(step), a sigmoid that falls from 1
     to 0 around the share ``curriculum_middle`` of training; "joint" shows vectors from the start.
     temperature: tasks are mixed in proportion to size ** (1 / temperature).
+    fold_share: of the train rows whose user is folded in from the history, as users without train
+    rows are: vectors fitted on a row know its answer better than they know those of new rows.
     packing: several rows in one sequence: "auto" where the model computes it right, or on or off.
     """
 
@@ -143,6 +151,7 @@ class TrainConfig:
     schedule: str = "curriculum"
     curriculum_middle: float = 0.3
     curriculum_sharpness: float = 20.0
+    fold_share: float = 0.0
     packing: str | bool = "auto"
     gradient_checkpointing: bool = False
     save_every: int = 50

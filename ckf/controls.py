@@ -21,6 +21,8 @@ class ShuffledUsers(VectorLookup):
         self.donor = shuffled(vectors.user_known.numpy(), seed)
         last = np.zeros(data.n_users, np.int64)
         last[data.user] = np.arange(len(data.user))  # rows lie in order of time within a user
+        train = np.flatnonzero(data.split == 0)
+        last[data.user[train]] = train  # nothing later than train reaches training
         self.donor_history = data.history[last][self.donor]
 
     def profiles(self, users: np.ndarray, history: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

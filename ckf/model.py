@@ -8,6 +8,8 @@ from transformers import PreTrainedModel
 from ckf.metanet import MetaNetwork
 from ckf.patch import patch_state
 
+_HEAD_ROWS = 16384
+
 
 class CKFModel(nn.Module):
     """A patched causal LM whose prompts carry user and item vectors.
@@ -21,6 +23,9 @@ class CKFModel(nn.Module):
         super().__init__()
         patch_state(backbone)
         self.backbone, self.metanet = backbone, metanet
+        head = backbone.get_output_embeddings()
+        if type(head) is nn.Linear and head.weight.dtype in (torch.bfloat16, torch.float16):
+            head.register_forward_hook(_in_float32)
 
     @property
     def device(self) -> torch.device:
@@ -86,6 +91,20 @@ class CKFModel(nn.Module):
             vectors, slots = torch.cat([vectors, matches]), torch.cat([slots, batch["match_slots"]])
         flat = embeds.reshape(-1, embeds.shape[-1])
         return flat.index_copy(0, slots, vectors.to(embeds.dtype)).view_as(embeds)
+
+
+def _in_float32(head: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    """Logits of a half-precision head in float32 where answers are scored, not where it trains.
+
+    Logits near 18 are 0.125 apart in bfloat16: scores that differ by less would tie.
+    """
+    if head.training:
+        return output
+    hidden = inputs[0].float()
+    bias = None if head.bias is None else head.bias.float()
+    parts = head.weight.split(_HEAD_ROWS)  # no second copy of a large vocabulary
+    logits = torch.cat([hidden @ part.float().T for part in parts], dim=-1)
+    return logits if bias is None else logits + bias
 
 
 def embedding_scale(backbone: PreTrainedModel) -> float:

@@ -7,6 +7,7 @@ train_log.jsonl       losses                   metrics.json          see ckf.eva
 predictions/          Parquet per task         report.html           see ckf.report
 """
 
+import dataclasses
 import datetime
 import json
 import os
@@ -153,7 +154,7 @@ class _Names:
             question.item = self._item(self._field(request, "item", where), where)
         if task == "review_rating":
             question.review = str(self._field(request, "review", where))
-        return question, user, history
+        return question, -1 if "history" in request else user, history
 
     def _history(self, request: dict, user: int, where: str) -> np.ndarray:
         width = self.data.history.shape[1]
@@ -334,8 +335,32 @@ def _data_of(config: RunConfig, folder: Path, path, prepared, log: Log) -> Prepa
     return data
 
 
+_OF_THE_MACHINE = {"path", "source", "reviews", "metadata"}  # where raw files lay
+_OF_READING = {"max_bad_share", "max_line_bytes", "max_unpacked_bytes"}
+_LISTS = {"train_list", "test_lists"}  # looked for by name
+
+
+def _check_settings(config: RunConfig, data: PreparedData) -> None:
+    there = data.manifest["settings"]["data"]
+    for key, own in json.loads(json.dumps(dataclasses.asdict(config.data))).items():
+        if key not in _OF_THE_MACHINE | _OF_READING | _LISTS and there.get(key) != own:
+            raise ValueError(
+                f"{data.folder} was prepared with data.{key} {there.get(key)!r}, but the config "
+                f"says {own!r}; prepare it again, or change the config"
+            )
+    for task, wanted in config.tasks.items():
+        for split in ("train", "valid", "test"):
+            most, found = getattr(wanted, split), len(data.rows(task, split))
+            if most is not None and found > most:
+                raise ValueError(
+                    f"{data.folder} has {found} rows for tasks.{task}.{split}, but the config says "
+                    f"{most}; prepare it again, or change the config"
+                )
+
+
 def check_rows(config: RunConfig, data: PreparedData) -> None:
-    """ValueError where prepared data lack rows or lists that the settings ask for."""
+    """ValueError where prepared data lack what the settings ask for, or were made by others."""
+    _check_settings(config, data)
     for task in config.tasks:
         for split in ("train", "test"):
             if len(data.rows(task, split)) == 0:

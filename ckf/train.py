@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -19,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from ckf.adapters import load_adapters, save_adapters
 from ckf.assembly import Assembly
-from ckf.batches import Example, is_text_row
+from ckf.batches import Example, is_drawn
 from ckf.config import TrainConfig
 from ckf.data.mixing import task_order
 from ckf.halving import HalvedSteps
@@ -70,7 +71,7 @@ class TrainStream(Dataset):
         task, index = self.order[position]
         config = self.assembly.config
         share = text_share(config.train, position / len(self.order))
-        as_text = is_text_row(config.seed, position, share)
+        as_text = is_drawn(config.seed, position, share)
         return self.examples[task][index], self.assembly.uses_vectors and not as_text
 
     def collate(self, entries: list[tuple[Example, bool]]) -> dict:
@@ -78,7 +79,10 @@ class TrainStream(Dataset):
         entries = sorted(entries, key=lambda e: self.assembly.tasks.index(e[0].task))
         batcher = self.assembly.batcher
         prompts = [batcher.encode(example, "train", vectors) for example, vectors in entries]
-        return batcher.batch([example for example, _ in entries], prompts) | {"entries": entries}
+        examples = [example for example, _ in entries]
+        seed, share = self.assembly.config.seed + 1, self.assembly.config.train.fold_share
+        folded = np.array([is_drawn(seed, example.row, share) for example in examples])
+        return batcher.batch(examples, prompts, folded) | {"entries": entries}
 
 
 class CKFTrainer(HalvedSteps, Trainer):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ckf.batches import Collator, Example, VectorLookup, is_text_row, star
+from ckf.batches import Collator, Example, VectorLookup, is_drawn, star
 from ckf.cf import fold_in_users
 from ckf.prompts import ANSWERS, USER_SLOT, Encoded
 from tests.ckf_fixtures import TASKS
@@ -125,17 +125,17 @@ def test_stars_are_whole_and_halves_go_up():
 
 
 def test_draws_depend_on_seed_and_position_alone():
-    draws = [is_text_row(3, p, 0.5) for p in range(200)]
-    assert draws == [is_text_row(3, p, 0.5) for p in range(200)]
-    assert draws != [is_text_row(4, p, 0.5) for p in range(200)]
-    assert [is_text_row(3, p, 0.5) for p in reversed(range(200))] == draws[::-1]
-    shares = [np.mean([is_text_row(0, p, s) for p in range(4000)]) for s in (0, 0.2, 0.7, 1)]
+    draws = [is_drawn(3, p, 0.5) for p in range(200)]
+    assert draws == [is_drawn(3, p, 0.5) for p in range(200)]
+    assert draws != [is_drawn(4, p, 0.5) for p in range(200)]
+    assert [is_drawn(3, p, 0.5) for p in reversed(range(200))] == draws[::-1]
+    shares = [np.mean([is_drawn(0, p, s) for p in range(4000)]) for s in (0, 0.2, 0.7, 1)]
     assert shares[0] == 0 and shares[3] == 1
     assert abs(shares[1] - 0.2) < 0.03 and abs(shares[2] - 0.7) < 0.03
 
 
 def test_a_row_drawn_as_text_stays_text_at_a_higher_share():
-    assert all(is_text_row(0, p, 0.8) for p in range(300) if is_text_row(0, p, 0.4))
+    assert all(is_drawn(0, p, 0.8) for p in range(300) if is_drawn(0, p, 0.4))
 
 
 def test_a_batch_of_examples_takes_users_and_histories_of_their_rows(small_run):

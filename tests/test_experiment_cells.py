@@ -10,8 +10,9 @@ import torch
 from ckf.assembly import ONE_LORA, assemble
 from ckf.config import load_config
 from ckf.controls import shuffled
+from ckf.data.prepared import load_prepared
 from ckf.experiment.cells import CELLS, COMPARISONS, MAIN, cell_config, chosen_cells, reduced
-from ckf.experiment.parts import limited
+from ckf.experiment.parts import counted, limited
 from ckf.patch import patched_layers
 from ckf.presence import TaskPresence
 from tests.ckf_fixtures import TASKS, small_config
@@ -170,6 +171,19 @@ def test_single_runs_cost_together_what_the_mixed_run_costs(base):
     assert abs(total - base.train.steps) <= len(TASKS) / 2  # each is rounded
     for config in configs:
         assert len(config.tasks) == 1 and config.lora.r == 4 and not config.lora.per_task
+
+
+def test_all_rows_are_counted_before_steps_are_shared_out(base, prepared):
+    data = load_prepared(Path(prepared))
+    everything = replace(base, tasks={t: replace(r, train=None) for t, r in base.tasks.items()})
+    config = counted(everything, data)
+    assert {t: r.train for t, r in config.tasks.items()} == {
+        t: len(data.rows(t, "train")) for t in TASKS
+    }
+    steps = [cell_config(config, CELLS[f"single-{t}"], 0).train.steps for t in TASKS]
+    sizes = [len(data.rows(t, "train")) ** (1 / base.train.temperature) for t in TASKS]
+    wanted = [base.train.steps * size / sum(sizes) for size in sizes]
+    assert all(abs(a - max(1, b)) <= 0.5 for a, b in zip(steps, wanted, strict=True))
 
 
 def test_seeds_differ_and_nothing_else(base):

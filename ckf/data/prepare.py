@@ -275,7 +275,6 @@ def candidate_lists(
     if "topk.train" not in chosen:
         return {}
     liked_rows = rows.label == 1
-    liked = LikedItems.of(rows.user[liked_rows], rows.item[liked_rows], len(rows.item_ids))
     train_items = rows.item[split == TRAIN]
     names = {
         "train": [config.train_list],
@@ -284,6 +283,8 @@ def candidate_lists(
     }
     out = {}
     for name, wanted in names.items():
+        known = liked_rows & (split == TRAIN) if name == "train" else liked_rows
+        liked = LikedItems.of(rows.user[known], rows.item[known], len(rows.item_ids))
         for list_name in dict.fromkeys(wanted):
             made = build_list(
                 list_name,

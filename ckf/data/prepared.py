@@ -24,7 +24,8 @@ from safetensors.numpy import load_file
 from ckf.data.errors import DataError
 from ckf.data.explain import explanation_of
 
-FORMAT_VERSION = 2  # 2: rows of one user and second stay in one split
+# 2: rows of one user and second stay in one split. 3: train lists know train rows alone.
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 INTERACTIONS = "interactions.safetensors"
 TEXTS = "texts.safetensors"

@@ -94,7 +94,8 @@ def _lightgcn(config: RunConfig) -> RunConfig:
 def _single(task: str) -> Change:
     """The task alone, one LoRA as wide as shared + task, for the steps its rows had in the mix.
 
-    So all single-task runs together see the rows, and cost the steps, of one multi-task run.
+    So all single-task runs together see the rows, and cost the steps, of one multi-task run. Takes
+    a config whose train rows are counted.
     """
 
     def change(config: RunConfig) -> RunConfig:

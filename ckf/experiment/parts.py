@@ -65,6 +65,15 @@ def limited(data: PreparedData, tasks: dict[str, TaskRows], seed: int) -> Prepar
     return replace(data, _rows=rows)
 
 
+def counted(config: RunConfig, data: PreparedData) -> RunConfig:
+    """The config with the train rows that are there, where it asks for all or for more."""
+    tasks = {
+        task: replace(wanted, train=len(data.rows(task, "train")))
+        for task, wanted in config.tasks.items()
+    }
+    return replace(config, tasks=tasks)
+
+
 def shared_vectors(config: RunConfig, out: Path, data: PreparedData, log: Log) -> Path:
     """The file of the CF vectors of these settings, fitted where it is not there yet."""
     settings = json.dumps({**asdict(config.cf), "seed": config.seed}, sort_keys=True)

@@ -102,7 +102,8 @@ def markdown(found: Mapping) -> str:
 _PAIRED = (
     "A minus B on the same rows, means over seeds; 95% interval and two-sided p by paired "
     "bootstrap over users, p adjusted by Holm over the comparisons of a metric. Seeds: how many "
-    "differences of single seeds have the sign of the mean."
+    "differences of single seeds have the sign of the mean; where not all have it, nothing is "
+    "called better."
 )
 
 
@@ -174,8 +175,10 @@ def comparison_table(found: Mapping) -> tuple[list[str], list[list[str]]]:
 
 
 def verdict(entry: Mapping) -> str:
-    """ "A better", "B better" or "open", by the adjusted p."""
-    if entry["p_holm"] is None or entry["p_holm"] >= _ALPHA:
+    """ "A better", "B better" or "open", by the adjusted p and only where all seeds agree."""
+    seeds = [s for s in entry["seeds"] if s is not None]
+    agree = all(s * (entry["value"] or 0) > 0 for s in seeds)
+    if entry["p_holm"] is None or entry["p_holm"] >= _ALPHA or not agree:
         return "open"
     direction = metric(entry["metric"]).direction
     return "A better" if entry["value"] * direction > 0 else "B better"

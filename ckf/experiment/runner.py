@@ -26,6 +26,7 @@ from ckf.experiment.cells import Cell, cell_config, chosen_cells, reduced
 from ckf.experiment.checks import check_run
 from ckf.experiment.parts import (
     Base,
+    counted,
     limited,
     link,
     read_vectors,
@@ -120,6 +121,7 @@ def run_experiment(
     whole = shared_data(experiment.config, out, data_path, prepared, log)
     data = limited(whole, experiment.config.tasks, experiment.config.seed)
     check_rows(experiment.config, data)
+    experiment.config = counted(experiment.config, data)
     runner = _Runner(experiment, whole, data, Base(chosen, log), log)
     if prepare_only:
         runner.prepare()

@@ -47,12 +47,15 @@ def test_types_are_as_promised(data):
 
 
 def test_nothing_leaks(data):
-    liked = {(u, i) for u, i, y in zip(data.user, data.item, data.label, strict=True) if y == 1}
+    pairs = list(zip(data.user, data.item, strict=True))
+    liked = {pairs[row] for row in np.flatnonzero(data.label == 1)}
+    known = {pairs[row] for row in np.flatnonzero((data.label == 1) & (data.split == 0))}
     for task in TASKS:
         for value, name in enumerate(SPLITS):
             rows = data.rows(task, name)
             assert rows.dtype == np.int64 and (np.diff(rows) > 0).all()
             assert (data.split[rows] == value).all()
+    drawn = {name: set() for name in SPLITS}
     for name in SPLITS:
         for list_name in LISTS if name != "train" else ["uniform9"]:
             made = data.candidates(name, list_name)
@@ -60,7 +63,10 @@ def test_nothing_leaks(data):
             for row, items, place in zip(made.rows, made.items, made.positive, strict=True):
                 assert data.label[row] == 1 and items[place] == data.item[row]
                 negatives = np.delete(items, place)
-                assert not {(data.user[row], item) for item in negatives} & liked
+                negative_pairs = {(data.user[row], item) for item in negatives}
+                assert not negative_pairs & (known if name == "train" else liked)
+                drawn[name] |= negative_pairs
+    assert drawn["train"] & (liked - known)  # which later splits like tells train nothing
     for row in range(len(data)):
         earlier = (data.user == data.user[row]) & (data.time < data.time[row])
         past = data.history[row][data.history[row] >= 0]
