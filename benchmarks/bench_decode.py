@@ -18,9 +18,12 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.floors import decode_floor  # noqa: E402
 from benchmarks.harness import (  # noqa: E402
+    Progress,
     arguments,
     chosen_device,
+    device_name,
     environment,
     figures,
     gate,
@@ -193,10 +196,11 @@ def measure_model(
         calls[name] = [_decoder(provider, ids, inputs)]
     captures = {name: models[name].captures for name in calls}
     timings = time_in_turn(calls, device, rounds, 10.0, captures)
+    floor = decode_floor(SHAPES[case["model"]], case, device_name(device))
     rows = []
     for name, timing in timings.items():
         row = {"provider": name, "error": float(f"{errors.get(name, 0.0):.3g}")}
-        rows.append(row | figures(timing, timings["frozen"]))
+        rows.append(row | figures(timing, timings["frozen"]) | floor)
     return rows, reasons
 
 
@@ -219,7 +223,9 @@ def run_models(options) -> int:
     record = Record("bench_decode_model", options.out, about, {"rounds": rounds}, options.fresh)
     open_cases = [c for c in model_cases(options.device, options.quick) if not record.done(c)]
     models, unable, red = None, {}, 0
+    progress = Progress(len(open_cases))
     for case in open_cases:
+        progress.before(f"{case['model']}, m {case['m']}")
         try:
             if models is None:
                 models, unable = build_models(case, device)
@@ -231,7 +237,8 @@ def run_models(options) -> int:
             torch.cuda.empty_cache()
         reasons = unable | reasons
         record.add(case, rows, reasons)
-        print(f"\n{case['model']}  m {case['m']}  context {case['context']}")
+        floor = f"  floor {rows[0]['floor_ratio']:.3f}" if rows else ""
+        print(f"\n{case['model']}  m {case['m']}  context {case['context']}{floor}")
         for row in rows:
             eager = "" if row["eager_ms"] is None else f"  eager {row['eager_ms']:.3f}"
             print(f"  {row['provider']:12s} {row['ms']:9.3f} ms  x {row['ratio']:.3f}{eager}")

@@ -5,7 +5,8 @@
 
 Forward + backward of single linears, of groups that share x and of all linears of a layer. The
 clock sees routing that has to be done a layer; what a step does once for all layers (masks, sorted
-order, ids) is made before. Random data, B not zero. Rows are checked against float64 first.
+order, offsets) is timed apart, as ``routing_ms``. Random data, B not zero. Rows are checked against
+float64 first.
 """
 
 import sys
@@ -22,7 +23,10 @@ from benchmarks.problems import LAYER_8B, LAYER_135M, Case  # noqa: E402
 # Past the first rows: the rivals that can win, the ceiling, and ckf.
 SHORT = ["single", "dense", "grouped", "bmm", "peft-big", "ckf*"]
 OURS = ["dense", "ckf*"]
-COMPILED = ["single", "peft-big", "peft-big-compiled", "ckf*"]
+COMPILED = [
+    *("single", "peft-big", "peft-big-compiled", "peft-masks", "peft-masks-compiled"),
+    *("peft-loop-by-hand", "peft-loop-compiled", "ckf*"),
+]
 GOALS = [*SHORT, "peft-masks", "peft-loop-by-hand"]
 GPU_SHAPES = ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096), (576, 1536))
 
@@ -66,7 +70,13 @@ def gpu_cases() -> list:
     """bfloat16; float32 adapters unless the case says otherwise. bench_scaling.py has the axes."""
     half = {"dtype": "bfloat16", "adapters": "float32"}
     both = {"dtype": "bfloat16", "adapters": "bfloat16"}
-    cases = [*goal_cases(), linear(8192, 4096, 4096, **half), linear(8192, 4096, 4096, **both)]
+    cases = [
+        *goal_cases(),
+        (Case("train", 8192, LAYER_8B, **half), SHORT),
+        (Case("train", 8192, LAYER_8B[:1], **half), SHORT),
+        linear(8192, 4096, 4096, **half),
+        linear(8192, 4096, 4096, **both),
+    ]
     others = [(k, n) for k, n in GPU_SHAPES if (k, n) not in ((4096, 4096), (4096, 14336))]
     cases += [(linear(8192, k, n, **half), SHORT) for k, n in others]
     cases += [
@@ -78,7 +88,6 @@ def gpu_cases() -> list:
     cases += [(case, [*OURS, "vllm", "sglang"]) for case in forward]
     return [
         *cases,
-        (Case("train", 8192, LAYER_8B[:1], **half), SHORT),
         (Case("train", 8192, LAYER_8B, **both), SHORT),
         Case("train", 8192, LAYER_8B, **half),
         (linear(8192, 4096, 4096, **half), COMPILED),

@@ -20,7 +20,7 @@ from benchmarks.problems import MIXES, Case  # noqa: E402
 PROVIDERS = ["single", "dense", "grouped", "bmm", "peft-big", "peft-loop-by-hand", "ckf*"]
 AXES = {
     "cpu": {
-        "tasks": (1, 2, 4, 8, 16, 32, 64, 128),
+        "tasks": (1, 2, 4, 8, 16, 32, 64, 128, 256),
         "rank": (8, 32, 64),
         "m": (64, 256, 1024),
         "mix": ("sorted", "skewed", "token"),

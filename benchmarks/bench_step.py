@@ -11,6 +11,7 @@ on a small model; at full size they must agree with the loop over tasks. Routing
 
 import contextlib
 import gc
+import math
 import os
 import statistics
 import sys
@@ -27,9 +28,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.floors import step_floor  # noqa: E402
 from benchmarks.harness import (  # noqa: E402
+    Progress,
     arguments,
     chosen_device,
+    device_name,
     environment,
     gate,
     rotated,
@@ -69,24 +73,31 @@ TASKS, RANK = 4, 16
 # At full size, 16-bit rounding moves gradients by some percent, a wrong route by their own size.
 WRONG_ROUTE = 0.25
 MODELS = (FrozenModel, SingleModel, LoopModel, LoopByHandModel, MasksModel, BigModel)
+# Bytes. 16 rows padded are 7,920 tokens; PEFT keeps 300 KB of each in each of 32 layers: 76 GB, and
+# 38 GB for the weights, all contenders' adapters and moments, and 16 GB for logits.
+ALL_ROWS = 135e9
 COMPILED = ("frozen", "peft-loop", "peft-big", "peft-big-compiled", "ckf*")
 
 
-def cases(device: str, quick: bool) -> list[dict]:
+def cases(device: str, quick: bool, memory: float = math.inf) -> list[dict]:
+    """memory: bytes of the device."""
     if quick and device == "cuda":
         return [_case("1B", 8, 128, "bfloat16", "float32", False, "labels")]
     if quick:
         return [_case("tiny", 8, 24, "float32", "float32", compiled=False)]
     if device == "cpu":
         return [_case("135M, 4 layers", 12, 64, "float32", "float32")]
-    large = ("8B", 16, 256, "bfloat16")
+    large = ("8B", 16 if memory >= ALL_ROWS else 8, 256, "bfloat16")
+    small = ("1B", 16, 256, "bfloat16")
     padded = _case(*large, "float32", False, "padded")
     return [
         _case(*large, "float32", False, "labels"),
-        _case(*large, "bfloat16", False, "labels"),
         padded,
+        _case(*large, "bfloat16", False, "labels"),
+        _case(*large, "float32", False, "packed"),
+        _case(*small, "float32", False, "labels"),
+        _case(*small, "float32", False, "padded"),
         padded | {"sigma": 0.0},  # equal lengths: no pads, the same attention for all
-        _case("1B", 32, 256, "bfloat16", "float32", False, "labels"),
         _case(*large, "float32", True, "labels") | {"contenders": ",".join(COMPILED)},
     ]
 
@@ -195,13 +206,15 @@ def measure(case: dict, device: torch.device, rounds: int) -> tuple[list[dict], 
         reasons |= {f"{kind.name} {la}": f"RED: {w}" for la, w in why.items() if w is not None}
         good[kind] = [la for la in layouts if why[la] is None]
     _forget(device)
-    contenders, failures = _built(case, good, device)
+    rows_of_step = _rows(case)
+    contenders, failures = _built(case, good, rows_of_step, device)
     reasons |= failures | _time(contenders, device, rounds)
     frozen = {c.layout: c for c in contenders if isinstance(c.provider, FrozenModel)}
     rows = []
     for contender in contenders:
         try:
-            rows.append(_row(contender, frozen.get(contender.layout), device))
+            row = _row(contender, frozen.get(contender.layout), device)
+            rows.append(row | _floor(case, rows_of_step, contender.layout, device))
         except Exception as error:
             reasons[contender.title] = why_no_figure(error)
             contender.clear()
@@ -220,15 +233,24 @@ def contender_kinds(case: dict, device) -> tuple[list[type[ModelProvider]], dict
     return sorted(kinds, key=lambda kind: kind is not LoopModel), reasons
 
 
+def _rows(case: dict) -> list[Row]:
+    vocabulary = SHAPES[case["model"]].vocabulary
+    sizes = (case["row_count"], case["mean_length"], vocabulary, case.get("sigma", 0.5))
+    return make_rows(TASKS, *sizes)
+
+
+def _floor(case: dict, rows: list[Row], layout: str, device: torch.device) -> dict:
+    lengths = [len(row.tokens) for row in rows]
+    logits = label_tokens(rows) if layout == "labels" else sum(lengths)
+    return step_floor(SHAPES[case["model"]], case, lengths, logits, device_name(device))
+
+
 def _built(
-    case: dict, good: dict[type[ModelProvider], list[str]], device: torch.device
+    case: dict, good: dict[type[ModelProvider], list[str]], rows: list[Row], device: torch.device
 ) -> tuple[list[Contender], dict[str, str]]:
     """Contenders whose first step is right, and why others are none."""
-    shape = SHAPES[case["model"]]
-    base = make_base(shape, device, getattr(torch, case["dtype"]))
+    base = make_base(SHAPES[case["model"]], device, getattr(torch, case["dtype"]))
     adapters = make_adapters(base, TASKS, RANK, getattr(torch, case["adapters"]))
-    sizes = (case["row_count"], case["mean_length"], shape.vocabulary, case.get("sigma", 0.5))
-    rows = make_rows(TASKS, *sizes)
     contenders, reasons, known = [], {}, {}
     for kind, layouts in good.items():
         provider = optimizer = None
@@ -337,9 +359,14 @@ def main(argv: list[str] | None = None) -> int:
     rounds = 3 if options.quick else 5
     record = Record("bench_step", options.out, about, {"rounds": rounds}, options.fresh)
     red = 0
-    for case in cases(options.device, options.quick):
-        if record.done(case):
-            continue
+    memory = math.inf
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    wanted = cases(options.device, options.quick, memory)
+    open_cases = [case for case in wanted if not record.done(case)]
+    progress = Progress(len(open_cases))
+    for case in open_cases:
+        progress.before(f"{case['model']}, {case['adapters']}, {case['layouts']}")
         try:
             found, reasons = measure(case, device, rounds)
         except Exception as error:  # costs this case alone
@@ -361,7 +388,7 @@ def _show(case: dict, rows: list[dict]) -> None:
         print(
             f"  {row['layout']:7s} {row['provider']:20s} {row['ms']:10.1f} ms  "
             f"{row['ms_with_adamw']:10.1f} with AdamW  {row['tokens_per_s']:10.0f} tokens/s  "
-            f"x {row.get('ratio', float('nan')):.3f}  {peak}",
+            f"x {row.get('ratio', math.nan):.3f} (floor {row['floor_ratio']:.3f})  {peak}",
             flush=True,
         )
 

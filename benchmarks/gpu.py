@@ -3,11 +3,11 @@
 ``python3 benchmarks/gpu.py [build|tests|sanitize|bench|all] [--out FOLDER] [--minutes N]``
 
 Uses the interpreter it is run with. Results go to FOLDER/<gpu>/: environment.json, one log a step
-and summary.json, written after every step, so that an interrupted run keeps what it has; all of it
-is packed into FOLDER/<gpu>.tar.gz at the end. Every step has a time limit, and together they keep
+and summary.json, so that an interrupted run keeps what it has; all of it is packed into
+FOLDER/<gpu>.tar.gz after every step. Every step has a time limit, and together they keep
 to ``--minutes`` (9, so that the whole fits in ten). Outside git CKF_COMMIT names the commit.
-Without a GPU it is a rehearsal in build/gpu_rehearsal/: it builds if nvcc is there, collects the
-GPU tests without running them and runs what a CPU can.
+Without a GPU it is a rehearsal in build/gpu_rehearsal/: a build where nvcc is, the GPU tests only
+collected, and what a CPU can run.
 Exit status: 0 if every step passed, 1 if one failed, 2 without a GPU or torch.
 """
 
@@ -39,7 +39,13 @@ SANITIZERS = {
     "initcheck": [],
 }
 # The benchmarks' shares of the time.
-WEIGHTS = {"bench_linear": 4, "bench_decode": 3, "bench_step": 4, "bench_scaling": 1}
+WEIGHTS = {
+    "bench_linear": 4,
+    "bench_gemm": 1,
+    "bench_decode": 3,
+    "bench_step": 4,
+    "bench_scaling": 1,
+}
 # Seconds: the most a step may take, and what "all" leaves for the steps after a part.
 LIMITS = {"build": 300, "tests": 240, "sanitize": 60, "bench": 600, "plots": 60}
 SANITIZE_ALONE = 100  # with Triton's cache still empty
@@ -126,6 +132,8 @@ class Runner:
         step |= {"seconds": round(time.monotonic() - start, 1), "exit_status": status}
         step["state"] = "TIMED OUT" if late else "passed" if status == 0 else "FAILED"
         self._write()
+        if self.has_gpu:
+            pack(self.folder)
         print(f"-- {name}: {step['state']} in {step['seconds']} s", flush=True)
         return step["state"] == "passed"
 
@@ -258,7 +266,13 @@ def part_tests(runner: Runner, reserved: float) -> None:
     command = pytest_command("--collect-only", "-m", "gpu", *gpu_test_files())
     runner.run("tests_collected", command, limit(runner, "tests", reserved))
     runner.skip("tests", "no GPU: collected, not run")
-    for name in ("test_cuda_bridge", "test_cuda_build", "test_cuda_host", "test_triton_compile"):
+    for name in (
+        "test_cuda_bridge",
+        "test_cuda_build",
+        "test_cuda_host",
+        "test_cuda_hopper_host",
+        "test_triton_compile",
+    ):
         command = pytest_command("-m", "not gpu and not slow", f"tests/kernels/{name}.py")
         runner.run(name, command, runner.left() - reserved)
 
@@ -276,7 +290,7 @@ def part_sanitize(runner: Runner, reserved: float) -> None:
     build_if_missing(runner, reserved)
     seconds = LIMITS["sanitize"] if reserved else SANITIZE_ALONE
     files = gpu_test_files()
-    own = [file for file in files if file.endswith("test_cuda_gpu.py")]
+    own = [file for file in files if file.endswith(("test_cuda_gpu.py", "test_cuda_hopper_gpu.py"))]
     # apart, so that what a tool says of cuBLAS or Triton hides nothing that it says of csrc
     for kernels, part in {"cuda": own, "triton": [f for f in files if f not in own]}.items():
         tests = pytest_command("-m", "gpu", "-k", "small", *part)
@@ -311,11 +325,11 @@ def part_bench(runner: Runner, reserved: float) -> None:
         runner.run(name, [*command, *["--quick"] * quick], min(LIMITS["bench"], share))
         if name == "bench_linear":
             make_table(runner)
-    if (ROOT / "benchmarks" / "plots.py").exists():
-        command = [sys.executable, "benchmarks/plots.py", "--results", str(runner.folder)]
-        runner.run("plots", command, LIMITS["plots"])
-    else:
-        runner.skip("plots", "there is no benchmarks/plots.py")
+    if importlib.util.find_spec("matplotlib") is None:
+        runner.skip("plots", "matplotlib is not installed; the records can be drawn anywhere")
+        return
+    command = [sys.executable, "benchmarks/plots.py", "--results", str(runner.folder)]
+    runner.run("plots", command, LIMITS["plots"])
 
 
 def make_table(runner: Runner) -> None:

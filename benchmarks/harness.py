@@ -129,10 +129,24 @@ def _warm_up(calls: Sequence[Call]) -> None:
 
 
 def _capture(calls: Sequence[Call]) -> Call:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
+    """A graph's replay; RuntimeError where the calls wait for the device.
+
+    They are asked beforehand: a capture that fails leaves the stream and the random numbers of the
+    process in its state, and all that is measured afterwards with them.
+    """
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        calls[0]()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+    except RuntimeError:
+        torch.cuda.set_stream(stream)
+        raise
     graph.replay()
     torch.cuda.synchronize()
     return graph.replay
@@ -226,12 +240,14 @@ def environment(device: torch.device) -> dict:
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
+        "uncommitted": uncommitted(),
         "sources": sources_digest(),
         "device": device_name(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
         "python": platform.python_version(),
+        "cuda": torch.version.cuda,
         **{name: version_of(name) for name in ("torch", "triton", "transformers", "peft")},
     }
 
@@ -259,13 +275,25 @@ def commit() -> str | None:
     """The commit checked out; of a copy without .git what CKF_COMMIT says, or None."""
     if not (ROOT / ".git").exists():
         return os.environ.get("CKF_COMMIT") or None
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False
-        )
-    except OSError:
+    return _git("rev-parse", "HEAD") or None
+
+
+def uncommitted() -> bool | None:
+    """Whether code that counts (see ``sources_digest``) differs from the commit; None: no git."""
+    if not (ROOT / ".git").exists():
         return None
-    return done.stdout.strip() or None
+    changed = _git("status", "--porcelain", "--", "ckf", "csrc", "benchmarks")
+    endings = (".py", ".cu", ".cuh", ".cpp", ".h")
+    return None if changed is None else any(s.endswith(endings) for s in changed.splitlines())
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 def sources_digest() -> str:
@@ -275,6 +303,22 @@ def sources_digest() -> str:
     for path in sorted(p for p in files if p.is_file()):
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+class Progress:
+    """What is left, in a line before each case: the mean of those measured stands for the rest."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.finished, self.start = total, 0, time.monotonic()
+
+    def before(self, title: str) -> None:
+        spent = time.monotonic() - self.start
+        left = ""
+        if self.finished:
+            rest = spent / self.finished * (self.total - self.finished)
+            left = f", {spent / 60:.1f} min so far, about {rest / 60:.1f} to go"
+        self.finished += 1
+        print(f"-- {self.finished} of {self.total}{left}: {title}", flush=True)
 
 
 def words(error: Exception) -> str:

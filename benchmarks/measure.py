@@ -2,12 +2,16 @@
 
 import contextlib
 import gc
+import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
+from benchmarks.floors import floor_columns
 from benchmarks.harness import (
+    Progress,
     chosen_device,
     copies_wanted,
     environment,
@@ -18,7 +22,7 @@ from benchmarks.harness import (
 from benchmarks.memory import peak_bytes, saved_bytes
 from benchmarks.peers import COMPETITORS_EXCLUDED, providers_for
 from benchmarks.peers.base import Provider, check, references
-from benchmarks.problems import Case, floor_columns, make_problem
+from benchmarks.problems import Case, make_problem
 from benchmarks.records import Record
 
 ROUNDS = {"cpu": 15, "cuda": 15}
@@ -40,12 +44,16 @@ def run_cases(name: str, cases: Sequence[Case | tuple[Case, list[str]]], options
     if record.resumed:
         print(f"{record.resumed} finished cases of the same settings and sources are kept")
     red = 0
-    for entry in cases:
-        case, names = entry if isinstance(entry, tuple) else (entry, None)
-        names = getattr(options, "peers", None) or names
-        key = case.columns() | {"providers": ",".join(names) if names else "all"}
-        if record.done(key):
-            continue
+    asked = getattr(options, "peers", None)
+    wanted = [entry if isinstance(entry, tuple) else (entry, None) for entry in cases]
+    keys = [
+        (case, asked or names, case.columns() | {"providers": ",".join(asked or names or ["all"])})
+        for case, names in wanted
+    ]
+    keys = [entry for entry in keys if not record.done(entry[2])]
+    progress = Progress(len(keys))
+    for case, names, key in keys:
+        progress.before(title(case))
         try:
             rows, skipped, failures = measure(case, device, names, **settings)
         except Exception as error:  # costs this case alone
@@ -96,10 +104,25 @@ def measure(
         row |= figures(timings[name], timings["frozen"])
         if case.step == "train":
             row["saved_bytes"] = saved_bytes(first.saved_forward, first.parameters())
+        row["routing_ms"] = routing_ms(first, device)
         if device.type == "cuda":
             row["peak_bytes"] = peak_bytes(first.step, device)
         rows.append(row | {"copies": copies} | floors)
     return rows, skipped, failures
+
+
+def routing_ms(provider: Provider, device: torch.device) -> float | None:
+    """What a step does once for all layers, wall time; None for those that need nothing."""
+    if type(provider).route is Provider.route:
+        return None
+    samples = []
+    for _ in range(7):
+        start = time.perf_counter()
+        provider.route()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        samples.append((time.perf_counter() - start) * 1e3)
+    return float(f"{statistics.median(samples):.4g}")
 
 
 def _checked(kind: type[Provider], problem, known: dict) -> tuple[float, str | None]:
@@ -128,16 +151,20 @@ def _forget(device: torch.device) -> None:
             torch.cuda.empty_cache()
 
 
+def title(case: Case) -> str:
+    return (
+        f"{case.step} {case.shape}  m {case.m}  T {case.tasks}  r {case.rank}  {case.mix}  "
+        f"dropout {case.dropout}  adapters {case.adapters}"
+    )
+
+
 def show(case: Case, rows: list[dict]) -> None:
     """A block on the screen: one line a provider, fastest rival marked."""
     if not rows:
         return
     rivals = [r for r in rows if r["peer"] and r["provider"] not in COMPETITORS_EXCLUDED]
     best = min(rivals, key=lambda r: r["ms"], default=None)
-    print(
-        f"\n{case.step} {case.shape}  m {case.m}  T {case.tasks}  r {case.rank}  {case.mix}  "
-        f"dropout {case.dropout}  adapters {case.adapters}  floor {rows[0]['floor_ratio']:.3f}"
-    )
+    print(f"\n{title(case)}  floor {rows[0]['floor_ratio']:.3f}")
     for row in rows:
         mark = "  <- best peer" if row is best else ""
         kept = row.get("saved_bytes")

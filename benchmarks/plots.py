@@ -1,21 +1,25 @@
 """Pictures of the records: ``python benchmarks/plots.py --results FOLDER`` writes FOLDER/plots/.
 
 One picture a question; what has no record has no picture. Colours are Okabe and Ito's, which stay
-apart for colour-blind readers; lines are labelled where they end. Bars and bands: quartiles.
+apart for colour-blind readers; lines are labelled where they end. Bars and bands: quartiles; dots:
+the analytic floor.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.bench_scaling import axis_rows  # noqa: E402
-from benchmarks.problems import PEAKS  # noqa: E402
+from benchmarks.floors import peaks_of  # noqa: E402
 from benchmarks.records import load_record, rows_of  # noqa: E402
 
+DERIVED = ("ckf best", "ckf triton")
 OURS, RIVAL, NEUTRAL, INK = "#D55E00", "#0072B2", "#999999", "#222222"
 LINES = {
     "frozen": NEUTRAL,
@@ -30,8 +34,11 @@ LINES = {
     "vllm": "#009E73",
     "sglang": "#56B4E9",
     "ckf best": "#8B2500",
+    "ckf triton": "#F0914D",
     "ckf": OURS,
 }
+WIDTH = 4.3  # inches of a panel: two side by side stay readable at 800 pixels
+CROSSED = ("grouped", "ckf triton", "ckf")  # what may pass dense-gated products as work grows
 AXES = {"tasks": "tasks", "rank": "rank of each LoRA", "m": "rows", "mix": "mix of tasks"}
 
 
@@ -41,9 +48,9 @@ def bars(rows: list[dict], path: Path) -> bool:
     most = sorted(cases.items(), key=lambda item: -len(item[1]))[:4]
     if not most:
         return False
-    figure, axes = _figure(len(most), 5.4, max(len(r) for _, r in most) * 0.26 + 1.0)
+    figure, axes = _figure(len(most), WIDTH, max(len(r) for _, r in most) * 0.26 + 1.0)
     for ax, (title, found) in zip(axes, most, strict=True):
-        found = [r for r in found if r["provider"] not in ("frozen", "ckf best")]
+        found = [r for r in found if r["provider"] not in ("frozen", *DERIVED)]
         found.sort(key=lambda r: -r["ratio"])
         for y, row in enumerate(found):
             name = row["provider"]
@@ -52,12 +59,12 @@ def bars(rows: list[dict], path: Path) -> bool:
             ax.hlines(y, row["ratio_q1"], row["ratio_q3"], color=INK, lw=1.2)
             ax.text(max(row["ratio"], row["ratio_q3"]), y, f" {row['ratio']:.2f}", va="center")
         ax.axvline(found[0]["floor_ratio"], color=INK, ls=":", lw=1)
-        ax.text(found[0]["floor_ratio"], -0.75, "floor ", ha="right", va="center", fontsize=8)
+        ax.text(found[0]["floor_ratio"], -0.85, "floor ", ha="right", va="center", fontsize=8)
         ax.set_ylim(-1.2, len(found) - 0.4)
         ax.set_yticks(range(len(found)), [r["provider"] for r in found])
         ax.set_title(title, loc="left")
         ax.set_xlim(0, max(r["ratio_q3"] for r in found) * 1.15)
-        ax.set_xlabel("time over the frozen linear's, forward + backward")
+        ax.set_xlabel("time over the frozen linears'")
     return _save(figure, path)
 
 
@@ -83,12 +90,35 @@ def scaling(rows: list[dict], path: Path) -> bool:
     panels = [(title, own, axis) for title, own, axis in panels if len({r[axis] for r in own}) > 1]
     if not panels:
         return False
-    figure, axes = _figure(len(panels), 5.4, 3.8)
+    figure, axes = _figure(len(panels), WIDTH, 3.8)
     for ax, (title, own, axis) in zip(axes, panels, strict=True):
         _draw(ax, own, axis, bands=True)
         ax.set_title(f"cost against {title}", loc="left")
         ax.set_xlabel(title)
+        for name, place, ratio in crossings(own, axis):
+            ax.plot(place, ratio, "o", ms=9, mfc="none", mec=LINES[name], mew=1.5, zorder=4)
     return _save(figure, path)
+
+
+def crossings(rows: list[dict], axis: str) -> list[tuple[str, float, float]]:
+    """(provider, place on the axis, ratio) where a provider passes the dense-gated products.
+
+    Straight lines between measured points, both axes logarithmic.
+    """
+    if axis == "mix":
+        return []
+    found = []
+    times = {n: {r[axis]: r["ratio"] for r in rows if r["provider"] == n} for n in LINES}
+    for name in CROSSED:
+        keys = sorted(times["dense"].keys() & times[name].keys())
+        gaps = [math.log(times[name][key] / times["dense"][key]) for key in keys]
+        for (low, high), (before, after) in zip(pairwise(keys), pairwise(gaps), strict=True):
+            if before > 0 > after or before < 0 < after:
+                share = before / (before - after)
+                place = low * (high / low) ** share
+                ratio = times["dense"][low] * (times["dense"][high] / times["dense"][low]) ** share
+                found.append((name, place, ratio))
+    return found
 
 
 def roofline(rows: list[dict], path: Path) -> bool:
@@ -98,7 +128,7 @@ def roofline(rows: list[dict], path: Path) -> bool:
         return False
     import matplotlib.pyplot as plt
 
-    figure, ax = plt.subplots(figsize=(6.4, 4.2))
+    figure, ax = plt.subplots(figsize=(7.2, 4.2))
     for name in dict.fromkeys(r["provider"] for r in own):
         found = [r for r in own if r["provider"] == name]
         frozen = name == "frozen"
@@ -107,7 +137,7 @@ def roofline(rows: list[dict], path: Path) -> bool:
         floors = [r["frozen_floor_ms"] if frozen else r["floor_ms"] for r in found]
         share = [floor / r["ms"] for floor, r in zip(floors, found, strict=True)]
         ax.plot(x, share, "o", color=LINES[name], label=name, ms=5, alpha=0.8)
-    flops, traffic = next(iter(PEAKS.values()))
+    flops, traffic = peaks_of(own[0]["device"])
     ax.axvline(flops / traffic, color=INK, ls=":", lw=1)
     ax.text(flops / traffic, 0.02, " compute-bound to the right", fontsize=8)
     ax.set_xscale("log")
@@ -136,7 +166,7 @@ def step(rows: list[dict], path: Path) -> bool:
         cases.setdefault(title, []).append(r)
     if not cases:
         return False
-    figure, axes = _figure(len(cases), 5.8, 6.2)
+    figure, axes = _figure(len(cases), WIDTH, max(map(len, cases.values())) * 0.22 + 1.0)
     for ax, (title, own) in zip(axes, cases.items(), strict=True):
         own.sort(key=lambda r: r["tokens_per_s"])
         for y, row in enumerate(own):
@@ -145,8 +175,12 @@ def step(rows: list[dict], path: Path) -> bool:
             ax.barh(y, row["tokens_per_s"], color=colour, height=0.7)
             ends = [row["tokens"] / row[q] * 1e3 for q in ("ms_q3", "ms_q1")]
             ax.hlines(y, *ends, color=INK, lw=1.2)
-        ax.set_yticks(range(len(own)), [f"{r['provider']}, {r['layout']}" for r in own], fontsize=7)
-        ax.set_xlabel("tokens a second, without AdamW")
+            frozen = [r for r in own if (r["provider"], r["layout"]) == ("frozen", row["layout"])]
+            if frozen and name != "frozen":  # at the floor's share of the frozen model's rate
+                most = frozen[0]["tokens_per_s"] / row["floor_ratio"]
+                ax.vlines(most, y - 0.4, y + 0.4, color=INK, ls=":", lw=1.4)
+        ax.set_yticks(range(len(own)), [f"{r['provider']}, {r['layout']}" for r in own], fontsize=8)
+        ax.set_xlabel("tokens a second, without AdamW (dotted: floor)")
         ax.set_title(title, loc="left")
     return _save(figure, path)
 
@@ -175,7 +209,11 @@ def draw_all(results: Path) -> list[Path]:
         for name, (sources, draw) in PICTURES.items():
             paths = [results / f"{source}.json" for source in sources]
             found = [load_record(path) for path in paths if path.exists()]
-            rows = [row for record in found for row in with_best(record)]
+            rows = [
+                row | {"device": record["environment"]["device"]}
+                for record in found
+                for row in with_best(record)
+            ]
             path = results / "plots" / f"{name}.png"
             if rows and draw(rows, path):
                 made.append(path)
@@ -183,7 +221,8 @@ def draw_all(results: Path) -> list[Path]:
 
 
 def with_best(record: dict) -> list[dict]:
-    """The rows, and in each case a "ckf best" where some backend beats the default by over 2%."""
+    """The rows, and in each case "ckf triton", the fastest plan of those kernels, and "ckf best"
+    where some backend beats the default by over 2%."""
     rows = []
     for case in record["cases"]:
         own = rows_of({"cases": [case]})
@@ -191,7 +230,15 @@ def with_best(record: dict) -> list[dict]:
         auto = next((r for r in ours if r["provider"] == "ckf"), None)
         best = min(ours, key=lambda r: r["ms"], default=None)
         rows += own
-        if auto is not None and "layout" not in auto and best["ms"] < 0.98 * auto["ms"]:
+        plans = [r for r in ours if r["provider"].startswith("ckf-triton:")]
+        if plans:
+            rows.append(min(plans, key=lambda r: r["ms"]) | {"provider": "ckf triton"})
+        if (
+            auto is not None
+            and "layout" not in auto
+            and best["ms"] < 0.98 * auto["ms"]
+            and best not in plans
+        ):
             rows.append(best | {"provider": "ckf best"})
     return rows
 
@@ -200,7 +247,7 @@ def _cases(rows: list[dict]) -> dict[str, list[dict]]:
     """Rows by case, under a title."""
     cases: dict[str, list[dict]] = {}
     for r in rows:
-        title = f"{r['shape']}, m {r['m']}, T {r['tasks']}, r {r['rank']}, {r['mix']}"
+        title = f"{r['shape']}, m {r['m']}, T {r['tasks']}, r {r['rank']}\n{r['mix']}"
         title += f", dropout {r['dropout']}" if r["dropout"] else ""
         title += "" if r["adapters"] == r["dtype"] else f", {r['adapters']} adapters"
         own = cases.setdefault(title, [])
@@ -212,7 +259,7 @@ def _cases(rows: list[dict]) -> dict[str, list[dict]]:
 def _curves(panels: list, axis: str, path: Path, label: str, bands: bool = False) -> bool:
     if not panels:
         return False
-    figure, axes = _figure(len(panels), 5.4, 3.8)
+    figure, axes = _figure(len(panels), WIDTH, 3.8)
     for ax, (title, own) in zip(axes, panels, strict=True):
         _draw(ax, own, axis, bands)
         ax.set_title(title, loc="left")
@@ -231,13 +278,20 @@ def _draw(ax, rows: list[dict], axis: str, bands: bool) -> None:
         x = list(range(len(keys))) if words else keys
         y = [own[key]["ratio"] for key in keys]
         wide = 2.4 if name == "ckf" else 1.3
-        ax.plot(x, y, "o-", color=LINES[name], lw=wide, ms=3.5, zorder=3 if name == "ckf" else 2)
+        kind = "o--" if name in DERIVED else "o-"
+        ax.plot(x, y, kind, color=LINES[name], lw=wide, ms=3.5, zorder=3 if name == "ckf" else 2)
         if bands:
             low, high = ([own[key][q] for key in keys] for q in ("ratio_q1", "ratio_q3"))
             ax.fill_between(x, low, high, color=LINES[name], alpha=0.12, lw=0)
         ends.append((y[-1], x[-1], name))
         if words:
             ax.set_xticks(x, keys)
+    floors = {r[axis]: r["floor_ratio"] for r in rows}
+    if floors:
+        x, y = list(range(len(floors))) if axis == "mix" else list(floors), list(floors.values())
+        x, y = zip(*sorted(zip(x, y, strict=True)), strict=True)
+        ax.plot(x, y, ":", color=INK, lw=1.4)
+        ends.append((y[-1], x[-1], "floor"))
     ax.axhline(1, color=NEUTRAL, lw=1)
     ax.set_yscale("log")
     if axis != "mix":
@@ -263,7 +317,7 @@ def _label_ends(ax, ends: list[tuple[float, float, str]]) -> None:
         last = place
         ax.annotate(
             name, (x, y), xytext=(7, place - at), textcoords="offset points", va="center",
-            color=LINES[name], fontsize=8, weight="bold" if name == "ckf" else "normal",
+            color=LINES.get(name, INK), fontsize=8, weight="bold" if name == "ckf" else "normal",
             annotation_clip=False,
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What is computed: a case in words, its random tensors, the float64 result, the analytic floor."""
+"""What is computed: a case in words, its random tensors, the float64 result."""
 
 from dataclasses import asdict, dataclass
 
@@ -10,8 +10,6 @@ from ckf.kernels import multi_lora_reference
 SCALING = 0.5  # alpha / r of every expert
 SEQUENCE = 128  # rows of one task next to each other, in the balanced and skewed mixes
 MIXES = ("sorted", "balanced", "skewed", "token")
-# Measured peaks: bf16 FLOP/s, bytes/s of reads and writes together.
-PEAKS = {"H200": (788e12, 4.3e12)}
 LAYER_8B = ((4096, (4096, 1024, 1024)), (4096, (4096,)), (4096, (14336, 14336)), (14336, (4096,)))
 LAYER_135M = ((576, (576, 192, 192)), (576, (576,)), (576, (1536, 1536)), (1536, (576,)))
 
@@ -200,55 +198,3 @@ def reference_outcome(problem: Problem, dropout: float, seed: int) -> list[Tenso
         torch.zeros_like(t) if g is None else g for t, g in zip(leaves, gradients, strict=True)
     ]
     return [*(y.detach() for y in ys), *gradients]
-
-
-@dataclass(frozen=True)
-class Work:
-    """The least that must be computed and moved, forward and backward apart."""
-
-    flops: tuple[float, float]
-    bytes: tuple[float, float]
-
-    def seconds(self, peaks: tuple[float, float]) -> float:
-        pairs = zip(self.flops, self.bytes, strict=True)
-        return sum(max(f / peaks[0], b / peaks[1]) for f, b in pairs)
-
-
-def least_work(case: Case, experts: bool) -> Work:
-    """Of the frozen base (forward and dx), or with each row's shared and task LoRA on top.
-
-    Every tensor moves once: x, W, y forward; dy, x, W, dx and the adapters' gradients backward.
-    """
-    size = torch.finfo(getattr(torch, case.dtype)).bits // 8
-    wide = torch.finfo(getattr(torch, case.adapters)).bits // 8
-    m, train = case.m, case.step == "train"
-    base = sum(2 * m * k * n for k, n in case.linears)
-    update = sum(2 * m * 2 * case.rank * (k + n) for k, n in case.linears) if experts else 0
-    weights = sum(k * n for k, n in case.linears) * size
-    inputs = sum(m * k for k, _ in case.groups) * size
-    outputs = sum(m * n for _, n in case.linears) * size
-    adapters = sum(case.total_rank * (k + n) for k, n in case.linears) * wide if experts else 0
-    forward = inputs + weights + outputs + adapters
-    # backward reads dy, W and, for dA, x; writes dx and the gradients of the adapters
-    backward = outputs + weights + inputs + (inputs + 2 * adapters if experts else 0)
-    return Work(
-        (base + update, (base + 2 * update) if train else 0),
-        (forward, backward if train else 0),
-    )
-
-
-def floor_columns(case: Case, device_name: str) -> dict:
-    """floor_ratio: the least work over the frozen base's, by time where the peaks are known.
-
-    On other devices by FLOPs alone, without milliseconds.
-    """
-    ours, frozen = least_work(case, True), least_work(case, False)
-    row = {"flops": sum(ours.flops), "bytes": sum(ours.bytes)}
-    row |= {"frozen_flops": sum(frozen.flops), "frozen_bytes": sum(frozen.bytes)}
-    peaks = next((p for name, p in PEAKS.items() if name in device_name), None)
-    if peaks is None:
-        ratio = sum(ours.flops) / sum(frozen.flops)
-        return row | {"floor_ms": None, "frozen_floor_ms": None, "floor_ratio": round(ratio, 4)}
-    floor, base = ours.seconds(peaks) * 1e3, frozen.seconds(peaks) * 1e3
-    row |= {"floor_ms": float(f"{floor:.4g}"), "frozen_floor_ms": float(f"{base:.4g}")}
-    return row | {"floor_ratio": round(floor / base, 4)}

@@ -13,7 +13,7 @@ class Record:
     """The rows of one benchmark, written after every case.
 
     A case that is finished in the file is kept where settings, commit and sources are the same;
-    else the file is written anew.
+    else the file is written anew. Cases with a red check are measured again.
 
     Args:
         name: of the files, ``<out>/<name>.json`` and ``.csv``.
@@ -32,19 +32,20 @@ class Record:
         self.resumed = 0
         if out is not None and not fresh:
             self.cases = self._earlier()
-            self.resumed = len(self.cases)
+            self.resumed = sum(not _red(case) for case in self.cases)
 
     @property
     def rows(self) -> list[dict]:
         return [case["case"] | row for case in self.cases for row in case["rows"]]
 
     def done(self, case: dict) -> bool:
-        """Whether the rows of a case are there already."""
-        return any(known["case"] == case for known in self.cases)
+        """Whether the rows of a case are there already; what was red is measured again."""
+        return any(known["case"] == case and not _red(known) for known in self.cases)
 
     def add(self, case: dict, rows: list[dict], skipped: dict[str, str] | None = None) -> None:
         """The rows of a case, a row a provider; ``skipped``: provider to reason."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
+        self.cases = [known for known in self.cases if known["case"] != case]
         self.cases.append({"case": case, "time": now, "skipped": skipped or {}, "rows": rows})
         self.write()
 
@@ -69,6 +70,10 @@ class Record:
         keys = ("commit", "sources", "device", "threads", "torch")
         same = all(record["environment"].get(k) == self.about.get(k) for k in keys)
         return record["cases"] if same and record["settings"] == self.settings else []
+
+
+def _red(case: dict) -> bool:
+    return any(why.startswith("RED") for why in case["skipped"].values())
 
 
 def load_record(path: Path) -> dict:

@@ -15,7 +15,9 @@ from benchmarks.peers.with_peft import (
     PeftBigCompiled,
     PeftLoop,
     PeftLoopByHand,
+    PeftLoopCompiled,
     PeftMasks,
+    PeftMasksCompiled,
     PeftMixed,
 )
 from benchmarks.problems import Case
@@ -30,6 +32,8 @@ PEERS: tuple[type[Provider], ...] = (
     PeftLoopByHand,
     PeftMasks,
     PeftBig,
+    PeftLoopCompiled,
+    PeftMasksCompiled,
     PeftBigCompiled,
     PeftMixed,
     VLLM,
@@ -40,8 +44,11 @@ NOT_RUN = {
     "lorafusion": "has no licence: install and measure it yourself; its rows must be grouped and "
     "padded to 128 and its ranks powers of two",
 }
+_COMPILES = "compiles for each shape; measured on a few cases, or with --peers"
 BY_NAME_ONLY = {
-    "peft-big-compiled": "compiles for each shape; measured on a few cases, or with --peers",
+    "peft-loop-compiled": _COMPILES,
+    "peft-masks-compiled": _COMPILES,
+    "peft-big-compiled": _COMPILES,
     "unsloth": "importing it patches transformers and peft for all others; give --peers unsloth",
 }
 COMPETITORS_EXCLUDED = ("frozen", "single")  # a floor and a ceiling, not rivals

@@ -33,6 +33,9 @@ class Provider:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
 
+    def route(self) -> None:
+        """What a step does once for all layers, from the rows' ids; timed apart."""
+
     def forward(self) -> list[Tensor]:
         """One output a linear."""
         raise NotImplementedError

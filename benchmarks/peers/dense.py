@@ -79,14 +79,17 @@ class Dense(Provider):
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         dtype = getattr(torch, problem.case.dtype)
-        columns = problem.gates.repeat_interleave(problem.case.rank, 1).to(dtype)  # (T, R)
-        self.gate = columns.index_select(0, problem.ids)  # (m, R), once a step in a model
+        self.columns = problem.gates.repeat_interleave(problem.case.rank, 1).to(dtype)  # (T, R)
+        self.route()
         self.stacks: list[tuple[Tensor, Tensor]] = []  # A^T (k, R), B^T (R, n)
         if problem.case.step == "forward" and not problem.case.dropout:
             self.stacks = [
                 (torch.cat(one.a).to(dtype).t(), torch.cat(one.b, 1).to(dtype).t())
                 for one in problem.linears
             ]
+
+    def route(self) -> None:
+        self.gate = self.columns.index_select(0, self.problem.ids)  # (m, R)
 
     def forward(self) -> list[Tensor]:
         xs, dropout = self.problem.xs, self.problem.case.dropout
@@ -136,15 +139,18 @@ class SortedRows(Provider):
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
-        self.order = torch.argsort(problem.ids, stable=True)
-        self.inverse = torch.argsort(self.order)
-        self.counts = torch.bincount(problem.ids, minlength=problem.case.tasks)
+        self.route()
         self.presorted = problem.case.mix != "token"
         self.xs, self.dys = problem.xs, problem.dys
         if self.presorted:
             train = problem.case.step == "train"
             self.xs = [x.detach()[self.order].requires_grad_(train) for x in problem.xs]
             self.dys = [dy[self.order] for dy in problem.dys] if train else problem.dys
+
+    def route(self) -> None:
+        self.order = torch.argsort(self.problem.ids, stable=True)
+        self.inverse = torch.argsort(self.order)
+        self.counts = torch.bincount(self.problem.ids, minlength=self.problem.case.tasks)
 
     def sorted_inputs(self) -> list[Tensor]:
         if self.presorted:
@@ -229,8 +235,11 @@ class Grouped(StackedTasks, SortedRows):
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
-        self.offsets = self.counts.cumsum(0).to(torch.int32)
         self.stack()
+
+    def route(self) -> None:
+        super().route()
+        self.offsets = self.counts.cumsum(0).to(torch.int32)
 
     def inputs(self) -> list[Tensor]:
         return self.xs
@@ -277,8 +286,11 @@ class BatchedGather(StackedTasks):
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         self.length = self._length(problem.case)
-        self.owners = problem.ids[:: self.length].contiguous()  # (B,)
+        self.route()
         self.stack()
+
+    def route(self) -> None:
+        self.owners = self.problem.ids[:: self.length].contiguous()  # (B,)
 
     def forward(self) -> list[Tensor]:
         ys = []

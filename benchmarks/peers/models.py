@@ -146,11 +146,11 @@ class PeftModelProvider(ModelProvider):
         names = list(ranks)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self.model = get_peft_model(
-                self.base, config(ranks[names[0]]), names[0], autocast_adapter_dtype=False
-            )
+            # on the meta device: ``_fill`` brings the values
+            options = {"autocast_adapter_dtype": False, "low_cpu_mem_usage": True}
+            self.model = get_peft_model(self.base, config(ranks[names[0]]), names[0], **options)
             for name in names[1:]:
-                self.model.add_adapter(name, config(ranks[name]), autocast_adapter_dtype=False)
+                self.model.add_adapter(name, config(ranks[name]), **options)
         self.layers = {}
         for linear in linears:
             layer = self.model.base_model.model.get_submodule(linear)

@@ -56,7 +56,7 @@ class Server(Provider):
 
 
 class VLLM(Server):
-    """``lora_shrink`` and ``lora_expand`` with their default launch settings."""
+    """``lora_shrink`` and ``lora_expand``, tuned where VLLM_TUNED_CONFIG_FOLDER holds settings."""
 
     name, label, peer = "vllm", "vLLM", "P10"
     modules = ("vllm.lora.ops.triton_ops",)
@@ -65,13 +65,17 @@ class VLLM(Server):
         super().__init__(problem)
         self.ops = _import(*self.modules)
         case, device = problem.case, problem.ids.device
-        meta = self.ops.LoRAKernelMeta.make(case.tasks, case.m, device=device)
-        meta.prepare_tensors(problem.ids.to(torch.int32))
-        takes = len(inspect.signature(meta.meta_args).parameters)
-        self.meta = meta.meta_args(case.m, False) if takes > 1 else meta.meta_args(case.m)
+        self.routing = self.ops.LoRAKernelMeta.make(case.tasks, case.m, device=device)
+        self.route()
         self.weights = [_joined(one, case.tasks) for one in problem.linears]
         width = 2 * case.rank
         self.buffer = torch.empty(1, case.m, width, dtype=torch.float32, device=device)
+
+    def route(self) -> None:
+        self.routing.prepare_tensors(self.problem.ids.to(torch.int32))
+        rows, meta_args = self.problem.case.m, self.routing.meta_args
+        takes = len(inspect.signature(meta_args).parameters)
+        self.meta = meta_args(rows, False) if takes > 1 else meta_args(rows)
 
     def forward(self) -> list[Tensor]:
         ys = []
@@ -95,18 +99,8 @@ class SGLang(Server):
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         self.ops = _import(*self.modules)
-        info = _import("sglang.srt.lora.utils").LoRABatchInfo
-        fields = {f.name for f in dataclasses.fields(info)}
-        values = self._routing()
-        missing = [
-            f.name
-            for f in dataclasses.fields(info)
-            if f.name not in values
-            and f.default is dataclasses.MISSING
-            and f.default_factory is dataclasses.MISSING
-        ]
-        known = {k: v for k, v in values.items() if k in fields}
-        self.info = info(**known, **dict.fromkeys(missing))
+        self.kind = _import("sglang.srt.lora.utils").LoRABatchInfo
+        self.route()
         case = problem.case
         self.weights = [_joined(one, case.tasks) for one in problem.linears]
         device = problem.ids.device
@@ -114,6 +108,19 @@ class SGLang(Server):
             torch.tensor([0, one.weight.shape[0]], dtype=torch.int32, device=device)
             for one in problem.linears
         ]
+
+    def route(self) -> None:
+        fields, values = dataclasses.fields(self.kind), self._routing()
+        missing = [
+            f.name
+            for f in fields
+            if f.name not in values
+            and f.default is dataclasses.MISSING
+            and f.default_factory is dataclasses.MISSING
+        ]
+        names = {f.name for f in fields}
+        known = {k: v for k, v in values.items() if k in names}
+        self.info = self.kind(**known, **dict.fromkeys(missing))
 
     def _routing(self) -> dict:
         """Rows sorted by task, each task's rows cut into chunks."""
@@ -148,16 +155,10 @@ class SGLang(Server):
         ):
             x = self.problem.xs[one.group]
             y = F.linear(x, one.weight)
-            h = self.ops.chunked_sgmv_lora_shrink_forward(x, a, self.info)
-            y = self.ops.chunked_sgmv_lora_expand_forward(
-                x=h,
-                lora_weight_b=b,
-                batch_info=self.info,
-                slice_offsets=slices,
-                max_slice_size=one.weight.shape[0],
-                base_output=y,
-            )
-            ys.append(y)
+            h = self.ops.chunked_sgmv_lora_shrink_forward(x, a, self.info, 1)
+            # by position: the names of the arguments differ between versions
+            expand = self.ops.chunked_sgmv_lora_expand_forward
+            ys.append(expand(h, b, self.info, slices, one.weight.shape[0], y))
         return ys
 
 

@@ -12,6 +12,7 @@ from benchmarks.peers.dense import SortedRows
 from benchmarks.problems import SCALING, Case, Problem
 
 SHARED = "shared"
+GRAPHS = 64  # that torch.compile may make of one function before it gives up
 
 
 class Linears(nn.Module):
@@ -129,13 +130,18 @@ class PeftMasks(PeftProvider):
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
-        dtype = getattr(torch, problem.case.dtype)
+        self.route()
+
+        def hook(task: int):
+            return lambda module, args, output: output * self.masks[task]
+
         for task in range(problem.case.tasks):
-            mask = (problem.ids == task).to(dtype).unsqueeze(1)  # (m, 1), once a step in a model
             for layer in self.layers:
-                layer.lora_A[f"task_{task}"].register_forward_hook(
-                    lambda module, args, output, mask=mask: output * mask
-                )
+                layer.lora_A[f"task_{task}"].register_forward_hook(hook(task))
+
+    def route(self) -> None:
+        dtype, tasks = getattr(torch, self.problem.case.dtype), range(self.problem.case.tasks)
+        self.masks = [(self.problem.ids == t).to(dtype).unsqueeze(1) for t in tasks]  # (m, 1) each
 
 
 class PeftBig(PeftProvider):
@@ -147,10 +153,15 @@ class PeftBig(PeftProvider):
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         dtype = getattr(torch, problem.case.dtype)
-        live = (problem.gates != 0).to(dtype).repeat_interleave(problem.case.rank, 1)
-        mask = live.index_select(0, problem.ids)  # (m, R), once a step in a model
+        self.live = (problem.gates != 0).to(dtype).repeat_interleave(problem.case.rank, 1)
+        self.route()
         for layer in self.layers:
-            layer.lora_A["all"].register_forward_hook(lambda module, args, output: output * mask)
+            layer.lora_A["all"].register_forward_hook(
+                lambda module, args, output: output * self.mask
+            )
+
+    def route(self) -> None:
+        self.mask = self.live.index_select(0, self.problem.ids)  # (m, R)
 
     def adapter_ranks(self) -> dict[str, int]:
         return {"all": self.problem.case.total_rank}
@@ -166,17 +177,25 @@ class PeftBig(PeftProvider):
         return result
 
 
-class PeftBigCompiled(PeftBig):
-    """The same under torch.compile."""
-
-    name, label, peer = "peft-big-compiled", "PEFT, one big LoRA, compiled", "P3"
+class Compiled:
+    """A provider built on PEFT, under torch.compile."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
+        # one graph a task where a loop switches adapters, for each copy of the tensors
+        torch._dynamo.config.recompile_limit = GRAPHS
         self.compiled = torch.compile(super().run, dynamic=False)
 
     def run(self, xs: list[Tensor]) -> list[Tensor]:
         return self.compiled(xs)
+
+
+class PeftMasksCompiled(Compiled, PeftMasks):
+    name, label = "peft-masks-compiled", "PEFT, row masks, compiled"
+
+
+class PeftBigCompiled(Compiled, PeftBig):
+    name, label = "peft-big-compiled", "PEFT, one big LoRA, compiled"
 
 
 class PeftLoop(PeftProvider, SortedRows):
@@ -187,13 +206,16 @@ class PeftLoop(PeftProvider, SortedRows):
     def __init__(self, problem: Problem) -> None:
         SortedRows.__init__(self, problem)
         PeftProvider.__init__(self, problem)
-        self.counts = self.counts.tolist()
         self.present = [t for t, rows in enumerate(self.counts) if rows]
         if self.presorted:
             parts = self._split(self.xs)
             train = problem.case.step == "train"
             self.parts = [[x.detach().requires_grad_(train) for x in xs] for xs in parts]
             self.dy_parts = self._split(self.dys)
+
+    def route(self) -> None:
+        super().route()
+        self.counts = self.counts.tolist()
 
     def _split(self, tensors: list[Tensor]) -> list[list[Tensor]]:
         """For each task the rows of every tensor."""
@@ -270,6 +292,10 @@ class PeftLoopByHand(PeftLoop):
     def switch(self, task: int) -> None:
         for layer in self.layers:
             layer._active_adapter = [SHARED, f"task_{task}"]
+
+
+class PeftLoopCompiled(Compiled, PeftLoopByHand):
+    name, label = "peft-loop-compiled", "PEFT, loop, compiled"
 
 
 class PeftMixed(PeftProvider):

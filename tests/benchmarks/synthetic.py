@@ -4,7 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.bench_scaling import AXES, start
-from benchmarks.problems import LAYER_8B, Case, floor_columns
+from benchmarks.floors import floor_columns, step_floor
+from benchmarks.models import SHAPES
+from benchmarks.problems import LAYER_8B, Case
 from benchmarks.records import Record
 
 ABOUT = {
@@ -21,6 +23,7 @@ ABOUT = {
     "transformers": "5.17.0",
     "peft": "0.21.2",
 }
+PEERS = {"frozen": "P0", "single": "P0", "peft-loop": "P1", "peft-big": "P3"}
 FACTORS = {
     "frozen": 1.0,
     "single": 1.06,
@@ -69,16 +72,17 @@ def write_all(folder: Path) -> None:
         model.add({"model": "8B", "m": m, "context": 512, "tasks": 4, "rank": 16,
                    "dtype": "bfloat16", "adapters": "bfloat16"}, rows)  # fmt: skip
     step = Record("bench_step", folder, ABOUT, {"rounds": 5})
-    rows = []
+    case = {"model": "8B", "row_count": 16, "mean_length": 256, "dtype": "bfloat16"}
+    case |= {"adapters": "float32", "tasks": 4, "rank": 16, "compiled": True}
+    rows, floor = [], step_floor(SHAPES["8B"], case, [256] * 16, 100, ABOUT["device"])
     for layout, cost in (("padded", 1.6), ("packed", 1.1), ("labels", 1.0)):
         for provider in ("frozen", "single", "peft-loop", "peft-big", "ckf"):
             ms = 300 * cost * FACTORS.get(provider, 2.6)
-            row = {"provider": provider, "peer": "", "layout": layout, "rounds": 5}
-            row |= {"tokens": 4096, "computed_tokens": int(4096 * cost), "ms": ms}
+            row = {"provider": provider, "peer": PEERS.get(provider, ""), "layout": layout}
+            row |= {"rounds": 5, "tokens": 4096, "computed_tokens": int(4096 * cost), "ms": ms}
             row |= {"ms_q1": ms * 0.99, "ms_q3": ms * 1.01, "ms_with_adamw": ms + 10}
             row |= {"tokens_per_s": 4096 / ms * 1e3, "tokens_per_s_with_adamw": 4096 / ms * 1e3}
             row |= {q: ms / 300 / cost for q in ("ratio", "ratio_q1", "ratio_q3")}
             row |= {"peak_bytes": 10**9, "saved_bytes": 10**9}
-            rows.append(row | {"gradient_difference": 0.01})
-    step.add({"model": "8B", "row_count": 16, "mean_length": 256, "dtype": "bfloat16",
-              "adapters": "float32", "tasks": 4, "rank": 16, "compiled": True}, rows)  # fmt: skip
+            rows.append(row | {"gradient_difference": 0.01} | floor)
+    step.add(case, rows)

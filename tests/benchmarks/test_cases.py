@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from benchmarks import bench_decode, bench_linear, bench_step
+from benchmarks import bench_decode, bench_linear, bench_scaling, bench_step
 from benchmarks.bench_step import Contender
 from benchmarks.peers.models import BigModel, FrozenModel, LoopModel, MasksModel
+from benchmarks.problems import MIXES
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -19,11 +20,10 @@ def test_the_goals_come_first(cases):
         ("train", "bfloat16", "float32", "balanced")
     }
     plain = [entry if isinstance(entry, tuple) else (entry, None) for entry in cases]
-    kinds = [
-        2 if names == bench_linear.COMPILED else 1 if len(case.linears) > 1 else 0
-        for case, names in plain
-    ]
-    assert kinds == sorted(kinds) and 1 in kinds
+    layer = next(i for i, (case, _) in enumerate(plain) if len(case.linears) > 1)
+    assert layer == len(bench_linear.goal_cases()) and len(plain[layer][0].linears) == 7
+    compiled = [names == bench_linear.COMPILED for _, names in plain]
+    assert compiled == sorted(compiled), "compiling takes long: last"
     keys = [(case, tuple(names or ())) for case, names in plain]
     assert len(keys) == len(set(keys))
 
@@ -41,13 +41,18 @@ def test_training_steps_on_a_gpu():
     order = [(c["model"], c["layouts"], c["adapters"], c.get("sigma")) for c in cases]
     assert order == [
         ("8B", "labels", "float32", None),
-        ("8B", "labels", "bfloat16", None),
         ("8B", "padded", "float32", None),
-        ("8B", "padded", "float32", 0.0),
+        ("8B", "labels", "bfloat16", None),
+        ("8B", "packed", "float32", None),
         ("1B", "labels", "float32", None),
+        ("1B", "padded", "float32", None),
+        ("8B", "padded", "float32", 0.0),
         ("8B", "labels", "float32", None),
     ]
-    assert [c["compiled"] for c in cases] == [False] * 5 + [True]
+    assert [c["compiled"] for c in cases] == [False] * 7 + [True]
+    small = bench_step.cases("cuda", False, memory=85e9)
+    assert {c["row_count"] for c in small if c["model"] == "8B"} == {8}
+    assert {c["row_count"] for c in cases if c["model"] == "8B"} == {16}
     names = [
         [kind.name for kind in bench_step.contender_kinds(case, CUDA)[0]]
         for case in (cases[0], cases[-1])
@@ -55,6 +60,24 @@ def test_training_steps_on_a_gpu():
     assert names[0][0] == names[1][0] == "peft-loop"
     assert {"frozen", "single", "ckf", "ckf-triton", "ckf-triton:gemm"} < set(names[0])
     assert "peft-big-compiled" in names[1] and "peft-masks" not in names[1]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_scaling_has_every_axis_and_mix(device):
+    found = [case for case, _ in bench_scaling.cases(device, False)]
+    assert {c.tasks for c in found} == {2**i for i in range(9)}
+    assert {c.mix for c in found} == set(MIXES)
+    assert {c.rank for c in found} >= {8, 16, 32, 64} and len({c.m for c in found}) >= 4
+
+
+def test_the_full_sweep_holds_the_rule_book():
+    found = [e[0] if isinstance(e, tuple) else e for e in bench_linear.full_cases("cuda")]
+    found += [e[0] if isinstance(e, tuple) else e for e in bench_decode.linear_cases("cuda", False)]
+    assert {c.tasks for c in found} >= {1, 2, 4, 8, 16, 32}
+    assert {c.rank for c in found} >= {8, 16, 32, 64} and {c.mix for c in found} == set(MIXES)
+    assert {c.m for c in found} >= {1, 4, 16, 64, 256, 2048, 8192, 32768}
+    assert {c.linears[0] for c in found if len(c.linears) == 1} >= set(bench_linear.GPU_SHAPES)
+    assert {c.adapters for c in found if c.dtype == "bfloat16"} == {"float32", "bfloat16"}
 
 
 @pytest.fixture

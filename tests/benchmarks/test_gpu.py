@@ -33,6 +33,8 @@ def test_states_and_logs(runner):
     runner.skip("other", "not here")
     assert summary(runner) == {"good": "passed", "bad": "FAILED", "other": "skipped"}
     assert (runner.folder / "good.log").read_text() == "fine\n"
+    with tarfile.open(runner.folder.with_name("out.tar.gz")) as tar:
+        assert {"out/summary.json", "out/good.log", "out/bad.log"} <= set(tar.getnames())
     assert runner.failed() == ["bad"]
 
 
@@ -109,7 +111,7 @@ def test_all_benchmarks_on_the_gpu(runner, monkeypatch, tree):
     calls = Calls(runner, monkeypatch)
     (tree / "benchmarks" / "bench_decode.py").unlink()
     gpu.part_bench(runner, 0)
-    assert list(calls) == ["bench_linear", "bench_step", "plots"]
+    assert list(calls) == ["bench_linear", "bench_gemm", "bench_step", "plots"]
     out = ["--device", "cuda", "--out", str(runner.folder)]
     assert calls["bench_step"]["command"][2:] == [*out, "--quick"]
     assert summary(runner)["bench_decode"] == summary(runner)["bench_scaling"] == "skipped"
@@ -124,7 +126,7 @@ def test_the_table_comes_before_what_goes_by_it(runner, monkeypatch, tree):
     (runner.folder / "bench_linear.json").touch()
     (runner.folder / "table.json").write_text("{}")
     gpu.part_bench(runner, 0)
-    assert list(calls)[:3] == ["bench_linear", "table", "bench_decode"]
+    assert list(calls)[:3] == ["bench_linear", "table", "bench_gemm"]
     assert calls["table"]["command"][2:] == [
         *["--results", str(runner.folder)],
         *["--out", str(runner.folder / "table.json")],
@@ -138,7 +140,14 @@ def test_shares_of_the_time(runner, monkeypatch, tree):
     monkeypatch.setattr(runner, "left", lambda: 510.0)
     gpu.part_bench(runner, 0)
     shares = [calls[name]["limit"] for name in gpu.WEIGHTS]
-    assert shares == pytest.approx([480 * 4 / 12, 480 * 3 / 8, 480 * 4 / 5, 480])
+    assert shares == pytest.approx([480 * 4 / 13, 480 / 9, 480 * 3 / 8, 480 * 4 / 5, 480])
+
+
+def test_no_pictures_without_matplotlib(runner, monkeypatch, tree):
+    calls = Calls(runner, monkeypatch)
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    gpu.part_bench(runner, 0)
+    assert "plots" not in calls and summary(runner)["plots"] == "skipped"
 
 
 @pytest.mark.parametrize("part", [gpu.part_tests, gpu.part_sanitize, gpu.part_bench])

@@ -1,6 +1,7 @@
 """Timing, the gate, saved bytes, records that go on."""
 
 import json
+import subprocess
 
 import pytest
 import torch
@@ -54,6 +55,18 @@ def test_every_round_times_every_provider_in_turn():
     runs = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
     assert "".join(runs[-12:]) == "abc" + "bca" + "cab" + "abc"
     assert rotated([], 3) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_provider_that_waits_for_the_device_costs_itself_alone():
+    x = torch.randn(64, 64, device="cuda")
+    calls = {"waits": [lambda: (x @ x).sum().item()], "plain": [lambda: x @ x]}
+    timings = time_in_turn(calls, "cuda", rounds=3, seconds=1)
+    assert timings["waits"].by == "events" and "no CUDA graph" in timings["waits"].note
+    assert timings["plain"].by == "graph"
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert torch.randn(3, device="cuda").isfinite().all()  # a broken capture would keep the seed
 
 
 def test_a_copy_without_git_is_told_its_commit(monkeypatch, tmp_path):
@@ -112,6 +125,55 @@ def test_a_record_keeps_finished_cases(tmp_path):
     assert [(r["m"], r["ms"]) for r in rows_of(record)] == [(1, 1.0), (2, 2.0)]
     assert record["cases"][0]["skipped"] == {"b": "not here"}
     assert (tmp_path / "x.csv").read_text().splitlines()[0] == "m,provider,ms,note"
+
+
+def test_red_cases_are_measured_again(tmp_path):
+    first = Record("x", tmp_path, ABOUT, {})
+    first.add({"m": 1}, [{"ms": 1.0}], {"a": "RED: off"})
+    first.add({"m": 2}, [{"ms": 2.0}], {"a": "not installed"})
+    again = Record("x", tmp_path, ABOUT, {})
+    assert again.resumed == 1 and again.done({"m": 2}) and not again.done({"m": 1})
+    again.add({"m": 1}, [{"ms": 3.0}])
+    assert sorted(r["ms"] for r in again.rows) == [2.0, 3.0]
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A repository of a package, a kernel and a benchmark, committed."""
+    for name in ("ckf/layer.py", "csrc/kernel.cu", "benchmarks/run.py", "benchmarks/results/x.csv"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], [*who, "commit", "-q", "-m", "x"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["ckf/layer.py", "csrc/kernel.cu", "benchmarks/run.py"])
+def test_changed_code_is_measured_again_and_said(checkout, tmp_path, name):
+    def about():
+        return ABOUT | {"commit": harness.commit(), "sources": harness.sources_digest()}
+
+    Record("x", tmp_path / "out", about(), {}).add({"m": 1}, [{"ms": 1.0}])
+    (checkout / "benchmarks" / "results" / "x.csv").write_text("2")  # a result is no code
+    assert harness.uncommitted() is False
+    assert Record("x", tmp_path / "out", about(), {}).resumed == 1
+    (checkout / name).write_text("2")
+    assert harness.uncommitted() is True
+    assert Record("x", tmp_path / "out", about(), {}).resumed == 0
+
+
+def test_progress_tells_what_is_left(capsys, monkeypatch):
+    now = iter([0.0, 0.0, 60.0])
+    monkeypatch.setattr(harness.time, "monotonic", lambda: next(now))
+    progress = harness.Progress(3)
+    progress.before("a")
+    progress.before("b")
+    assert capsys.readouterr().out.splitlines() == [
+        "-- 1 of 3: a",
+        "-- 2 of 3, 1.0 min so far, about 2.0 to go: b",
+    ]
 
 
 @pytest.mark.parametrize("changed", ["commit", "sources", "settings", "fresh", "broken"])

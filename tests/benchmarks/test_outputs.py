@@ -12,7 +12,9 @@ from benchmarks import (
     make_table,
     plots,
     report,
+    summary,
 )
+from benchmarks.floors import peaks_of
 from benchmarks.records import load_record, rows_of
 from ckf.kernels.dispatch import device_slug
 from tests.benchmarks.synthetic import write_all
@@ -53,10 +55,17 @@ def test_no_table_from_a_cpu(results, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "slug"), [("NVIDIA H200", "h200"), ("NVIDIA A100-SXM4-80GB", "a100-sxm4-80gb")]
+    ("name", "slug", "known"),
+    [
+        ("NVIDIA H200", "h200", True),
+        ("NVIDIA H100 80GB HBM3", "h100-80gb-hbm3", True),
+        ("NVIDIA H100 PCIe", "h100-pcie", False),
+        ("NVIDIA A100-SXM4-80GB", "a100-sxm4-80gb", False),
+    ],
 )
-def test_slug(name, slug):
+def test_a_gpu_has_a_slug_and_perhaps_peaks(name, slug, known):
     assert device_slug(name) == slug
+    assert (peaks_of(name) is not None) == known
 
 
 def test_every_picture_is_drawn(results):
@@ -74,11 +83,11 @@ def test_no_pictures_without_records(tmp_path, capsys):
 def test_the_report_fills_its_block_alone(results, tmp_path):
     readme = tmp_path / "README.md"
     name = results.name
-    readme.write_text(f"before\n<!-- begin {name} -->\nold\n<!-- end {name} -->\nafter\n")
+    readme.write_text(f"before\n<!-- begin {name} -->\nstale\n<!-- end {name} -->\nafter\n")
     assert report.main(["--results", str(results), "--readme", str(readme)]) == 0
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n")
-    assert "old" not in text and text.count("### NVIDIA H200") == 1
+    assert "stale" not in text and text.count("### NVIDIA H200") == 1
     assert "4096-4096" in text and "scaling.png" in text and "| 8B |" in text
 
 
@@ -90,6 +99,41 @@ def test_the_report_adds_a_block_and_names_what_is_missing(tmp_path, capsys):
     assert readme.read_text() == "page\n\n<!-- begin h200 -->\nnew\n<!-- end h200 -->\n"
     assert report.main(["--results", str(tmp_path), "--readme", str(readme)]) == 1
     assert "run the benchmarks" in capsys.readouterr().err
+
+
+def test_crossings_are_where_lines_meet():
+    def row(name, tasks, ratio):
+        return {"provider": name, "tasks": tasks, "ratio": ratio}
+
+    rows = [row("dense", t, 1.0) for t in (4, 16)]
+    rows += [row("grouped", 4, 2.0), row("grouped", 16, 0.5), row("ckf", 4, 0.9)]
+    ((name, place, ratio),) = plots.crossings(rows, "tasks")
+    assert (name, place, ratio) == ("grouped", pytest.approx(8.0), 1.0)
+
+
+def test_growth_and_shares_of_the_records(results):
+    text = "\n".join(summary.growth(load_record(results / "bench_scaling.json")))
+    assert "- ckf: T 64 takes 1.41 times as long as T 2 (floor 1.0" in text
+    table = summary.shares(load_record(results / "bench_step.json"))
+    labels = next(s for s in table if "| labels |" in s).split(" | ")[3:]
+    # 2.6 x 1.6 / 1.12; 1.6; 2.6 / 1.12; 1.3 / 1.12; 1 / 1.12; equal peaks
+    assert labels[1:] == ["3.71", "1.60", "2.32", "1.16 (peft-big)", "0.89", "1.00 |"]
+
+
+def test_the_front_page_gets_its_summary_and_nothing_else(results, tmp_path, capsys):
+    (tmp_path / "benchmarks").mkdir()
+    page = tmp_path / "benchmarks" / "README.md"
+    page.write_text("page\n")
+    front, (begin, end) = tmp_path / "README.md", report.marks(f"speed-{results.name}")
+    front.write_text("front\n")
+    run = ["--results", str(results), "--readme", str(page)]
+    assert report.main(run) == 0
+    assert front.read_text() == "front\n" and "put both where" in capsys.readouterr().out
+    front.write_text(f"front\n{begin}\nstale\n{end}\nend\n")
+    assert report.main(run) == 0
+    text = front.read_text()
+    assert text.startswith("front\n") and text.endswith("\nend\n") and "stale" not in text
+    assert "faster than every peer in 2 of 2" in text and "| 8B | float32 | labels |" in text
 
 
 def test_losses_lists_the_cases_that_a_peer_wins(results):

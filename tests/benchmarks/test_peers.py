@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from benchmarks import measure as measuring
+from benchmarks.floors import decode_floor, least_work, step_floor
 from benchmarks.harness import arguments
 from benchmarks.measure import measure
 from benchmarks.models import (
     LAYOUTS,
     SHAPES,
+    ModelShape,
     make_base,
     make_batch,
     make_rows,
@@ -19,7 +21,7 @@ from benchmarks.models import (
 from benchmarks.peers import ours, providers_for
 from benchmarks.peers.base import check, references
 from benchmarks.peers.dense import Dense, Single
-from benchmarks.problems import Case, least_work, make_problem, task_ids
+from benchmarks.problems import Case, make_problem, task_ids
 from benchmarks.records import load_record
 from ckf.kernels import ops
 
@@ -63,6 +65,40 @@ def test_dropout_is_drawn_by_those_who_have_it():
             assert check(kind(problem), exact, plain).failure is None, name
         elif name not in ("frozen", "single"):
             assert check(kind(problem), exact, plain).failure is not None, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["peft-loop-compiled", "peft-masks-compiled", "peft-big-compiled"])
+def test_a_compiled_provider_passes_the_gate(name):
+    problem = make_problem(SMALL, CPU)
+    classes, _ = providers_for(SMALL, CPU, [name])
+    provider = classes[name](problem)
+    assert check(provider, *references(problem, 0.0)).failure is None
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    provider.step()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs, "it compiles each time"
+
+
+def test_what_a_step_does_once_is_timed_apart():
+    rows, _, _ = measure(replace(SMALL, mix="token"), CPU, None, rounds=2, seconds=0.1)
+    routing = {row["provider"]: row["routing_ms"] for row in rows}
+    assert all(routing[name] > 0 for name in ("dense", "grouped", "peft-loop", "peft-big"))
+    assert routing["frozen"] is None and routing["ckf"] is None
+
+
+@pytest.mark.parametrize("name", ["dense", "grouped", "bmm", "peft-loop", "peft-masks", "peft-big"])
+def test_routing_follows_the_ids(name):
+    """What ``route`` makes is what the step goes by: other ids, other results."""
+    problem = make_problem(replace(SMALL, mix="sorted"), CPU)
+    classes, _ = providers_for(SMALL, CPU, [name])
+    provider = classes[name](problem)
+    before = [t.clone() for t in provider.outputs(provider.forward())]
+    provider.problem.ids = (problem.ids + 1) % SMALL.tasks
+    provider.route()
+    if name in ("grouped", "peft-loop"):  # whose rows lie sorted before
+        assert provider.order[0] != 0
+    else:
+        assert not torch.allclose(before[0], provider.outputs(provider.forward())[0])
 
 
 def test_a_wrong_provider_gets_no_figure(monkeypatch):
@@ -195,6 +231,30 @@ def test_every_task_has_rows(mix, m, tasks):
     counts = torch.bincount(ids, minlength=tasks)
     assert ids.shape == (m,) and counts.shape == (tasks,)
     assert counts.min() > 0
+
+
+def test_the_floor_of_a_training_step():
+    shape = ModelShape(hidden=8, intermediate=12, layers=3, heads=2, kv_heads=1, vocabulary=20)
+    case = {"tasks": 4, "rank": 2, "dtype": "float32", "adapters": "float32"}
+    floor = step_floor(shape, case, [5, 7], 2, "a CPU")
+    weights = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 12
+    ends = 16 + 2 * 12 + 16 + 3 * 20  # k + n of q, k, v, o, gate, up, down
+    attention = 3 * 4 * 8 * (25 + 49) / 2 * 3
+    frozen = 2 * 2 * (12 * 3 * weights + 2 * 8 * 20) + attention
+    assert floor["frozen_flops"] == frozen
+    assert floor["flops"] == frozen + 3 * 2 * 12 * 2 * 2 * ends * 3
+    assert floor["floor_ratio"] == round(floor["flops"] / frozen, 4)
+
+
+def test_the_floor_of_decoding_is_traffic():
+    shape = ModelShape(hidden=8, intermediate=12, layers=3, heads=2, kv_heads=1, vocabulary=20)
+    case = {"m": 2, "context": 9, "tasks": 4, "rank": 2, "dtype": "float16", "adapters": "float16"}
+    floor = decode_floor(shape, case, "NVIDIA H200")
+    weights = 3 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 12) + 8 * 20
+    cache = 2 * 2 * 10 * 4 * 3
+    rows = 2 * (3 * (8 + 16 + 8 + 8 + 8 + 24 + 12 + 8) + 8 + 20)
+    assert floor["frozen_bytes"] == 2 * (weights + cache + rows)
+    assert floor["floor_ratio"] > 1
 
 
 def test_the_floor_counts_each_row_s_two_loras():

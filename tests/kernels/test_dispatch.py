@@ -60,6 +60,13 @@ def test_the_nearest_measured_shape_decides(tables, asked, usable, expected):
     assert choice.plan == ("gemm" if expected == "triton" else "expand")
 
 
+@pytest.mark.parametrize("name", ["NVIDIA H200", "NVIDIA H100 80GB HBM3"])
+def test_a_table_is_found_by_the_name_that_the_driver_gives(tables, name):
+    table = json.loads((tables / "test-100.json").read_text()) | {"gpu": name}
+    (tables / f"{device_slug(name)}.json").write_text(json.dumps(table))
+    assert measured_choice(name, call(rank=1000), ALL, tables).backend == "triton"
+
+
 def test_the_reason_has_the_figures_and_is_logged(tables, caplog):
     with caplog.at_level(logging.INFO, logger="ckf.kernels"):
         choice = measured_choice(GPU, call(rank=900), ALL, tables)
