@@ -72,6 +72,28 @@ class MultiLoraDecode {
     int dtype_, device_;
 };
 
+void hopper_gemm(uintptr_t x, uintptr_t w, uintptr_t h, uintptr_t b, uintptr_t bias, uintptr_t seed,
+                 uintptr_t y, int64_t m, int64_t n, int64_t k, int64_t r, int64_t x_stride,
+                 int64_t w_stride, int64_t h_stride, int64_t b_stride, int64_t y_stride,
+                 uint32_t threshold, float scale, bool dx, int dtype, int device,
+                 uintptr_t stream) {
+    CkfGemm gemm{};
+    gemm.x = pointer<const void>(x);
+    gemm.w = pointer<const void>(w);
+    gemm.h = pointer<const void>(h);
+    gemm.b = pointer<const void>(b);
+    gemm.bias = pointer<const void>(bias);
+    gemm.seed = pointer<const int64_t>(seed);
+    gemm.y = pointer<void>(y);
+    gemm.m = m, gemm.n = n, gemm.k = k, gemm.r = r;
+    gemm.x_stride = x_stride, gemm.w_stride = w_stride, gemm.h_stride = h_stride;
+    gemm.b_stride = b_stride, gemm.y_stride = y_stride;
+    gemm.threshold = threshold;
+    gemm.scale = scale;
+    gemm.dx = dx, gemm.dtype = dtype, gemm.device = device;
+    check(ckf_hopper_gemm(&gemm, pointer<void>(stream)), "hopper_gemm");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -86,6 +108,12 @@ PYBIND11_MODULE(_C, module) {
         .def("__call__", &MultiLoraDecode::operator(), py::arg("y"), py::arg("y_strides"),
              py::arg("x"), py::arg("x_stride"), py::arg("task_ids"), py::arg("m"),
              py::arg("overlap"), py::arg("stream"));
+    module.def("hopper_gemm", &hopper_gemm, py::kw_only(), py::arg("x"), py::arg("w"), py::arg("h"),
+               py::arg("b"), py::arg("bias"), py::arg("seed"), py::arg("y"), py::arg("m"),
+               py::arg("n"), py::arg("k"), py::arg("r"), py::arg("x_stride"), py::arg("w_stride"),
+               py::arg("h_stride"), py::arg("b_stride"), py::arg("y_stride"), py::arg("threshold"),
+               py::arg("scale"), py::arg("dx"), py::arg("dtype"), py::arg("device"),
+               py::arg("stream"));
     module.def("build_info",
                [] { return py::module_::import("json").attr("loads")(kCkfBuildInfo); });
 }

@@ -151,6 +151,7 @@ struct Launch {
     bool overlap;  // may start before the kernel before it ends (programmatic dependent launch)
     cudaStream_t stream;
     cudaLaunchAttribute attributes[2];
+    size_t dynamic_shared = 0;  // bytes
 
     cudaLaunchConfig_t config() {
         unsigned count = 0;
@@ -169,6 +170,7 @@ struct Launch {
         result.gridDim = grid;
         result.blockDim = dim3(threads);
         result.stream = stream;
+        result.dynamicSmemBytes = dynamic_shared;
         result.attrs = attributes;
         result.numAttrs = count;
         return result;
@@ -183,43 +185,65 @@ cudaError_t launch(Launch how, const Args& args) {
 
 constexpr int kMostDevices = 64;
 
+// What `ask` says of a kernel on a device: asked once where it succeeds. Zero and more are answers.
+template <auto kKernel, typename Ask>
+int ask_once(int device, Ask ask) {
+    static std::atomic<int> answers[kMostDevices];  // 0: not asked, else the answer + 1
+    if (device < 0 || device >= kMostDevices) return -1;
+    int known = answers[device].load(std::memory_order_relaxed);
+    if (known == 0) {
+        known = ask() + 1;
+        if (known > 0) answers[device].store(known, std::memory_order_relaxed);
+        if (known <= 0) cudaGetLastError();  // nobody's error: asked again next time
+    }
+    return known - 1;
+}
+
 // Whether the code loaded on this device is for sm_90 or later (griddepcontrol, clusters).
 template <auto kKernel>
 bool is_hopper_code(int device) {
-    static std::atomic<int> version[kMostDevices];
-    if (device < 0 || device >= kMostDevices) return false;
-    int known = version[device].load(std::memory_order_relaxed);
-    if (known == 0) {
+    const auto ask = [] {
         cudaFuncAttributes attributes;
-        if (cudaFuncGetAttributes(&attributes, kKernel) != cudaSuccess) return false;
-        known = attributes.ptxVersion;
-        version[device].store(known, std::memory_order_relaxed);
-    }
-    return known >= 90;
+        const bool known = cudaFuncGetAttributes(&attributes, kKernel) == cudaSuccess;
+        return known ? attributes.ptxVersion : -1;
+    };
+    return ask_once<kKernel>(device, ask) >= 90;
 }
 
-// Whether clusters of this size can be launched on the device: a part of a GPU (MIG) or code
-// compiled for an older one may not. Asked once for a kernel and a device.
+// Whether the code loaded on this device uses at least that many registers: whether it is the
+// kernel itself, where other targets have an empty one.
 template <auto kKernel>
-bool clusters_work(int device, int threads, int cluster) {
-    static std::atomic<int> answer[kMostDevices];  // 0: not asked, 1: no, 2: yes
-    if (device < 0 || device >= kMostDevices) return false;
-    int known = answer[device].load(std::memory_order_relaxed);
-    if (known == 0) {
+bool has_registers(int device, int least) {
+    const auto ask = [] {
+        cudaFuncAttributes attributes;
+        const bool known = cudaFuncGetAttributes(&attributes, kKernel) == cudaSuccess;
+        return known ? attributes.numRegs : -1;
+    };
+    return ask_once<kKernel>(device, ask) >= least;
+}
+
+// How many clusters of this size a device runs at once: none on a part of a GPU (MIG) that is too
+// small, or where the code was compiled for an older one.
+template <auto kKernel>
+int most_clusters(int device, int threads, int cluster, size_t dynamic_shared = 0) {
+    const auto ask = [=] {
         int able = 0, clusters = 0;
-        cudaDeviceGetAttribute(&able, cudaDevAttrClusterLaunch, device);
-        if (able != 0 && is_hopper_code<kKernel>(device)) {
-            Launch probe{dim3(cluster), threads, cluster, false, nullptr, {}};
-            const cudaLaunchConfig_t config = probe.config();
-            if (cudaOccupancyMaxActiveClusters(&clusters, kKernel, &config) != cudaSuccess) {
-                cudaGetLastError();  // nobody's error: asked again next time
-                return false;
-            }
-        }
-        known = clusters > 0 ? 2 : 1;
-        answer[device].store(known, std::memory_order_relaxed);
-    }
-    return known == 2;
+        if (cudaDeviceGetAttribute(&able, cudaDevAttrClusterLaunch, device) != cudaSuccess)
+            return -1;
+        cudaFuncAttributes attributes;
+        if (cudaFuncGetAttributes(&attributes, kKernel) != cudaSuccess) return -1;
+        if (able == 0 || attributes.ptxVersion < 90) return 0;
+        if (dynamic_shared > 0 &&
+            cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(dynamic_shared)) != cudaSuccess)
+            return -1;
+        Launch probe{dim3(cluster), threads, cluster, false, nullptr, {}, dynamic_shared};
+        const cudaLaunchConfig_t config = probe.config();
+        const bool known =
+            cudaOccupancyMaxActiveClusters(&clusters, kKernel, &config) == cudaSuccess;
+        return known ? clusters : -1;
+    };
+    return ask_once<kKernel>(device, ask);
 }
 
 #endif

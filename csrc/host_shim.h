@@ -24,13 +24,19 @@
 #include <vector>
 
 #define __device__
+#define __host__
 #define __forceinline__ inline
 #define __global__
 #define __grid_constant__
 #define __launch_bounds__(...)
 
 using cudaStream_t = void*;
-enum cudaError_t : int { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
+enum cudaError_t : int {
+    cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
+    cudaErrorLaunchFailure = 719,
+    cudaErrorNotSupported = 801
+};
 struct dim3 {
     unsigned x, y, z;
     dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
@@ -71,7 +77,7 @@ struct Block {
 };
 
 inline unsigned order_seed = 0;  // 0: by thread index, 1: backwards, else shuffled by this seed
-inline bool has_clusters = true;
+inline int cluster_limit = 1 << 20;  // that run at once; 0: the device has none
 inline cudaError_t last_error = cudaSuccess;
 inline std::vector<Fiber> fibers;
 inline std::vector<Block> blocks;  // of the cluster that runs
@@ -80,7 +86,10 @@ inline int current = 0, block_threads = 0;
 inline bool moved = false;  // did any fiber pass a barrier or end since the last look?
 inline jmp_buf scheduler;
 inline std::function<void()> body;
-inline dim3 thread_index, block_index;
+inline dim3 thread_index, block_index, grid_size;
+inline size_t dynamic_bytes = 0;               // of shared memory, asked for by the launch
+inline void (*cluster_begins)() = nullptr;     // for what a kernel family adds to this file
+inline void (*cluster_ends)() = nullptr;
 
 inline Block& own_block() { return blocks[current / block_threads]; }
 inline Warp& own_warp() { return own_block().warps[current % block_threads / kWarpSize]; }
@@ -149,6 +158,7 @@ inline bool run_cluster(const std::vector<int>& order, unsigned x, unsigned y) {
     }
     cluster_barrier = Barrier{};
     for (Fiber& fiber : fibers) fiber.done = false;
+    if (cluster_begins != nullptr) cluster_begins();
     while (true) {
         bool waiting = false;
         moved = false;
@@ -160,18 +170,24 @@ inline bool run_cluster(const std::vector<int>& order, unsigned x, unsigned y) {
             resume();
             waiting = waiting || !fibers[i].done;
         }
-        if (!waiting) return true;
+        if (!waiting) {
+            if (cluster_ends != nullptr) cluster_ends();
+            return true;
+        }
         if (!moved) break;
     }
     for (Fiber& fiber : fibers) fiber.started = false;  // stuck inside a kernel: begin anew
     return false;
 }
 
-inline cudaError_t launch(dim3 grid, int threads, int cluster, std::function<void()> kernel) {
+inline cudaError_t launch(dim3 grid, int threads, int cluster, size_t shared,
+                          std::function<void()> kernel) {
     if (threads % kWarpSize != 0 || grid.x == 0 || grid.y == 0 || grid.x % cluster != 0)
         return cudaErrorInvalidValue;
     last_error = cudaSuccess;
     block_threads = threads;
+    grid_size = grid;
+    dynamic_bytes = shared;
     body = std::move(kernel);
     fibers.resize(static_cast<size_t>(threads) * cluster);
     blocks.resize(cluster);
@@ -207,6 +223,7 @@ T value_of(uint64_t bits) {
 
 #define threadIdx ckf_host::thread_index
 #define blockIdx ckf_host::block_index
+#define gridDim ckf_host::grid_size
 
 inline int __syncthreads_or(int vote) {
     ckf_host::Block& block = ckf_host::own_block();
@@ -228,6 +245,11 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes) {
     return ckf_host::value_of<T>(slots[(ckf_host::current % ckf_host::kWarpSize) ^ lanes]);
 }
 
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int lane) {
+    return ckf_host::value_of<T>(ckf_host::exchange(mask, value)[lane]);
+}
+
 inline unsigned __ballot_sync(unsigned mask, bool vote) {
     const uint64_t* slots = ckf_host::exchange(mask, vote);
     unsigned result = 0;
@@ -237,13 +259,17 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) {
 }
 
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
+inline unsigned __umulhi(unsigned a, unsigned b) {
+    return static_cast<unsigned>(uint64_t{a} * b >> 32);
+}
 
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return std::exchange(ckf_host::last_error, cudaSuccess); }
 inline const char* cudaGetErrorString(cudaError_t error) {
     if (error == cudaSuccess) return "no error";
-    return error == cudaErrorInvalidValue ? "invalid argument"
-                                          : "threads wait for each other for ever, or a block left too early";
+    if (error == cudaErrorInvalidValue) return "invalid argument";
+    if (error == cudaErrorNotSupported) return "operation not supported";
+    return "threads wait for each other for ever, or a block left too early";
 }
 
 // What device.h has for the GPU.
@@ -284,11 +310,13 @@ struct Launch {
     bool overlap;
     cudaStream_t stream;
     LaunchAttributes attributes;
+    size_t dynamic_shared = 0;
 };
 
 template <auto kKernel, typename Args>
 cudaError_t launch(const Launch& how, const Args& args) {
-    return ckf_host::launch(how.grid, how.threads, how.cluster, [&] { kKernel(args); });
+    return ckf_host::launch(how.grid, how.threads, how.cluster, how.dynamic_shared,
+                            [&] { kKernel(args); });
 }
 
 template <auto kKernel>
@@ -297,8 +325,13 @@ bool is_hopper_code(int) {
 }
 
 template <auto kKernel>
-bool clusters_work(int, int, int) {
-    return ckf_host::has_clusters;
+bool has_registers(int, int) {
+    return true;
+}
+
+template <auto kKernel>
+int most_clusters(int, int, int, size_t = 0) {
+    return ckf_host::cluster_limit;
 }
 
 }  // namespace ckf
@@ -341,7 +374,7 @@ inline __half __float2half_rn(float v) {
 }
 
 extern "C" void ckf_host_set_order(unsigned seed) { ckf_host::order_seed = seed; }
-extern "C" void ckf_host_set_clusters(int able) { ckf_host::has_clusters = able != 0; }
+extern "C" void ckf_host_set_clusters(int most) { ckf_host::cluster_limit = most; }
 // The conversions above, for a test that compares all 65,536 patterns with another library's.
 extern "C" float ckf_host_half_to_float(uint16_t bits) { return __half2float(__half{bits}); }
 extern "C" uint16_t ckf_host_float_to_half(float v) { return __float2half_rn(v).bits; }

@@ -17,6 +17,20 @@ struct CkfLinear {
     int64_t y_stride, n, rank;
 };
 
+// A product with the update inside; strides in elements from row to row. Forward y (m, n) =
+// x (m, k) W^T (n, k) + bias (n,) + h (m, r) b (r, n); dx: y (m, n) = mask (h b) + x (m, k) W (k, n).
+// Every pointer 16-byte aligned (bias 4), every stride and n a multiple of eight, no size zero.
+struct CkfGemm {
+    const void *x, *w, *h, *b, *bias;  // bias may be null
+    const int64_t* seed;               // of the mask on h b, on the device; null: none
+    void* y;
+    int64_t m, n, k, r;
+    int64_t x_stride, w_stride, h_stride, b_stride, y_stride;
+    uint32_t threshold;  // 16-bit lanes of the mask below it are dropped, the others scaled
+    float scale;
+    int32_t dx, dtype, device;
+};
+
 extern "C" {
 
 // For each linear l of a group that shares x, in one launch on `stream` (a cudaStream_t) of
@@ -33,6 +47,10 @@ int ckf_multi_lora_decode(const CkfLinear* linears, int count, const void* x, co
                           const float* gates, const int64_t* task_ids, int64_t m, int64_t k,
                           int64_t tasks, int64_t x_stride, int dtype, int device, int overlap,
                           void* stream);
+
+// Launches it on `stream`. float16 and bfloat16, compute capability 9.0, code for sm_90a; else
+// cudaErrorNotSupported. Returns a cudaError_t as above.
+int ckf_hopper_gemm(const CkfGemm* gemm, void* stream);
 
 // The runtime's text for an error code.
 const char* ckf_error_string(int code);

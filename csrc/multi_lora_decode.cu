@@ -48,8 +48,8 @@ cudaError_t launch_kernel(Args<T> p, int device, bool overlap, cudaStream_t stre
 
 template <typename T, int kRows, bool kAligned>
 cudaError_t launch_rows(const Args<T>& p, int device, bool overlap, cudaStream_t stream) {
-    if (clusters_work<multi_lora_decode_kernel<T, kRows, kCluster, kAligned>>(device, kThreads,
-                                                                             kCluster))
+    constexpr auto kKernel = multi_lora_decode_kernel<T, kRows, kCluster, kAligned>;
+    if (most_clusters<kKernel>(device, kThreads, kCluster) > 0)
         return launch_kernel<T, kRows, kCluster, kAligned>(p, device, overlap, stream);
     return launch_kernel<T, kRows, 1, kAligned>(p, device, overlap, stream);
 }

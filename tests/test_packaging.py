@@ -4,8 +4,10 @@ import ast
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 from pathlib import Path
 
@@ -41,6 +43,25 @@ def test_torch_is_no_build_requirement():
     assert build <= {"setuptools", "pybind11", "ninja"}
     ruff = [name for name in project["project"]["optional-dependencies"]["test"] if "ruff" in name]
     assert re.fullmatch(r"ruff==\d+\.\d+\.\d+", ruff[0]), "the formatter must be pinned"
+
+
+def test_sdist_builds_the_extension_elsewhere(tmp_path):
+    """Every source of the extension is packed, and nothing that was built from it."""
+    tree = tmp_path / "tree"
+    for name in ("ckf", "csrc", "configs"):
+        skip = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, tree / name, ignore=skip)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path / "dist")]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    (archive,) = (tmp_path / "dist").iterdir()
+    with tarfile.open(archive) as packed:
+        names = {name.partition("/")[2] for name in packed.getnames()}
+    sources = {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
+    assert sources | {"setup.py", "pyproject.toml", "LICENSE", "ckf/kernels/cuda.py"} <= names
+    assert not [name for name in names if name.endswith((".so", ".o", ".pyc"))]
 
 
 def imported(folder: Path) -> set[str]:

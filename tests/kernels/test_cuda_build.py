@@ -45,37 +45,80 @@ def cuobjdump(option: str, file: Path) -> str | None:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def compile_cubin(build, nvcc: str, source: str, arch: str, folder: Path) -> tuple[Path, str]:
+    """The cubin, and what ptxas said of it."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
+    if arch.removeprefix("sm_").rstrip("a") not in re.findall(r"compute_(\d+)", listed.stdout):
+        pytest.skip(f"this nvcc does not know {arch}")
+    cubin = folder / "kernel.cubin"
+    command = [nvcc, "-O3", "-std=c++17", "-cubin", *build.gencode(arch), "-Xptxas", "-v"]
+    command += [str(ROOT / "csrc" / source), "-o", str(cubin)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert cubin.stat().st_size > 0
+    return cubin, done.stderr
+
+
 @pytest.mark.parametrize("source", sorted(p.name for p in (ROOT / "csrc").glob("*.cu")))
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100"])
 def test_no_stack_no_spills(build, nvcc, tmp_path, arch, source):
     assert arch in build.DEFAULT_ARCHS
-    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
-    if arch.removeprefix("sm_").rstrip("a") not in re.findall(r"compute_(\d+)", listed.stdout):
-        pytest.skip(f"this nvcc does not know {arch}")
-    command = [nvcc, "-O3", "-std=c++17", "-cubin", *build.gencode(arch), "-Xptxas", "-v"]
-    command += [str(ROOT / "csrc" / source), "-o", str(tmp_path / "kernel.cubin")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert (tmp_path / "kernel.cubin").stat().st_size > 0
+    cubin, said = compile_cubin(build, nvcc, source, arch, tmp_path)
     usage = re.findall(
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said
     )
-    kernels = re.findall(r"Compiling entry function '(\w+)'", done.stderr)
+    kernels = re.findall(r"Compiling entry function '(\w+)'", said)
     assert kernels, "ptxas -v named no kernel"
     assert len(usage) == len(kernels)
     wasteful = {k: u for k, u in zip(kernels, usage, strict=True) if u != ("0", "0", "0")}
     assert not wasteful, f"stack, spill stores, spill loads: {wasteful}"
-    resources = cuobjdump("--dump-resource-usage", tmp_path / "kernel.cubin")
+    resources = cuobjdump("--dump-resource-usage", cubin)
     if resources is None:
         return
     sizes = re.findall(r"STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", resources)
     assert len(sizes) == len(kernels)
     assert all(stack == local == "0" for stack, _, local in sizes)
     assert max(int(shared) for _, shared, _ in sizes) <= 48 * 1024
-    code = cuobjdump("--dump-sass", tmp_path / "kernel.cubin")
+    code = cuobjdump("--dump-sass", cubin)
     assert not re.search(r"\b(LDL|STL)\b", code), "something lives in local memory"
-    assert bool(re.search("UCGABAR_WAIT", code)) is (arch != "sm_80"), "cluster barriers"
-    assert bool(re.search("ACQBULK", code)) is (arch != "sm_80"), "the wait for the grid before"
+    if source == "multi_lora_decode.cu":
+        assert bool(re.search("UCGABAR_WAIT", code)) is (arch != "sm_80"), "cluster barriers"
+        assert bool(re.search("ACQBULK", code)) is (arch != "sm_80"), "the wait for the grid before"
+
+
+def test_hopper_gemm_on_its_chip(build, nvcc, tmp_path):
+    """Tensor cores fed by TMA in every kernel, no product made to wait, registers handed over."""
+    cubin, said = compile_cubin(build, nvcc, "hopper_gemm.cu", "sm_90a", tmp_path)
+    assert not re.search(r"C75\d\d", said), said  # 08, 10: setmaxnreg ignored, products serialized
+    assert set(re.findall(r"Used (\d+) registers", said)) == {"168"}  # 65536 over 384, in eights
+    code = cuobjdump("--dump-sass", cubin)
+    if code is None:
+        pytest.skip("no cuobjdump")
+    kernels = re.split(r"Function : ", code)[1:]
+    assert len(kernels) == 4  # two types, forward and dx
+    for kernel in kernels:
+        ops = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)", kernel)
+        products = [i for i, op in enumerate(ops) if op.startswith("HGMMA.64x256x16.F32")]
+        # four of a stage of the base; one, in a loop, of the update
+        assert len(products) == 5, [ops[i] for i in products]
+        assert sum(op.startswith("UTMALDG.2D.MULTICAST") for op in ops) >= 2
+        assert ops.count("UTMALDG.2D") == 2
+        assert ops.count("STG.E.128") == 16  # 128 x 2 bytes of a thread, all in 16-byte stores
+        assert sum(op.startswith("USETMAXREG") for op in ops) == 2
+        assert kernel.count("tnspB") == (5 if "Lb1E" in kernel.splitlines()[0] else 1)
+        # a fence of the whole GPU belongs to the two cluster barriers alone, not to the loop
+        assert ops.count("MEMBAR.ALL.GPU") == ops.count("UCGABAR_ARV") == 2
+        between = ops[products[0] : products[-1]]
+        assert not any(op.startswith(("HMMA", "MEMBAR", "CCTL")) for op in between)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_100"])
+def test_hopper_gemm_elsewhere_is_empty(build, nvcc, tmp_path, arch):
+    """It traps, with few registers: by their number the launcher tells it from the real one."""
+    _, said = compile_cubin(build, nvcc, "hopper_gemm.cu", arch, tmp_path)
+    source = (ROOT / "csrc" / "hopper_gemm.cu").read_text()
+    least = int(re.search(r"kLeastRegisters = (\d+);", source)[1])
+    assert max(map(int, re.findall(r"Used (\d+) registers", said))) < least < 168
 
 
 def test_extension_is_of_these_sources(build):

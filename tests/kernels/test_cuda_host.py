@@ -396,12 +396,17 @@ DEFECTS = {
 }
 
 
-def compile_changed(folder: Path, file: str, right: str, wrong: str) -> Host:
+def copy_changed(folder: Path, file: str, right: str, wrong: str) -> None:
+    """The sources, with a defect in one of them."""
     for source in (*CSRC.glob("*.h"), *CSRC.glob("*.cu")):
         shutil.copy(source, folder)
     text = (folder / file).read_text()
     assert right in text, f"{file} has no {right!r}: update this test"
     (folder / file).write_text(text.replace(right, wrong))
+
+
+def compile_changed(folder: Path, file: str, right: str, wrong: str) -> Host:
+    copy_changed(folder, file, right, wrong)
     return Host(compile_for_host(folder / "multi_lora_decode.cu", folder, planted=True))
 
 

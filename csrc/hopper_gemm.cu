@@ -1,0 +1,98 @@
+// Launches the Hopper GEMM: tensor maps, as many pairs of blocks as the device holds at once.
+#include "hopper_gemm.h"
+
+namespace ckf {
+namespace {
+
+constexpr int kLeastRegisters = 100;  // the body of every target but sm_90a has far fewer
+
+// `rows` rows of the whole tensor, boxes of `box_rows`.
+struct Operand {
+    TensorMap* map;
+    const void* data;
+    int64_t rows, columns, pitch;
+    int box_rows;
+};
+
+template <typename T, bool kDx>
+cudaError_t launch_gemm(const CkfGemm& g, cudaStream_t stream) {
+    constexpr auto kKernel = hopper_gemm_kernel<T, kDx>;
+    const int most = most_clusters<kKernel>(g.device, kThreads, kPair, kSharedBytes);
+    if (most <= 0 || !has_registers<kKernel>(g.device, kLeastRegisters))
+        return cudaErrorNotSupported;
+    GemmArgs<T> p{};
+    const int64_t w_rows = kDx ? g.k : g.n, w_columns = kDx ? g.n : g.k;
+    const Operand operands[] = {
+        {&p.x, g.x, g.m, g.k, g.x_stride, kTileM},
+        {&p.w, g.w, w_rows, w_columns, g.w_stride, kDx ? kTileK : kTileN / kPair},
+        {&p.h, g.h, g.m, g.r, g.h_stride, kTileM},
+        {&p.b, g.b, g.r, g.n, g.b_stride, kTileK},
+    };
+    for (const Operand& o : operands) {
+        const cudaError_t error =
+            make_map<T>(o.map, o.data, o.rows, o.columns, o.pitch, o.box_rows);
+        if (error != cudaSuccess) return error;
+    }
+    p.y = static_cast<T*>(g.y);
+    p.bias = static_cast<const T*>(g.bias);
+    p.seed = g.seed;
+    p.y_stride = g.y_stride;
+    p.m = static_cast<int>(g.m);
+    p.n = static_cast<int>(g.n);
+    p.k = static_cast<int>(g.k);
+    p.r = static_cast<int>(g.r);
+    p.threshold = g.threshold;
+    p.scale = g.scale;
+    const int64_t pairs = (g.m + kPair * kTileM - 1) / (kPair * kTileM);
+    const int64_t tiles = pairs * ((g.n + kTileN - 1) / kTileN);
+    const auto clusters = static_cast<unsigned>(std::min<int64_t>(most, tiles));
+    Launch how{dim3(clusters * kPair), kThreads, kPair, false, stream, {}, kSharedBytes};
+    return launch<kKernel>(how, p);
+}
+
+bool is_right(const CkfGemm& g) {
+    constexpr int64_t kMost = int64_t{1} << 30;  // tile and element indices of a tile fit an int
+    const int64_t sizes[] = {g.m, g.n, g.k, g.r};
+    for (const int64_t size : sizes)
+        if (size < 1 || size > kMost) return false;
+    if ((g.m / 256 + 1) * (g.n / 256 + 1) > kMost || g.n % 8 != 0) return false;
+    const void* pointers[] = {g.x, g.w, g.h, g.b, g.y};
+    const int64_t pitches[] = {g.x_stride, g.w_stride, g.h_stride, g.b_stride, g.y_stride};
+    const int64_t widths[] = {g.k, g.dx ? g.n : g.k, g.r, g.n, g.n};
+    for (int i = 0; i < 5; ++i) {
+        if (pointers[i] == nullptr || reinterpret_cast<uintptr_t>(pointers[i]) % 16 != 0)
+            return false;
+        if (pitches[i] < widths[i] || pitches[i] % 8 != 0) return false;
+    }
+    return reinterpret_cast<uintptr_t>(g.bias) % 4 == 0;
+}
+
+}  // namespace
+}  // namespace ckf
+
+extern "C" int ckf_hopper_gemm(const CkfGemm* gemm, void* stream) {
+    if (!ckf::is_right(*gemm)) return cudaErrorInvalidValue;
+    if (const cudaError_t error = cudaSetDevice(gemm->device); error != cudaSuccess) {
+        cudaGetLastError();  // forget it: the next launch must not be blamed
+        return error;
+    }
+    const auto s = static_cast<cudaStream_t>(stream);
+    cudaError_t error = cudaErrorInvalidValue;
+    if (gemm->dtype == kCkfFloat16)
+        error = gemm->dx ? ckf::launch_gemm<__half, true>(*gemm, s)
+                         : ckf::launch_gemm<__half, false>(*gemm, s);
+    if (gemm->dtype == kCkfBFloat16)
+        error = gemm->dx ? ckf::launch_gemm<__nv_bfloat16, true>(*gemm, s)
+                         : ckf::launch_gemm<__nv_bfloat16, false>(*gemm, s);
+    cudaGetLastError();  // as above
+    return error;
+}
+
+#ifdef CKF_HOST_SHIM
+// For a test of the order of the tiles.
+extern "C" void ckf_host_tile_at(int index, int pairs, int columns, int* pair, int* column) {
+    const ckf::Tile tile = ckf::tile_at(index, pairs, columns);
+    *pair = tile.pair;
+    *column = tile.column;
+}
+#endif
