@@ -6,6 +6,7 @@ lead to the copy's own weights) and show signatures that Trainer and ``generate`
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -13,8 +14,8 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ckf.packing import PackingCheck
-from ckf.routing import RoutedCheckpoint, Router, TaskIds
+from ckf.packing import PackingCheck, given_cache
+from ckf.routing import BASE_ONLY, RoutedCheckpoint, Router, TaskIds
 
 ADAPTERS_FOLDER = "adapters"  # inside what save_pretrained and Trainer write
 
@@ -72,11 +73,10 @@ class RoutedForward(_Wrapped):
 
     def _sizes(self, named) -> tuple[tuple[int, int], torch.device, Callable[[], int]]:
         """(batch, new tokens), device, and a function that counts the tokens in the cache."""
-        cache = named.get("past_key_values")
-        counts = hasattr(cache, "get_seq_length")
+        cache = given_cache(named)
 
         def past() -> int:
-            return int(cache.get_seq_length()) if counts else 0
+            return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
 
         for name in ("input_ids", "inputs_embeds"):
             tensor = named.get(name)
@@ -102,14 +102,44 @@ class RoutedGenerate(_Wrapped):
     def __call__(self, *args, task_ids: TaskIds | None = None, **kwargs):
         if task_ids is None:
             task_ids = self.router.default_task
-        if task_ids is not None:
-            inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
-            inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
-            ids = self.router.tensor(task_ids, None if inputs is None else inputs.device)
-            if ids.dim() == 0 and inputs is not None:
-                ids = ids.expand(inputs.shape[0]).clone()
-            kwargs["task_ids"] = ids
-        return self.original(*args, **kwargs)
+        if task_ids is None:
+            return self.original(*args, **kwargs)
+        inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+        inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+        ids = self.router.tensor(task_ids, None if inputs is None else inputs.device)
+        if inputs is not None:
+            ids = _ids_of_prompts(ids, inputs, given_cache(kwargs) is not None)
+        draft = kwargs.get("assistant_model")
+        with self.router.generating():
+            if draft is None:
+                return self.original(*args, **kwargs, task_ids=ids)
+            # transformers hands all arguments on to the draft, which may know no task_ids
+            with self.router.defaulting_to(ids), _draft_follows(draft, self.router.tasks, ids):
+                return self.original(*args, **kwargs)
+
+
+def _ids_of_prompts(ids: Tensor, inputs: Tensor, continued: bool) -> Tensor:
+    """Ids, one a row at least; ValueError before beams multiply the rows."""
+    batch, length = inputs.shape[:2]
+    if ids.dim() == 0:
+        return ids.expand(batch).clone()
+    per_token = ids.dim() == 2 and (ids.shape[1] == length or (continued and ids.shape[1] > 0))
+    if ids.shape[0] != batch or not (ids.dim() == 1 or per_token):
+        raise ValueError(
+            f"task_ids have shape {tuple(ids.shape)} for prompts of {batch} rows and {length} "
+            f"tokens; expected ({batch},) for one task a row or ({batch}, {length}) for one a token"
+        )
+    return ids
+
+
+def _draft_follows(draft: nn.Module, tasks: tuple[str, ...], ids: Tensor):
+    """A patched draft takes the new tokens' task, by name; the base alone where it lacks it."""
+    router = getattr(getattr(draft, "_ckf", None), "router", None)
+    if router is None:
+        return nullcontext()
+    known = [router.tasks.index(t) if t in router.tasks else BASE_ONLY for t in tasks]
+    last = ids if ids.dim() == 1 else ids[:, -1]
+    return router.defaulting_to(torch.tensor([*known, BASE_ONLY], device=ids.device)[last])
 
 
 class AdapterSave(_Wrapped):

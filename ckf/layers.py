@@ -76,6 +76,17 @@ def _slots(layers: list["MultiLoRALinear"], device: torch.device) -> tuple[Tenso
     return slots.to(device), width
 
 
+def _refuse_recomputation() -> None:
+    """Within a backward pass, layers called for themselves are recomputed for lost task ids."""
+    if torch._C._current_graph_task_id() != -1:
+        raise ValueError(
+            "a checkpoint that knows no tasks recomputes a patched layer; switch it on with "
+            "model.gradient_checkpointing_enable(), on the patched model itself, in place of "
+            "torch.utils.checkpoint or a checkpoint wrapper (accelerate's "
+            "fsdp_activation_checkpointing)"
+        )
+
+
 class MultiLoRALinear(nn.Module):
     """``base_layer`` plus the LoRAs of each row's task, routed by the model's task ids.
 
@@ -156,6 +167,7 @@ class MultiLoRALinear(nn.Module):
         """x (..., k) to (..., n)."""
         route = self.router.route
         if route is None:
+            _refuse_recomputation()
             shape = (x.shape[:-1].numel(), 1)
             route = self.router.make_route(None, shape, x.device, self.training)
         if route.base_only and not (self.training and torch.is_grad_enabled()):

@@ -139,7 +139,12 @@ def _caches(model: nn.Module, inputs: Mapping[str, object]) -> bool:
     asked = inputs.get("use_cache")
     if asked is None:
         asked = getattr(model.config, "use_cache", False)
-    return bool(asked) or inputs.get("past_key_values") is not None
+    return bool(asked) or given_cache(inputs) is not None
+
+
+def given_cache(named: Mapping[str, object]) -> object | None:
+    """The key-value cache among a call's arguments; transformers from 5.24 calls it ``cache``."""
+    return next((named[n] for n in ("cache", "past_key_values") if named.get(n) is not None), None)
 
 
 def _refuse_unread(model, positions, mask, inputs, task_ids) -> None:

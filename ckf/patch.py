@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -14,7 +14,7 @@ from ckf.calls import AdapterSave, RoutedCheckpointSwitch, RoutedForward, Routed
 from ckf.groups import find_groups
 from ckf.kernels.config import check_backend
 from ckf.layers import SHARED, MultiLoRALinear, TaskGate, adapter_device
-from ckf.routing import Router, TaskIds
+from ckf.routing import RoutedCheckpoint, Router, TaskIds
 
 Targets = str | Sequence[str]
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -101,8 +101,7 @@ def patch_model(
 
     Source: Multi-LoRA of Zhao et al., "Collaborative Knowledge Fusion", TKDE 2025.
     """
-    if is_patched(model):
-        raise ValueError("this model is patched already; call ckf.unpatch_model(model) first")
+    _check_model(model)
     settings = PatchSettings(
         *_ranks(tasks, r, shared_r),
         lora_alpha,
@@ -111,8 +110,8 @@ def patch_model(
         gate,
         gate_per_layer,
         backend,
-        _as_targets(shared_modules or target_modules),
-        _as_targets(task_modules or target_modules),
+        _as_targets(target_modules if shared_modules is None else shared_modules),
+        _as_targets(target_modules if task_modules is None else task_modules),
     )
     _check_settings(settings)
     shared_at = _find_targets(model, settings.shared_modules)
@@ -121,17 +120,21 @@ def patch_model(
         shared_at = set()
     router = Router(tuple(settings.tasks))
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-    model.requires_grad_(False)
     state = PatchState(settings, router, trainable)
     names = [n for n, _ in model.named_modules() if n in shared_at or n in tasks_at]
     model_gate = None
     if gate == "learned" and not gate_per_layer:
         device = adapter_device(model.get_submodule(names[0]))
         model_gate = TaskGate(router.tasks, settings.experts, device)
-        model.ckf_gate = model_gate
+    made = {}  # all of them first: memory may run out, and the model is then as it was
     for index, name in enumerate(names):
         experts = [SHARED] * (name in shared_at) + list(settings.tasks) * (name in tasks_at)
-        _replace(model, name, _make_layer(model, name, experts, index, state, model_gate))
+        made[name] = _make_layer(model, name, experts, index, state, model_gate)
+    model.requires_grad_(False)
+    for name, layer in made.items():
+        _replace(model, name, layer)
+    if model_gate is not None:
+        model.ckf_gate = model_gate
     model._ckf = state
     _route_calls(model, state)
     _show_adapters(model, state)
@@ -188,6 +191,7 @@ def unpatch_model(model: nn.Module) -> nn.Module:
         model.__dict__.pop(name, None)
         if before is not None:
             setattr(model, name, before)
+    _unroute_checkpoints(model, state.router)
     del model._ckf
     parameters = dict(model.named_parameters())
     for name in state.trainable_before:
@@ -204,11 +208,32 @@ def check_task_name(name: str) -> None:
         )
 
 
+def _check_model(model: nn.Module) -> None:
+    """ValueError for what cannot be patched: no module, patched or PEFT's already, two streams."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is a {type(model).__name__}; expected a loaded torch module")
+    if is_patched(model) or patched_layers(model):
+        raise ValueError(
+            "this model is patched already, or a part of it or around it is; call "
+            "ckf.unpatch_model on what was patched first"
+        )
+    if any(type(m).__module__.partition(".")[0] == "peft" for m in model.modules()):
+        raise ValueError(
+            "this model carries PEFT adapters; fold them in with model.merge_and_unload(), or save "
+            "them, patch the base and read them with ckf.import_peft"
+        )
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} has an encoder and a decoder, whose tokens differ; task ids "
+            "go with one sequence of tokens: patch a causal LM"
+        )
+
+
 def _ranks(tasks, r: int, shared_r: int | None) -> tuple[dict[str, int], int]:
     """Rank by task, and the shared rank."""
-    ranks = dict(tasks) if isinstance(tasks, Mapping) else {t: r for t in tasks}
-    if isinstance(tasks, str) or not ranks:
+    if isinstance(tasks, str) or not isinstance(tasks, Iterable) or not tasks:
         raise ValueError(f'tasks is {tasks!r}; expected a list of names, like ["ctr", "topk"]')
+    ranks = dict(tasks) if isinstance(tasks, Mapping) else {t: r for t in tasks}
     if not isinstance(tasks, Mapping) and len(ranks) != len(tasks):
         raise ValueError(f"tasks {list(tasks)} name a task twice; every name must be its own")
     for name in ranks:
@@ -216,7 +241,7 @@ def _ranks(tasks, r: int, shared_r: int | None) -> tuple[dict[str, int], int]:
     shared_r = r if shared_r is None else shared_r
     for what, rank in [("shared_r", shared_r), *ranks.items()]:
         lowest = 0 if what == "shared_r" else 1
-        if not isinstance(rank, int) or rank < lowest:
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < lowest:
             raise ValueError(f"rank of {what} is {rank!r}; expected an integer from {lowest} up")
     return ranks, shared_r
 
@@ -228,8 +253,9 @@ def _as_targets(targets: Targets) -> Targets:
 def _check_settings(settings: PatchSettings) -> None:
     if not isinstance(settings.lora_alpha, int | float) or not math.isfinite(settings.lora_alpha):
         raise ValueError(f"lora_alpha is {settings.lora_alpha!r}; expected a finite number")
-    if not 0 <= settings.lora_dropout < 1:
-        raise ValueError(f"lora_dropout is {settings.lora_dropout}; expected at least 0, below 1")
+    dropout = settings.lora_dropout
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ValueError(f"lora_dropout is {dropout!r}; expected a number from 0 up, below 1")
     if settings.gate not in ("hard", "learned"):
         raise ValueError(f"gate is {settings.gate!r}; expected 'hard' or 'learned'")
     check_backend(settings.backend)
@@ -276,7 +302,10 @@ def _find_targets(model: nn.Module, targets: Targets) -> set[str]:
         raise ValueError(f"target {wrong[0]} is a {kind}; Multi-LoRA goes on linears only")
     if not found:
         known = ", ".join(sorted({n.rsplit(".", 1)[-1] for n in linears}))
-        raise ValueError(f"target_modules {targets!r} match no linear; this model has {known}")
+        raise ValueError(
+            f"target_modules {targets!r} match no linear; this model has {known} (a list names "
+            "suffixes, a string is a regular expression for the whole name)"
+        )
     return found
 
 
@@ -346,6 +375,17 @@ def _route_calls(model: nn.Module, state: PatchState) -> None:
             before = model.__dict__.get(name)
             state.instance_attributes[name] = before
             setattr(model, name, wrapper(model, state.router, before))
+    for module in model.modules():  # where checkpointing was enabled before the patch
+        if "_gradient_checkpointing_func" in module.__dict__:
+            checkpoint = module._gradient_checkpointing_func
+            module._gradient_checkpointing_func = RoutedCheckpoint(state.router, checkpoint)
+
+
+def _unroute_checkpoints(model: nn.Module, router: Router) -> None:
+    for module in model.modules():
+        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+        if isinstance(checkpoint, RoutedCheckpoint) and checkpoint.router is router:
+            module._gradient_checkpointing_func = checkpoint.checkpoint
 
 
 def _show_adapters(model: nn.Module, state: PatchState) -> None:

@@ -7,7 +7,7 @@ checkpointing) runs later and elsewhere, so the checkpointed function carries it
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -19,7 +19,7 @@ BASE_ONLY = -1
 _SEED_STEP = 0x9E3779B97F4A7C15
 _SEED_RANGE = 2**63 - 1
 
-TaskIds = Tensor | Sequence[str] | Sequence[int] | str | int
+TaskIds = Tensor | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | str | int
 
 
 class Route:
@@ -125,7 +125,7 @@ class Router:
         return getattr(self._local, "route", None)
 
     @property
-    def default_task(self) -> int | None:
+    def default_task(self) -> int | Tensor | None:
         return getattr(self._local, "default_task", None)
 
     @contextmanager
@@ -144,18 +144,33 @@ class Router:
             self._local.route = before
 
     @contextmanager
-    def defaulting_to(self, task: str) -> Iterator[None]:
-        """Forward passes inside that name no task ids take this task for every row."""
+    def defaulting_to(self, task: str | Tensor) -> Iterator[None]:
+        """Forward passes inside that name no task ids take this task for all rows, or these ids."""
         before = self.default_task
-        self._local.default_task = self.index(task)
+        self._local.default_task = task if isinstance(task, Tensor) else self.index(task)
         try:
             yield
         finally:
             self._local.default_task = before
 
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """Ids of the prompt's tokens go on with their last column, for passes of any length."""
+        before = getattr(self._local, "generating", False)
+        self._local.generating = True
+        try:
+            yield
+        finally:
+            self._local.generating = before
+
     def index(self, task: str | int) -> int:
         """The id of a task name; ints pass through."""
         if not isinstance(task, str):
+            if isinstance(task, bool) or not hasattr(task, "__index__"):
+                raise ValueError(
+                    f"task id {task!r} is a {type(task).__name__}; expected an int or one of "
+                    f"{', '.join(self.tasks)}"
+                )
             return int(task)
         if task not in self.tasks:
             raise ValueError(f"unknown task {task!r}; this model knows {', '.join(self.tasks)}")
@@ -167,12 +182,24 @@ class Router:
             if task_ids.is_floating_point() or task_ids.dtype == torch.bool:
                 raise ValueError(f"task_ids are {task_ids.dtype}; expected integers or names")
             ids = task_ids.long()
-        elif isinstance(task_ids, str | int):
-            ids = torch.tensor(self.index(task_ids))
         else:
-            ids = torch.tensor([self.index(t) for t in task_ids], dtype=torch.int64)
+            ids = torch.tensor(self._indices(task_ids), dtype=torch.int64)
         check_id_range(ids, len(self.tasks))
         return ids if device is None else ids.to(device, non_blocking=True)
+
+    def _indices(self, task_ids) -> int | list:
+        """Names and ints as ints, in lists of one length a level."""
+        if hasattr(task_ids, "tolist"):  # an array
+            task_ids = task_ids.tolist()
+        if isinstance(task_ids, str) or not isinstance(task_ids, Iterable):
+            return self.index(task_ids)
+        found = [self._indices(t) for t in task_ids]
+        lengths = {len(t) if isinstance(t, list) else -1 for t in found}
+        if len(lengths) > 1:
+            raise ValueError(
+                "task_ids have rows of different lengths; pad them, or give one task a row"
+            )
+        return found
 
     def make_route(
         self,
@@ -199,7 +226,8 @@ class Router:
             )
         ids = self.tensor(task_ids)
         base_only = ids.device.type == "cpu" and bool((ids == BASE_ONLY).all())
-        tokens = _token_ids(ids, shape, past).to(device, non_blocking=True)
+        growing = getattr(self._local, "generating", False)
+        tokens = _token_ids(ids, shape, past, growing).to(device, non_blocking=True)
         seed = int(torch.randint(_SEED_RANGE, ())) if training else 0
         return Route(tokens.reshape(-1), shape[1], base_only, seed)
 
@@ -214,8 +242,13 @@ class Router:
         return Route(tokens.reshape(-1), shape[1], False, seed)
 
 
-def _token_ids(ids: Tensor, shape: tuple[int, int], past: Callable[[], int]) -> Tensor:
-    """An id for every new token, (batch, seq). Per-token ids go on with their last column."""
+def _token_ids(
+    ids: Tensor, shape: tuple[int, int], past: Callable[[], int], growing: bool = False
+) -> Tensor:
+    """An id for every new token, (batch, seq). Per-token ids go on with their last column.
+
+    growing: this may be a part of the prompt, or the prompt and more (``generate``).
+    """
     batch, length = shape
     if ids.dim() == 0 or (ids.shape == (1,) and batch == 1):
         return ids.reshape(1, 1).expand(batch, length)
@@ -225,7 +258,7 @@ def _token_ids(ids: Tensor, shape: tuple[int, int], past: Callable[[], int]) -> 
         before = past()
         if before == 0 and ids.shape[1] == length:
             return ids
-        if before > 0 and ids.shape[1] > 0:
+        if (before > 0 or growing) and ids.shape[1] > 0:
             columns = torch.arange(before, before + length, device=ids.device)
             return ids[:, columns.clamp(max=ids.shape[1] - 1)]
     raise ValueError(

@@ -153,13 +153,17 @@ def test_adapters_stay_fp32_on_a_bf16_base(tmp_path):
 
 
 def test_patching_eight_billion_parameters_on_meta(llama_8b):
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(read_config(str(llama_8b)))
-    start = time.process_time()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ckf.patch_model(model, TASKS, r=16)
-    assert time.process_time() - start < 4  # about 1 s
+    """In under 2 s of one core: the least of several, for other work disturbs each."""
+    config, took = read_config(str(llama_8b)), []
+    while not took or (took[-1] >= 2 and len(took) < 6):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        start = time.process_time()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ckf.patch_model(model, TASKS, r=16)
+        took.append(time.process_time() - start)
+    assert min(took) < 2, took
     assert len(patched_layers(model)) == 224
     assert [len(g) for g in groups(model)] == [3, 2] * 32
     assert all(p.is_meta for p in model.parameters())

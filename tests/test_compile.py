@@ -105,6 +105,21 @@ def test_training_a_model(options):
     assert counter.frame_count == 1
 
 
+def test_sizes_become_symbols():
+    """One graph for the first size, one for any number of rows, one for any length as well."""
+    model = ckf.patch_model(tiny_model("llama").train(), ["a", "b", "c"], r=4)
+    randomise_adapters(model)
+    fast, counter = compiled(model)
+    graphs = []
+    for rows, length in [(2, 6), (3, 6), (5, 6), (5, 7), (4, 9), (7, 5)]:
+        tokens, ids = torch.randint(0, VOCABULARY, (rows, length)), torch.arange(rows) % 3
+        ours = [t.clone() for t in step(model, fast, ids, tokens)]
+        for got, plain in zip(ours, step(model, model, ids, tokens), strict=True):
+            torch.testing.assert_close(got, plain, **CLOSE)
+        graphs.append(counter.frame_count)
+    assert graphs == [1, 2, 2, 3, 3, 3]
+
+
 def test_siblings_stay_one_group():
     """q, k and v are one op in the graph, gate and up another."""
     model = tiny_model("llama")

@@ -5,6 +5,7 @@ import torch
 from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorWithFlattening,
+    DynamicCache,
     PreTrainedTokenizerFast,
     default_data_collator,
 )
@@ -124,6 +125,13 @@ def test_packed_rows_that_would_see_each_other_raise(changes, message, training)
     model(**packed_batch())
     model.config.use_cache = False
     model(**packed_batch(use_cache=None))
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])  # transformers from 5.24, before
+def test_packed_rows_with_a_given_cache_raise(name):
+    model = patched()
+    with pytest.raises(ValueError, match="keeps a key-value cache; pass use_cache=False"):
+        model.forward.check_packing(model, packed_batch(**{name: DynamicCache()}), None)
 
 
 def test_a_model_that_mixes_packed_rows_raises():

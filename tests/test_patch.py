@@ -5,10 +5,12 @@ import pickle
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import T5Config, T5ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
 import ckf
+from ckf.layers import MultiLoRALinear
 from ckf.patch import patched_layers
 from tests.tiny import FAMILIES, randomise_adapters, tiny_model, tokens
 
@@ -80,8 +82,10 @@ def test_per_token_ids_equal_rows_where_constant():
     randomise_adapters(model)
     ids = tokens(3)
     per_row = logits(model, ids, task_ids=["ctr", "topk", "rating"])
-    per_token = logits(model, ids, task_ids=torch.tensor([[0], [1], [2]]).expand(3, 7))
-    assert torch.equal(per_row, per_token)
+    table = torch.tensor([[0], [1], [2]]).expand(3, 7)
+    names = [[TASKS[t] for t in row] for row in table.tolist()]
+    for form in (table, table.tolist(), table.numpy(), table.to(torch.int32), names):
+        assert torch.equal(per_row, logits(model, ids, task_ids=form))
     half = torch.tensor([[0, 0, 0, 0, 1, 1, 1]])
     mixed = logits(model, ids[:1], task_ids=half)
     assert torch.allclose(mixed[0, :4], per_row[0, :4], atol=1e-6)
@@ -104,6 +108,11 @@ def test_missing_ids_raise_in_training_and_evaluation(training):
         (torch.zeros(3, dtype=torch.int64), r"shape \(3,\) for inputs of 4 rows and 7 tokens"),
         (torch.zeros(4, 6, dtype=torch.int64), r"shape \(4, 6\)"),
         (torch.zeros(4), "task_ids are torch.float32"),
+        ([0.9, 0, 0, 0], "task id 0.9 is a float; expected an int or one of ctr, topk, rating"),
+        ([True, 0, 0, 0], "task id True is a bool"),
+        ([None, 0, 0, 0], "task id None is a NoneType"),
+        ([[0] * 7, [1] * 6, [0] * 7, [0] * 7], "rows of different lengths"),
+        ([[0] * 7, 1, 1, 1], "rows of different lengths"),
     ],
 )
 def test_wrong_ids_name_the_fix(ids, message):
@@ -223,25 +232,6 @@ def test_copies_share_nothing_and_train(duplicate):
     assert ckf.is_patched(model) and not ckf.is_patched(ckf.unpatch_model(twin))
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_gives_equal_gradients(reentrant):
-    def gradients(checkpointing):
-        model = patched(lora_dropout=0.3).train()
-        randomise_adapters(model)
-        if checkpointing:
-            newer = hasattr(model, "activation_checkpointing_enable")
-            name = "activation_checkpointing" if newer else "gradient_checkpointing"
-            getattr(model, f"{name}_enable")({"use_reentrant": reentrant})
-        torch.manual_seed(5)
-        first = model(input_ids=tokens(), labels=tokens(), task_ids=[0, 1, 2, -1]).loss
-        second = model(input_ids=tokens(seed=9), labels=tokens(), task_ids=[2, 2, 0, 1]).loss
-        (first + second).backward()
-        return [p.grad for p in model.parameters() if p.requires_grad]
-
-    plain, recomputed = gradients(False), gradients(True)
-    assert all(torch.equal(p, q) for p, q in zip(plain, recomputed, strict=True))
-
-
 def test_training_after_inference_mode():
     model = patched()
     with torch.inference_mode():
@@ -265,42 +255,6 @@ def test_siblings_share_one_dropout_mask():
     assert by_name[attention + "o_proj"] != by_name[attention + "q_proj"]
     assert by_name["model.layers.0.mlp.gate_proj"] == by_name["model.layers.0.mlp.up_proj"]
     assert len(set(by_name.values())) == 8  # four inputs in each of two layers
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}],
-    ids=["greedy", "beams", "sampling"],
-)
-def test_generate_keeps_the_ids(options):
-    model = patched()
-    randomise_adapters(model)
-    rows = ["ctr", "topk", "rating", "ctr"]
-    options = {**options, "max_new_tokens": 6, "pad_token_id": 0}
-    if options.get("do_sample"):
-        torch.manual_seed(0)
-        assert model.generate(tokens(), task_ids=rows, **options).shape == (8, 13)
-        return
-    mixed = model.generate(tokens(), task_ids=rows, **options)
-    for row, task in enumerate(rows):
-        alone = model.generate(tokens()[row : row + 1], task_ids=[task], **options)
-        assert torch.equal(mixed[row], alone[0])
-    with ckf.use_task(model, "topk"):
-        assert torch.equal(model.generate(tokens()[1:2], **options)[0], mixed[1])
-
-
-def test_generate_continues_per_token_ids_with_the_last_column():
-    model = patched()
-    randomise_adapters(model)
-    ids = torch.tensor([[0, 0, 0, 0, 0, 0, 1]])
-    once = model.generate(tokens(1), task_ids=ids, max_new_tokens=3, pad_token_id=0)
-    sequence = tokens(1)
-    for _ in range(3):
-        length = sequence.shape[1]
-        grown = torch.cat([ids, ids[:, -1:].expand(1, length - ids.shape[1])], dim=1)
-        step = logits(model, sequence, task_ids=grown)[:, -1].argmax(-1, keepdim=True)
-        sequence = torch.cat([sequence, step], dim=1)
-    assert torch.equal(once, sequence)
 
 
 def test_sequential_models_and_conv1d_features():
@@ -331,6 +285,12 @@ class Experts(torch.nn.Module):
         ({"tasks": ["a"], "shared_r": -1}, "rank of shared_r is -1"),
         ({"tasks": ["a"], "gate": "soft"}, "gate is 'soft'"),
         ({"tasks": ["a"], "lora_dropout": 1.0}, "lora_dropout is 1.0"),
+        ({"tasks": ["a"], "lora_dropout": "0.1"}, "lora_dropout is '0.1'; expected a number"),
+        ({"tasks": ["a"], "lora_alpha": float("nan")}, "lora_alpha is nan"),
+        ({"tasks": None}, "tasks is None"),
+        ({"tasks": ["a"], "r": True}, "rank of shared_r is True"),
+        ({"tasks": ["a"], "task_modules": []}, r"target_modules \[\] match no linear"),
+        ({"tasks": ["a"], "target_modules": "q_proj"}, "a string is a regular expression"),
         (
             {"tasks": ["a"], "target_modules": ["qq_proj"]},
             "match no linear; this model has .*q_proj",
@@ -355,10 +315,41 @@ def test_targeted_moe_parameters_raise():
 
 
 def test_patching_twice_raises():
-    with pytest.raises(ValueError, match="patched already"):
-        ckf.patch_model(patched(), TASKS)
+    inside = tiny_model()
+    ckf.patch_model(inside.model, TASKS)
+    for model in (patched(), patched().model, inside):
+        with pytest.raises(ValueError, match="patched already, or a part of it"):
+            ckf.patch_model(model, TASKS)
     with pytest.raises(ValueError, match="not patched"):
         ckf.unpatch_model(tiny_model())
+
+
+def test_models_that_take_no_patch_are_refused():
+    adapted = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="carries PEFT adapters; fold them in"):
+        ckf.patch_model(adapted, TASKS)
+    merged = ckf.patch_model(adapted.merge_and_unload(), TASKS)
+    assert logits(merged, tokens(), task_ids=[0] * 4).isfinite().all()
+    with pytest.raises(ValueError, match="model is a str; expected a loaded torch module"):
+        ckf.patch_model("org/base", TASKS)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration has an encoder and a deco"):
+        ckf.patch_model(T5ForConditionalGeneration(T5Config(vocab_size=64, **sizes)), TASKS)
+
+
+def test_memory_that_runs_out_leaves_the_model_as_it_was(monkeypatch):
+    model, calls = tiny_model(), []
+
+    def reset(layer):
+        calls.append(layer)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(MultiLoRALinear, "reset_parameters", reset)
+        ckf.patch_model(model, TASKS, gate="learned")
+    assert not patched_layers(model) and all(p.requires_grad for p in model.parameters())
+    ckf.patch_model(model, TASKS)
 
 
 def test_tasks_named_like_module_attributes():

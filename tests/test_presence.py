@@ -15,6 +15,14 @@ def adamw(parameters):
     return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
 
 
+def fused(parameters):
+    return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1, fused=True)
+
+
+def each(parameters):
+    return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1, foreach=True)
+
+
 def momentum(parameters):
     return torch.optim.SGD(parameters, lr=1e-2, momentum=0.9, weight_decay=0.1)
 
@@ -57,7 +65,7 @@ def differ(a, b):
     return not torch.equal(a, b)
 
 
-@pytest.mark.parametrize("make", [adamw, momentum])
+@pytest.mark.parametrize("make", [adamw, fused, each, momentum])
 def test_an_absent_task_does_not_move_and_the_others_do(make):
     setup = Setup(make)
     assert setup.step([0, 1, 2, 0]) == {"shared", "ctr", "topk", "rating"}  # fills the momentum
@@ -71,6 +79,20 @@ def test_without_presence_it_would_move(make):
     setup = Setup(make, watched=False)
     setup.step([0, 1, 2, 0])
     assert "topk" in setup.step([0, 2, 2, 0])
+
+
+def test_clipping_measures_the_tasks_present_and_leaves_the_absent_at_rest():
+    """Absent tasks have gradients of zero until the step: they add nothing to the norm."""
+    setup = Setup()
+    setup.step([0, 1, 2])
+    before = setup.adapters()["topk"]
+    setup.forward_backward([0, 2])
+    grads = {n: p.grad for n, p in setup.model.named_parameters() if p.grad is not None}
+    present = [g.clone() for n, g in grads.items() if not n.endswith(".topk")]
+    norm = torch.nn.utils.clip_grad_norm_(list(setup.model.parameters()), 1e-3)
+    torch.testing.assert_close(norm, torch.stack([g.norm() for g in present]).norm())
+    setup.optimizer.step()
+    assert not any(map(differ, before, setup.adapters()["topk"]))
 
 
 def test_tasks_of_all_micro_steps_count():
