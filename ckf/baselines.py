@@ -1,4 +1,4 @@
-"""Baselines that every table carries: means, popularity, a logistic regression, the CF model.
+"""Baselines that every table carries: means, popularity, a regression, the CF model, others' words.
 
 All of them see train rows only. The pseudo-counts are fixed: on CoLLM's ML-1M test they give AUC /
 UAUC 0.708 / 0.677 (item mean), 0.730 / 0.679 (item and user mean), 0.592 / 0.576 (popularity).
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 ITEM_PRIOR = 2.0  # pseudo-counts of the item mean alone
 ITEM_PRIOR_OF_SUM, USER_PRIOR = 10.0, 20.0  # and of the item mean beside a user mean
 _YEAR = re.compile(r"\((\d{4})\)")
-_BASELINE_TASKS = ("ctr", "topk", "rating", "review_rating")
 
 
 @dataclass(frozen=True)
@@ -75,20 +75,21 @@ def evaluate_baselines(
 ) -> dict[str, dict]:
     """{task: {baseline: metrics}} on the rows of a split, in the shape of metrics.json.
 
-    Tasks without a baseline (explain) are left out. vectors: CF vectors before standardising, for
+    vectors: CF vectors before standardising, for
     the row "cf". lists: candidate lists of topk, the first at the top level and every one under
     "lists"; by default those the data was prepared with. n resamples of users for the intervals.
     """
     found = {}
     for task in tasks:
-        if task not in _BASELINE_TASKS:
-            continue
         if task == "topk":
             names = list(lists) if lists is not None else _prepared_lists(data, split)
             found[task] = _evaluate_topk(data, split, names, vectors, n, seed)
             continue
         rows = data.rows(task, split)
         users = data.user[rows]
+        if task == "explain":
+            found[task] = _evaluate_texts(data, rows, n, seed)
+            continue
         if task == "ctr":
             scores, measure = ctr_scores(data, rows, vectors), metrics.ctr_metrics
             targets = data.label[rows]
@@ -155,6 +156,23 @@ def rating_predictions(data: PreparedData, rows: np.ndarray) -> dict[str, np.nda
     }
 
 
+def explanations(data: PreparedData, rows: np.ndarray) -> dict[str, list[str]]:
+    """Texts (N,) of each baseline for row ids (N,), of the sentences that explain trains on.
+
+    common_sentence: the most frequent one, for every row. item_sentence: the latest about the same
+    item, by whomever; the common one for items without.
+    """
+    train = data.rows("explain", "train")
+    train = train[np.argsort(data.time[train], kind="stable")]
+    sentences = [data.explanation(int(row)) for row in train]
+    common = Counter(sentences).most_common(1)[0][0] if sentences else ""
+    latest = {int(data.item[row]): text for row, text in zip(train, sentences, strict=True)}
+    return {
+        "common_sentence": [common] * len(rows),
+        "item_sentence": [latest.get(int(item), common) for item in data.item[rows]],
+    }
+
+
 def slice_masks(data: PreparedData, rows: np.ndarray, least: int = 3) -> dict[str, np.ndarray]:
     """Masks (N,) of the slices of row ids (N,): warm, cold and, where the data has it, not_cold.
 
@@ -182,6 +200,16 @@ def _evaluate_topk(data, split, names, vectors, n, seed) -> dict[str, dict]:
     return found
 
 
+def _evaluate_texts(data, rows, n, seed) -> dict[str, dict]:
+    from ckf.text_metrics import text_metrics
+
+    own = [data.explanation(int(row)) for row in rows]
+    return {
+        name: text_metrics(texts, own, data.user[rows], n, seed)
+        for name, texts in explanations(data, rows).items()
+    }
+
+
 def _prepared_lists(data: PreparedData, split: str) -> list[str]:
     settings = data.manifest["settings"]["data"]
     return [settings["train_list"]] if split == "train" else list(settings["test_lists"])
@@ -206,15 +234,20 @@ def _logistic_scores(data: PreparedData, rows: np.ndarray, means: TrainMeans) ->
             stacklevel=3,
         )
         return None
-    year = _years(data)
+    year = release_years(data)
     train = _train_rows(data, "label")
     model = make_pipeline(StandardScaler(), LogisticRegression())
-    model.fit(_features(data, train, means, year, leave_out=True), data.label[train])
-    return model.decision_function(_features(data, rows, means, year, leave_out=False))
+    model.fit(regression_features(data, train, means, year, leave_out=True), data.label[train])
+    return model.decision_function(regression_features(data, rows, means, year, leave_out=False))
 
 
-def _features(data, rows, means: TrainMeans, year: np.ndarray, leave_out: bool) -> np.ndarray:
-    """(N, 5). leave_out: take the row's own label out of its means, which would give it away."""
+def regression_features(
+    data, rows, means: TrainMeans, year: np.ndarray, leave_out: bool
+) -> np.ndarray:
+    """(N, 5): item mean, user mean, log popularity, user activity, release year.
+
+    leave_out: take the row's own label out of its means, which would give it away.
+    """
     user, item = data.user[rows], data.item[rows]
     own = 1.0 if leave_out else 0.0
     label = own * data.label[rows]
@@ -234,7 +267,7 @@ def _features(data, rows, means: TrainMeans, year: np.ndarray, leave_out: bool) 
     )
 
 
-def _years(data: PreparedData) -> np.ndarray:
+def release_years(data: PreparedData) -> np.ndarray:
     """Release year (I,) from titles such as "Heat (1995)"; without one, the train rows' mean."""
     found = [_YEAR.findall(title) for title in data.titles]
     year = np.array([float(years[-1]) if years else np.nan for years in found])

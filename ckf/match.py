@@ -1,5 +1,8 @@
 """How a user and an item fit, for a placeholder of its own: the CF model's score.
 
+Pairs of the train rows are scored as if their row were new where the CF vectors have a blend
+(ckf.cf.blend): a score that knows the answer would teach the model to trust it more than it should.
+
 That score is a product of two vectors. A language model that is shown the two vectors in two places
 must learn to multiply them; shown the score, it only has to read it. The products of the single
 dimensions beside the score did not help (LOG.md).
@@ -47,6 +50,8 @@ class MatchScores:
         """Scores (p,) float64, the global bias left out."""
         index = torch.as_tensor(np.array(users, np.int64))
         known = (index >= 0) & self.vectors.user_known[index.clamp(min=0)]
+        if self.vectors.blend is not None:
+            return self._blended(index, torch.as_tensor(np.array(items, np.int64)))
         folded = fold_in_users(self.vectors, np.asarray(history))
         u = torch.where(known.unsqueeze(1), self.vectors.users[index.clamp(min=0)], folded)
         i = self.vectors.items[torch.as_tensor(np.array(items, np.int64))]
@@ -54,3 +59,10 @@ class MatchScores:
         if self.vectors.score_form == "biased_dot":  # the last dimensions are biases, they add up
             return (u[:, :-1] * i[:, :-1]).sum(1) + u[:, -1] + i[:, -1]
         return (u * i).sum(1)
+
+    def _blended(self, users: Tensor, items: Tensor) -> Tensor:
+        """Scores (p,) float64 of the blend; strangers (-1) have the items' part alone."""
+        blend = self.vectors.blend
+        scores = self.vectors.score(users.clamp(min=0), items)
+        alone = blend.items[items] + blend.scalars[1]
+        return torch.where(users >= 0, scores, alone).double()

@@ -154,7 +154,7 @@ class _Names:
             question.item = self._item(self._field(request, "item", where), where)
         if task == "review_rating":
             question.review = str(self._field(request, "review", where))
-        return question, -1 if "history" in request else user, history
+        return question, user, history
 
     def _history(self, request: dict, user: int, where: str) -> np.ndarray:
         width = self.data.history.shape[1]
@@ -360,7 +360,6 @@ def _check_settings(config: RunConfig, data: PreparedData) -> None:
 
 def check_rows(config: RunConfig, data: PreparedData) -> None:
     """ValueError where prepared data lack what the settings ask for, or were made by others."""
-    _check_settings(config, data)
     for task in config.tasks:
         for split in ("train", "test"):
             if len(data.rows(task, split)) == 0:
@@ -372,6 +371,7 @@ def check_rows(config: RunConfig, data: PreparedData) -> None:
         data.candidates("train", config.data.train_list)
         for name in config.data.test_lists:
             data.candidates("test", name)
+    _check_settings(config, data)
 
 
 def _vectors_of(config: RunConfig, folder: Path, data: PreparedData, log: Log):

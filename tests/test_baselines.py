@@ -1,4 +1,5 @@
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from ckf.baselines import (
     TrainMeans,
     ctr_scores,
     evaluate_baselines,
+    explanations,
     rating_predictions,
     slice_masks,
     topk_scores,
@@ -130,9 +132,9 @@ def test_evaluate_has_the_shape_of_the_metrics_file():
         data._candidates[f"test.{name}.rows"] = rows
         data._candidates[f"test.{name}.items"] = items
         data._candidates[f"test.{name}.positive"] = np.full(len(rows), 3)
-    tasks = ["ctr", "topk", "rating", "explain"]
+    tasks = ["ctr", "topk", "rating"]
     found = evaluate_baselines(data, "test", tasks, vectors, ["uniform9", "uniform19"], n=20)
-    assert list(found) == ["ctr", "topk", "rating"]
+    assert list(found) == tasks
     assert set(found["ctr"]) == {
         "item_mean",
         "item_user_mean",
@@ -187,3 +189,19 @@ def test_no_train_values_is_an_error(toy):
 def test_one_class_in_train_has_no_regression(toy):
     toy.label[:] = 1
     assert "logistic_regression" not in ctr_scores(toy, np.arange(3))
+
+
+def test_explanations_are_others_train_sentences(small_run, small_metrics):
+    data = small_run.assembly.data
+    rows, train = data.rows("explain", "test"), data.rows("explain", "train")
+    texts = explanations(data, rows)
+    said = Counter(data.explanation(int(row)) for row in train)
+    assert set(texts["common_sentence"]) == {said.most_common(1)[0][0]}
+    for row, text in zip(rows, texts["item_sentence"], strict=True):
+        about = train[data.item[train] == data.item[row]]
+        newest = about[data.time[about] == data.time[about].max()] if len(about) else about
+        allowed = {data.explanation(int(r)) for r in newest} or set(texts["common_sentence"])
+        assert text in allowed
+    found = small_metrics["baselines"]["explain"]
+    assert set(found) == set(texts)
+    assert set(found["item_sentence"]) == set(small_metrics["test"]["explain"]) - {"loss"}

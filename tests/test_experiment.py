@@ -16,6 +16,7 @@ from ckf.evaluate import Evaluator
 from ckf.experiment import make_experiment, run_experiment
 from ckf.experiment.report import read_experiment, write_pages, write_record
 from ckf.experiment.scores import read_scores, same_rows, write_scores
+from ckf.experiment.summary import summary
 from ckf.metrics import auc
 from ckf.run import load_run
 from tests.ckf_fixtures import TASKS, quiet, read_log, settings, small_config
@@ -202,6 +203,24 @@ def test_the_record_names_auc_and_uauc_of_every_cell(finished, tmp_path):
         for name in ("test_ctr_auc", "test_ctr_uauc"):
             assert 0 <= cell[name]["low"] <= cell[name]["value"] <= cell[name]["high"] <= 1
     assert "/" not in record["model"]["name"]  # no path of the machine it was made on
+    for cell in record["cells"].values():
+        assert cell["tokens_per_second"] > 0 and 0 <= cell["data_wait"] < 1
+        assert all(cell["checks"].values()) and "popularity decile" in cell["slices"]
+    assert any("valid AUC" in line for lines in record["cf_fits"].values() for line in lines)
+    text = summary(record, "results/small.json")
+    assert "ckf: shared + task LoRA, meta-network" in text and "item_mean" in text
+
+
+def test_cf_models_stand_beside_by_themselves(small_model, raw_data, tmp_path):
+    config = quick(small_model, train__steps=1, cf={"dim": 4, "epochs": 3, "blend": 2})
+    config = replace(config, cf=replace(config.cf, beside=["mf", "lightgcn"]))
+    experiment = make_experiment(config, tmp_path / "out", "ckf-match", 1)
+    run_experiment(experiment, str(raw_data), device="cpu", log=quiet)
+    found = read_experiment(experiment.out)
+    assert {"cf", "cf-mf", "cf-lightgcn"} <= set(found["baselines"])
+    assert set(found["cf"]) == {"mf-blend", "mf", "lightgcn"}
+    own, alone = (found["baselines"][n]["figures"]["ctr"]["auc"]["value"] for n in ("cf", "cf-mf"))
+    assert own != alone
 
 
 def test_the_page_loads_nothing_and_says_what_it_compares(finished):

@@ -11,7 +11,16 @@ from ckf.assembly import ONE_LORA, assemble
 from ckf.config import load_config
 from ckf.controls import shuffled
 from ckf.data.prepared import load_prepared
-from ckf.experiment.cells import CELLS, COMPARISONS, MAIN, cell_config, chosen_cells, reduced
+from ckf.experiment.cells import (
+    CELLS,
+    COMPARISONS,
+    MAIN,
+    cell_config,
+    cf_alone,
+    cf_name,
+    chosen_cells,
+    reduced,
+)
 from ckf.experiment.parts import counted, limited
 from ckf.patch import patched_layers
 from ckf.presence import TaskPresence
@@ -201,7 +210,7 @@ def test_chosen_cells_are_known_and_not_twice(base, schedule):
     with pytest.raises(ValueError, match="no cell is named 'ckff'; known: main, full"):
         chosen_cells("ckff", config)
     for a, b, _ in COMPARISONS:
-        assert a in CELLS and (b in CELLS or b[0] == "=")
+        assert all(side in CELLS or side[0] == "=" for side in (a, b))
     assert max(map(len, CELLS)) <= 20  # the width of a label in a figure
 
 
@@ -248,3 +257,15 @@ def test_limited_data_have_the_rows_asked_for_and_keep_the_rest(small_run, base)
 def test_switches_that_do_not_fit_together_are_named(small_model, changes, words):
     with pytest.raises(ValueError, match=words):
         small_config(small_model, **changes)
+
+
+def test_cf_models_alone_are_plain_and_chosen_on_valid(base):
+    cf = replace(base.cf, blend=4, beside=["mf", "lightgcn"])
+    mf, lightgcn = cf_alone(replace(base, cf=cf))
+    assert [cf_name(c) for c in (replace(base, cf=cf), mf, lightgcn)] == [
+        "mf-blend",
+        "mf",
+        "lightgcn",
+    ]
+    assert mf.cf == replace(base.cf, blend=0, beside=[]) and lightgcn.cf.blend == 0
+    assert (min(lightgcn.cf.dim), max(lightgcn.cf.dim)) == (8, 256)

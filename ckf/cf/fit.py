@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ckf import metrics
+from ckf.cf.blend import fit_blend
 from ckf.cf.models import LightGCNWithBiases, MatrixFactorisation
 from ckf.cf.vectors import CFVectors, fit_fold_in, load_vectors
 
@@ -29,7 +30,10 @@ class CFConfig:
     dim: factors per vector, the bias not counted. weight_decay: on the squared norms of the vectors
     of each row. Where either is a list, every pair is tried and the best on valid kept.
     patience: epochs without a gain on valid before the best is taken. layers: propagation steps of
-    LightGCN. users, items: files of vectors for kind "file". weight_decay and batch_size None: what
+    LightGCN. users, items: files of vectors for kind "file". blend: folds, 2 or more, of the
+    regression that joins the model's score with item means, user means, popularity and release year
+    (ckf.cf.blend); 0 leaves the score alone. beside: models ("mf", "lightgcn") that an experiment
+    fits as rows of their own, without blend. weight_decay and batch_size None: what
     suits the kind, 0.03 and 1024 for "mf", 0.005 and 4096 for "lightgcn".
     """
 
@@ -44,10 +48,15 @@ class CFConfig:
     layers: int = 2
     users: str | None = None
     items: str | None = None
+    blend: int = 0
+    beside: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"cf.kind is {self.kind!r}, expected one of {', '.join(KINDS)}")
+        for name in self.beside:
+            if name not in ("mf", "lightgcn"):
+                raise ValueError(f"cf.beside names {name!r}, expected mf or lightgcn")
         if self.kind == "file" and not (self.users and self.items):
             raise ValueError(
                 f"cf.kind is 'file' but cf.users is {self.users!r} and cf.items {self.items!r}: "
@@ -59,6 +68,12 @@ class CFConfig:
             self.batch_size = 4096 if self.kind == "lightgcn" else 1024
         for name in ("epochs", "batch_size", "patience", "layers"):
             _check(name, getattr(self, name), isinstance(getattr(self, name), int), 1)
+        _check("blend", self.blend, isinstance(self.blend, int), 0)
+        if self.blend == 1 or (self.blend and self.kind == "file"):
+            raise ValueError(
+                f"cf.blend is {self.blend} and cf.kind {self.kind!r}; expected 2 folds or more of "
+                "a model that can be fitted again (mf, lightgcn), or 0"
+            )
         _check("lr", self.lr, isinstance(self.lr, (int, float)), 1e-12)
         for name in ("dim", "weight_decay"):
             if getattr(self, name) in ([], ()):
@@ -172,7 +187,22 @@ def _fit(kind: str, config: CFConfig, data: PreparedData, build: Callable, log: 
         kind=kind,
         bias=problem.bias,
     )
+    if config.blend:
+        alone = replace(config, dim=chosen[0], weight_decay=chosen[1], blend=0)
+
+        def refit(part: PreparedData) -> CFVectors:
+            return _fit(kind, alone, part, build, lambda line: None)
+
+        vectors = fit_blend(vectors, data, refit, config.blend, config.seed)
+        _log_blend(vectors, problem.valid, log)
     return _with_fold_in(vectors, data)
+
+
+def _log_blend(vectors: CFVectors, valid: _Rows, log: Log) -> None:
+    if len(valid.users):
+        scores = vectors.score(valid.users, valid.items)
+        quality = metrics.auc(scores.numpy(), valid.targets.numpy())
+        log(f"cf {vectors.kind} with means and popularity: valid AUC {quality:.4f}")
 
 
 def _train(model, problem: _Problem, config: CFConfig, weight_decay: float, generator):

@@ -125,6 +125,9 @@ def moments(table: MappedTable, known: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (squares / max(count, 1)).sqrt()
 
 
+_DTYPES = {torch.bool: "BOOL", torch.int64: "I64", torch.float32: "F32", torch.float64: "F64"}
+
+
 def save_tables(tables: dict[str, Tensor | MappedTable], about: dict, path: str | Path) -> None:
     """A safetensors file with metadata, mapped tables copied a chunk at a time, as float32."""
     header: dict = {"__metadata__": about}
@@ -133,7 +136,7 @@ def save_tables(tables: dict[str, Tensor | MappedTable], about: dict, path: str 
     for name, table in ordered:
         size = _itemsize(table) * int(np.prod(table.shape))
         header[name] = {
-            "dtype": {1: "BOOL", 4: "F32", 8: "F64"}[_itemsize(table)],
+            "dtype": "F32" if isinstance(table, MappedTable) else _DTYPES[table.dtype],
             "shape": list(table.shape),
             "data_offsets": [end, end + size],
         }

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ckf.cf.blend import Blend
 from ckf.cf.tables import MAPPED_BYTES, MappedTable, Scale, chunks_of, moments, save_tables
 
 SCORE_FORMS = ("biased_dot", "dot", "none")
@@ -38,7 +39,8 @@ class CFVectors:
     "lightgcn", "file"). ``score_form`` says how `score` works: "biased_dot" (last dimension = bias,
     plus the global ``bias``), "dot", or "none" (after `standardised`). fold_in (I, d) and
     fold_in_offset (d,) place a user without train rows by the items in the history (see
-    `fold_in_users`); None until `fit_fold_in` ran.
+    `fold_in_users`); None until `fit_fold_in` ran. blend: replaces the biases in the score, see
+    ckf.cf.blend; the vectors keep their own.
     """
 
     users: Tensor | MappedTable
@@ -50,6 +52,7 @@ class CFVectors:
     bias: float = 0.0
     fold_in: Tensor | None = None
     fold_in_offset: Tensor | None = None
+    blend: Blend | None = None
 
     def __post_init__(self) -> None:
         assert self.score_form in SCORE_FORMS
@@ -73,7 +76,8 @@ class CFVectors:
 
         user_idx and item_idx: ints, arrays or tensors that broadcast, such as (P, 1) with (P, C).
         With ``history``, item indices padded with -1, of shape user_idx.shape + (H,), users without
-        train rows are folded in. Trained on labels, the score is a logit; on ratings, a rating.
+        train rows are folded in; a blend leaves them at the items' part. Trained on labels, the
+        score is a logit; on ratings, a rating.
         Raises ValueError for standardised vectors, whose products mean nothing.
         """
         if self.score_form == "none":
@@ -83,6 +87,10 @@ class CFVectors:
             )
         user_idx, item_idx = _index(user_idx), _index(item_idx)
         users = self.users[user_idx]  # (..., d)
+        if self.blend is not None:
+            user_idx, item_idx = torch.broadcast_tensors(user_idx, item_idx)
+            dots = (users[..., :-1] * self.items[item_idx][..., :-1]).sum(-1)
+            return self.blend.score(user_idx, item_idx, dots)
         if history is not None:
             unknown = ~self.user_known[user_idx]
             folded = fold_in_users(self, _index(history)[unknown])
@@ -110,6 +118,7 @@ class CFVectors:
             score_form="none",
             fold_in=fold_in,
             fold_in_offset=offset,
+            blend=None,
         )
 
     def save(self, path: str | Path) -> None:
@@ -122,6 +131,8 @@ class CFVectors:
         }
         if self.fold_in is not None:
             tensors |= {"fold_in": self.fold_in, "fold_in_offset": self.fold_in_offset}
+        if self.blend is not None:
+            tensors |= {f"blend.{name}": value for name, value in vars(self.blend).items()}
         about = {
             "format": _FORMAT,
             "kind": self.kind,
@@ -150,8 +161,10 @@ class CFVectors:
                 f"{path}: format is {about.get('format')!r}, expected {_FORMAT!r}: give a file "
                 "written by CFVectors.save, or read plain vectors with load_vectors"
             )
+        parts = {name[6:]: tensors.pop(name) for name in names if name.startswith("blend.")}
         return cls(
             **tensors,
+            blend=Blend.of(parts, len(tensors["users"]), len(tensors["items"])),
             kind=about["kind"],
             score_form=about["score_form"],
             bias=json.loads(about["bias"]),

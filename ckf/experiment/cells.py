@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from ckf.cf import CFConfig
 from ckf.config import RunConfig, config_from_dict, config_to_dict
 
 Change = Callable[[RunConfig], RunConfig]
@@ -86,9 +87,25 @@ def _schedule(name: str) -> Change:
 
 def _lightgcn(config: RunConfig) -> RunConfig:
     """LightGCN's vectors, its width and weight decay chosen on valid."""
-    decays = [0.002, 0.005, 0.01]
-    cf = replace(config.cf, kind="lightgcn", dim=[16, 32, 64], weight_decay=decays, batch_size=4096)
+    dims, decays = [8, 16, 32, 64, 128, 256], [0.005, 0.01]
+    cf = replace(config.cf, kind="lightgcn", dim=dims, weight_decay=decays, batch_size=4096)
     return replace(config, cf=cf)
+
+
+def _mf(config: RunConfig) -> RunConfig:
+    return config if config.cf.kind == "mf" else replace(config, cf=CFConfig(seed=config.cf.seed))
+
+
+def cf_alone(config: RunConfig) -> list[RunConfig]:
+    """The config with each CF model of ``cf.beside`` in its place, without a blend."""
+    change = {"mf": _mf, "lightgcn": _lightgcn}
+    made = [change[name](config) for name in config.cf.beside]
+    return [replace(one, cf=replace(one.cf, blend=0, beside=[])) for one in made]
+
+
+def cf_name(config: RunConfig) -> str:
+    """What an experiment calls the config's CF model."""
+    return config.cf.kind + ("-blend" if config.cf.blend else "")
 
 
 def _single(task: str) -> Change:
@@ -178,7 +195,9 @@ COMPARISONS = (
     ("ckf", "=cf", "the LLM adds to the CF model"),
     ("ckf", "=item_user_mean", "better than item and user means"),
     ("ckf", "=logistic_regression", "better than a regression on means"),
+    ("=cf", "=cf-mf", "means and popularity beside the CF score help"),
     ("ckf-match", "ckf", "showing the CF score helps"),
+    ("ckf-match", "text", "all of it with the CF score helps"),
     ("ckf-match", "=cf", "with the score shown, the LLM adds to it"),
     ("ckf-match", "=logistic_regression", "with the score shown, better than a regression"),
     ("ckf", "ckf-text", "CF vectors help, with a LoRA per task"),
@@ -187,6 +206,7 @@ COMPARISONS = (
     ("ckf", "task-meta", "a shared LoRA helps"),
     ("gate-meta", "ckf", "learned gates help"),
     ("ckf", "ckf-joint", "text first helps"),
+    ("ckf-curriculum", "ckf", "text first helps"),
     ("ckf-lightgcn", "ckf", "LightGCN's vectors beat MF's"),
     *(
         ("ckf", f"single-{task}", "several tasks at once help")

@@ -20,7 +20,12 @@ _RECORDED = (
     ("topk", "hr@1"),
     ("topk", "mrr"),
     ("rating", "rmse"),
+    ("rating", "mae"),
+    ("review_rating", "rmse"),
+    ("review_rating", "mae"),
+    ("explain", "loss"),
 )
+_OF_CELLS = ("title", "trainable_parameters", "seconds", "tokens_per_second", "data_wait", "checks")
 
 
 def write_figures(experiment, data: PreparedData, vector_files: Mapping[str, Path], log: Log):
@@ -56,7 +61,7 @@ def write_record(out: Path, folder: Path) -> Path:
     for part in ("cells", "baselines"):
         record[part] = {}
         for name, cell in found[part].items():
-            short = {k: cell[k] for k in ("title", "trainable_parameters", "seconds") if k in cell}
+            short = {k: cell[k] for k in (*_OF_CELLS, "slices") if k in cell}
             for task, name_of in _RECORDED:
                 figure = cell["figures"].get(task, {}).get(name_of)
                 if figure is not None:
@@ -64,7 +69,8 @@ def write_record(out: Path, folder: Path) -> Path:
             record[part][name] = short
     settings = found["config"]
     record["model"] = settings["model"] | {"name": Path(settings["model"]["name"]).name}
-    record |= {key: settings[key] for key in ("train", "lora", "prompt", "cf")}
+    record |= {key: settings[key] for key in ("train", "lora", "metanet", "prompt", "cf")}
+    record["cf_fits"] = {name: fit["log"] for name, fit in found["cf"].items()}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(record, folder / f"{found['name']}.json")
     return folder / f"{found['name']}.json"
@@ -89,13 +95,13 @@ def markdown(found: Mapping) -> str:
     for task in found["rows"]:
         head, rows = task_table(found, task)
         lines += [f"## {task_label(task)}, {found['rows'][task]:,} {found['split']} rows", ""]
-        lines += _table(head, rows) + [""]
+        lines += as_table(head, rows) + [""]
     head, rows = comparison_table(found)
-    lines += ["## Paired differences", "", _PAIRED, "", *_table(head, rows), ""]
+    lines += ["## Paired differences", "", _PAIRED, "", *as_table(head, rows), ""]
     head, rows = runs_table(found)
-    lines += ["## Runs", "", *_table(head, rows), ""]
+    lines += ["## Runs", "", *as_table(head, rows), ""]
     for group, (head, rows) in slice_tables(found).items():
-        lines += [f"## {label(found, f'CTR AUC by {group}')}", "", *_table(head, rows), ""]
+        lines += [f"## {label(found, f'CTR AUC by {group}')}", "", *as_table(head, rows), ""]
     return "\n".join(lines)
 
 
@@ -146,7 +152,7 @@ def task_table(found: Mapping, task: str) -> tuple[list[str], list[list[str]]]:
     names = list(dict.fromkeys(m for _, _, figures in entries for m in figures))
     head = ["cell", "what it is", *(label(found, metric(m).label) for m in names)]
     return head, [
-        [name, title, *(_shown(figures.get(m)) for m in names)] for name, title, figures in entries
+        [name, title, *(shown(figures.get(m)) for m in names)] for name, title, figures in entries
     ]
 
 
@@ -223,7 +229,8 @@ def slice_tables(found: Mapping) -> dict[str, tuple[list[str], list[list[str]]]]
     return tables
 
 
-def _shown(figure: Mapping | None) -> str:
+def shown(figure: Mapping | None) -> str:
+    """A figure with its interval, its deviation over seeds and the users it counts."""
     if figure is None:
         return "–"
     text = with_interval(_value(figure))
@@ -246,7 +253,8 @@ def _round(value: float | None) -> str:
     return "–" if value is None else f"{value:,.0f}"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+def as_table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return ["| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines]
 

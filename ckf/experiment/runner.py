@@ -22,7 +22,14 @@ from ckf.backbone import locate_model, pick_device
 from ckf.config import RunConfig
 from ckf.data.prepared import PreparedData
 from ckf.evaluate import Evaluator, write_json
-from ckf.experiment.cells import Cell, cell_config, chosen_cells, reduced
+from ckf.experiment.cells import (
+    Cell,
+    cell_config,
+    cf_alone,
+    cf_name,
+    chosen_cells,
+    reduced,
+)
 from ckf.experiment.checks import check_run
 from ckf.experiment.parts import (
     Base,
@@ -148,13 +155,22 @@ class _Runner:
         self.seconds: list[float] = []
 
     def vector_files(self) -> dict[str, Path]:
-        """The CF vectors of every CF setting among the cells, the config's own first."""
+        """The CF vectors of every CF setting among the cells, the config's own first.
+
+        Then the models of ``cf.beside``, which need what no run needs: one that cannot be imported
+        is left out.
+        """
         configs = [self.experiment.config]
         configs += [cell_config(self.experiment.config, c, 0) for c in self.experiment.cells]
         files: dict[str, Path] = {}
         for config in configs:
             if config.cf not in [c.cf for c in configs[: configs.index(config)]]:
-                files[config.cf.kind] = self._vectors(config)
+                files[cf_name(config)] = self._vectors(config)
+        for config in cf_alone(self.experiment.config):
+            try:
+                files[cf_name(config)] = self._vectors(config)
+            except ImportError as error:
+                self.log(f"no row of {config.cf.kind} alone: {error}")
         return files
 
     def prepare(self) -> None:

@@ -1,0 +1,88 @@
+"""The README's paragraph is made from the record: the same figures, the same verdicts."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ckf.experiment.summary import main, summary
+
+ROOT = Path(__file__).parent.parent
+
+
+def figure(value, low, high, seeds=(0.7,)):
+    return {"value": value, "low": low, "high": high, "seeds": list(seeds), "std": None}
+
+
+def comparison(a, b, value, p, seeds, name="auc"):
+    return figure(value, value - 0.01, value + 0.01, seeds) | {
+        "a": a, "b": b, "claim": f"{a} over {b}", "task": "ctr", "metric": name,
+        "p": p, "p_holm": p,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def record():
+    return {
+        "name": "small",
+        "split": "test",
+        "reduced": [],
+        "runs": 2,
+        "runs_done": 2,
+        "environment": {"devices": ["cpu"]},
+        "rows": {"ctr": 1000, "topk": 60},
+        "model": {"name": "tiny"},
+        "cells": {
+            "ckf": {
+                "title": "all of it",
+                "test_ctr_auc": figure(0.74, 0.71, 0.77),
+                "test_ctr_uauc": figure(0.68, 0.64, 0.72) | {"users": 224},
+            },
+            "text": {"title": "no CF", "test_ctr_auc": figure(0.61, 0.58, 0.64)},
+        },
+        "baselines": {"cf": {"test_ctr_auc": figure(0.735, 0.7, 0.76)}},
+        "comparisons": [
+            comparison("ckf", "text", 0.13, 0.002, [0.13]),
+            comparison("ckf", "cf", 0.005, 0.4, [0.005]),
+            comparison("ckf", "linear", -0.05, 0.01, [-0.05]),
+            comparison("ckf", "one", 0.05, 0.01, [0.11, -0.01]),
+        ],
+    }
+
+
+def test_figures_and_verdicts_are_those_of_the_record(record):
+    text = summary(record, "results/small.json")
+    lines = text.splitlines()
+    assert "| ckf: all of it | 0.740 [0.710, 0.770] | 0.680 [0.640, 0.720], 224 users |" in (
+        " |".join(line.split(" |")[:3]) + " |" for line in lines
+    )
+    assert any(line.startswith("| cf | 0.735 [0.700, 0.760] |") for line in lines)
+    claims = [line for line in lines if line.startswith("* ")]
+    assert [line.partition("**")[2].partition("**")[0] for line in claims] == [
+        "holds",
+        "open",
+        "the opposite holds",
+        "open",  # two seeds that disagree
+    ]
+    assert "(results/small.json)" in text and "Reduced" not in text and "Not complete" not in text
+
+
+def test_reduced_and_unfinished_records_say_so(record):
+    text = summary(record | {"reduced": ["1 seed instead of 3"], "runs_done": 1}, "x.json")
+    assert text.startswith("**Reduced run** (1 seed instead of 3)")
+    assert "AUC (reduced)" in text and "**Not complete: 1 of 2 runs.**" in text
+
+
+def test_the_command_prints_it(record, tmp_path, capsys):
+    file = tmp_path / "small.json"
+    file.write_text(json.dumps(record))
+    assert main([str(file)]) == 0
+    assert capsys.readouterr().out.strip() == summary(record, str(file))
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks" / "results").glob("*-collm*.json")))
+def test_the_readme_says_what_its_record_says(file):
+    path = file.relative_to(ROOT).as_posix()
+    expected = summary(json.loads(file.read_text()), path)
+    readme = (ROOT / "README.md").read_text()
+    assert expected in readme, f"put the output of python -m ckf.experiment.summary {path} there"
