@@ -30,10 +30,8 @@ def find_groups(model: nn.Module) -> list[list[MultiLoRALinear]]:
     if len(layers) < 2:
         return []
     met: list[tuple[torch.Tensor, int, MultiLoRALinear]] = []
-    hooks = [
-        layer.register_forward_pre_hook(lambda layer, args: met.append((*_key(args[0]), layer)))
-        for layer in layers
-    ]
+    for layer in layers:
+        layer.forward = _Noted(layer, met)
     training = [m for m in model.modules() if m.training]
     model.eval()
     try:
@@ -48,8 +46,8 @@ def find_groups(model: nn.Module) -> list[list[MultiLoRALinear]]:
         )
         return []
     finally:
-        for hook in hooks:
-            hook.remove()
+        for layer in layers:
+            del layer.forward
         for module in training:
             module.training = True
     groups: dict[tuple[int, int], list[MultiLoRALinear]] = {}
@@ -59,11 +57,18 @@ def find_groups(model: nn.Module) -> list[list[MultiLoRALinear]]:
     return [g for g in groups.values() if len(g) > 1 and all(calls.count(m) == 1 for m in g)]
 
 
+class _Noted:
+    """A layer's forward while it is watched: what it is fed, and zeros instead of a product."""
+
+    def __init__(self, layer: MultiLoRALinear, met: list) -> None:
+        self.layer, self.met = layer, met
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        self.met.append((x, x._version, self.layer))  # x stays alive, and its id its own
+        return x.new_zeros(*x.shape[:-1], self.layer.out_features)
+
+
 def _fake_values(model: nn.Module):
     """Lets a model on the meta device run: fake tensors bear code that looks at values."""
     on_meta = any(p.is_meta for p in model.parameters())
     return FakeTensorMode(allow_non_fake_inputs=True) if on_meta else nullcontext()
-
-
-def _key(x: torch.Tensor) -> tuple[torch.Tensor, int]:
-    return x, x._version  # x itself: alive, so that its id stays its own

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -70,10 +71,14 @@ def _slots(layers: list["MultiLoRALinear"], device: torch.device) -> tuple[Tenso
     """Slots and width of the compact H of these layers; hard gates only."""
     if any(layer._gate[0] is not None for layer in layers):
         return None, 0
-    live = [_hard_gate(layer.router.tasks, layer.experts) for layer in layers]
-    ranks = [[layer.lora_A[e].shape[0] for e in layer.experts] for layer in layers]
-    slots, width = compact_slots(live, ranks)
+    ranks = tuple(tuple(layer.lora_A[e].shape[0] for e in layer.experts) for layer in layers)
+    slots, width = _hard_slots(layers[0].router.tasks, tuple(la.experts for la in layers), ranks)
     return slots.to(device), width
+
+
+@lru_cache(maxsize=64)  # the same for every decoder layer
+def _hard_slots(tasks, experts, ranks) -> tuple[Tensor, int]:
+    return compact_slots([_hard_gate(tasks, own) for own in experts], ranks)
 
 
 def _refuse_recomputation() -> None:

@@ -1,8 +1,10 @@
 """What the backends share: the static side of a call, and the dropped input."""
 
 import itertools
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -46,16 +48,40 @@ def unflatten(shape: GroupShape, tensors):
     return [tensors[i:j] for i, j in itertools.pairwise(cuts)]
 
 
-def keep_mask(rows: Tensor, shape: GroupShape, seed: int | Tensor | None) -> Tensor | None:
-    if shape.dropout_p == 0:
-        return None
-    return dropout_mask(rows.shape[0], rows.shape[1], shape.dropout_p, seed, rows.device)
+def input_dropout(
+    rows: Tensor, shape: GroupShape, seed: Tensor | None
+) -> Callable[[Tensor], Tensor]:
+    """What drops the elements of (m, k) tensors like ``rows``, always the same ones."""
+    p = shape.dropout_p
+    if p == 0:
+        return lambda tensor: tensor
+    if drops_by_kernel(rows):
+        from ckf.kernels.triton_drop import drop  # imports triton
+
+        return lambda tensor: drop(tensor, seed, p)
+    keep = dropout_mask(*rows.shape, p, seed, rows.device)
+    return lambda tensor: torch.where(keep, tensor * dropout_scale(p), 0)
 
 
-def dropped(rows: Tensor, keep: Tensor | None, shape: GroupShape) -> Tensor:
-    if keep is None:
-        return rows
-    return torch.where(keep, rows * dropout_scale(shape.dropout_p), 0)
+def drops_by_kernel(rows: Tensor) -> bool:
+    return rows.is_cuda and rows.dtype != torch.float64 and kernel_draws(rows.device)
+
+
+@lru_cache
+def kernel_draws(device: torch.device) -> bool:
+    """Whether a Triton kernel can draw masks there; one warning says why not."""
+    try:
+        from ckf.kernels.triton_drop import drop
+
+        drop(torch.ones(1, 1, device=device), torch.zeros(1, dtype=torch.int64, device=device), 0.5)
+    except Exception as error:  # no triton, no C compiler, an unknown GPU
+        warnings.warn(
+            f"the dropout mask cannot be drawn by a Triton kernel ({error}); PyTorch's integer "
+            "arithmetic draws it, which can take longer than the linear itself",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,12 +6,14 @@ rules keep every kernel without spills and inside the shared memory of sm_80, sm
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
 MULTIPROCESSORS = 132  # an H200's
 PROGRAMS = 2 * MULTIPROCESSORS  # wanted in flight
 DENSE_RANK = 128  # up to here all rank columns of a tile are one block; past it tiles gather theirs
+STACK_EXPERTS = 32  # up to so many one kernel stacks them; 0: always torch's cat
 FEWEST_CHUNK_ROWS = 256
 FEWEST_SPLIT_COLUMNS = 256
 
@@ -89,6 +91,8 @@ def shrink_launch(m: int, k: int, r: int, dtype: torch.dtype, dropout: bool) -> 
     block_r = _power(r, 16, DENSE_RANK) if r <= DENSE_RANK else 64
     block_k = 64 if dropout and block_m > 16 else 128  # the mask of a tile lives in registers
     warps = 8 if block_m * block_r == 64 * DENSE_RANK else 4
+    if dropout and r % 16 and warps == 8:  # stores one by one: their offsets need the registers
+        block_m = 32
     tiles = -(-m // block_m) * -(-r // block_r)
     split = max(1, min(MULTIPROCESSORS // tiles, k // FEWEST_SPLIT_COLUMNS))
     return ShrinkLaunch(block_m, block_r, block_k, num_warps=warps, num_stages=3, split=split)
@@ -179,6 +183,7 @@ def gemm_launch(m: int, n: int, r: int, dropout: bool = False) -> GemmLaunch:
     return GemmLaunch(128, 128, 64, block_r, group_m=8, num_warps=4, num_stages=4)
 
 
+@lru_cache
 def multiprocessors(device: torch.device) -> int:
     """Programs of a persistent kernel."""
     if device.type != "cuda":
@@ -186,9 +191,16 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@lru_cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a GPU."""
+    return torch.cuda.get_device_capability(device)
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """TF32 products for float32 where torch's own matrix products may use them."""
-    tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    # the older getters raise once a program has set the precision by this newer name
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 
 

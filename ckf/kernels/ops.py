@@ -6,7 +6,9 @@ costs one op boundary a pass.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -138,7 +140,7 @@ def run_group(
         choice.plan,
     )
     seed = _seed_tensor(seed, x.device) if dropout_p > 0 else None
-    with torch.autocast(x.device.type, enabled=False):
+    with _no_autocast(x):
         if choice.backend == "cuda" and decode_cache and not torch.compiler.is_compiling():
             shape = _shape(gates, flat_a, 0.0)
             arguments = (x, weights, biases, gates, flat_a, flat_b, task_ids)
@@ -146,6 +148,13 @@ def run_group(
         if needs_grad:
             return _MultiLoRA.apply(static, x, task_ids, seed, slots, *tensors)
         return tuple(_forward_op(static, x, task_ids, seed, slots, tensors)[:-1])
+
+
+def _no_autocast(x: Tensor):
+    """Nothing is cast behind the ops' back; entering an autocast costs microseconds."""
+    device = x.device.type
+    enabled = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if enabled else nullcontext()
 
 
 class _Static(NamedTuple):
@@ -258,10 +267,11 @@ def _multi_lora_backward(
     shape = _shape(gates, a, p)
     passes = _passes(backend)
     extra = (plan,) if backend == "triton" else ()
-    found = passes.backward_pass(
-        shape, dys, x, saved, weights, gates, a, b, ids, seed, save_plain, slots, width, needs,
-        *extra,
-    )  # fmt: skip
+    with _no_autocast(x):  # backward() may be called inside one
+        found = passes.backward_pass(
+            shape, dys, x, saved, weights, gates, a, b, ids, seed, save_plain, slots, width, needs,
+            *extra,
+        )  # fmt: skip
     return found.packed()
 
 
@@ -275,7 +285,7 @@ def _multi_lora_fake(
         return [*outputs, x.new_empty(0)]
     compact = not save_plain and _passes(backend).saves_compact(shape, x, slots)
     columns = width if compact else shape.columns
-    return [*outputs, x.new_empty(x.shape[:-1].numel(), columns)]
+    return [*outputs, x.new_empty(math.prod(x.shape[:-1]), columns)]
 
 
 def _multi_lora_backward_fake(

@@ -41,8 +41,9 @@ def compact_slots(
                 f"linear {index}: live is {shape}; expected {(tasks, len(ranks_l))}: tasks, experts"
             )
     experts = [list(itertools.chain(*(matrix[t] for matrix in live))) for t in range(tasks)]
-    repeats = torch.tensor([rank for ranks_l in ranks for rank in ranks_l])
-    columns = torch.tensor(experts, dtype=torch.bool).repeat_interleave(repeats, dim=1)  # (T, R)
+    repeats = torch.tensor([rank for ranks_l in ranks for rank in ranks_l], device="cpu")
+    columns = torch.tensor(experts, dtype=torch.bool, device="cpu")  # whatever the default is
+    columns = columns.repeat_interleave(repeats, dim=1)  # (T, R)
     counted = columns.cumsum(1)
     widest = int(columns.sum(1).max())
     width = max(1, -(-widest // ALIGNMENT)) * ALIGNMENT

@@ -20,14 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ckf.kernels import torch_runs
-from ckf.kernels.dropout import dropout_scale
 from ckf.kernels.group import (
     Gradients,
     GroupShape,
     add_base,
     base_gradients,
-    dropped,
-    keep_mask,
+    input_dropout,
     pack_experts,
     product,
     unflatten,
@@ -35,6 +33,7 @@ from ckf.kernels.group import (
 from ckf.kernels.stacks import Stacks
 
 COMPACT_ABOVE = 128  # rank columns from which a GPU saves H compact
+GATE_BLOCK = 2**24  # elements of a (rows, tasks, experts) tensor in the gradient of gates
 
 
 def forward_pass(
@@ -69,9 +68,9 @@ def forward_pass(
                 shape, runs, x, weights, biases, gates, a, b, seed, columns
             )
     rows = x.reshape(-1, x.shape[-1])  # (m, k)
-    keep = keep_mask(rows, shape, seed)
+    dropout = input_dropout(rows, shape, seed)
     stacks = Stacks.of(shape, gates, a, b, x.dtype)
-    s = dropped(rows, keep, shape) @ stacks.a.t()  # (m, R)
+    s = dropout(rows) @ stacks.a.t()  # (m, R)
     h = _gated(s, _row_gates(stacks.gates, task_ids))
     outputs = []
     for weight, bias, h_l, b_l in zip(
@@ -119,16 +118,13 @@ def backward_pass(
     gate = _row_gates(stacks.gates, task_ids)
     dh = torch.cat([dy @ b_l.t() for dy, b_l in zip(dys, stacks.b, strict=True)], dim=1)  # (m, R)
     ds = _gated(dh, gate)
-    keep = keep_mask(rows, shape, seed)
+    dropout = input_dropout(rows, shape, seed)
     dx = None
     if needs[0]:
-        dx = ds @ stacks.a  # (m, k)
-        if keep is not None:
-            dx = torch.where(keep, dx * dropout_scale(shape.dropout_p), 0)
-        dx = add_base(dx, dys, weights).view(x.shape)
+        dx = add_base(dropout(ds @ stacks.a), dys, weights).view(x.shape)
     da = None
     if any(need_a):
-        da = product(ds.t(), dropped(rows, keep, shape), a[0].dtype)  # (R, k)
+        da = product(ds.t(), dropout(rows), a[0].dtype)  # (R, k)
     db = [None] * shape.linears
     if any(need_b):
         h = _saved_h(shape, x, saved, gate, save_plain, slots, task_ids)
@@ -199,8 +195,16 @@ def _b_gradients(shape: GroupShape, dys, h: Tensor, b, need_b) -> list[Tensor | 
 
 def gate_gradients(shape: GroupShape, dh, s, gates, task_ids) -> Tensor:
     """(T, E), experts of all linears: over the rows of a task, the sum of an expert's <dH, S>."""
-    ids = task_ids.reshape(-1, 1)
-    products = (dh * s).split(shape.expert_ranks, 1)
-    per_row = torch.stack([p.sum(1, dtype=gates[0].dtype) for p in products], dim=1)  # (m, experts)
-    tasks = range(gates[0].shape[0])
-    return torch.stack([torch.where(ids == t, per_row, 0).sum(0) for t in tasks])
+    dtype, ranks = gates[0].dtype, shape.expert_ranks
+    products = dh.to(dtype) * s  # 16-bit products could underflow
+    if len(set(ranks)) == 1 and ranks[0]:
+        per_row = products.view(-1, len(ranks), ranks[0]).sum(2)  # (m, E)
+    else:
+        per_row = torch.stack([p.sum(1) for p in products.split(ranks, 1)], dim=1)
+    ids, tasks = task_ids.reshape(-1, 1), torch.arange(gates[0].shape[0], device=dh.device)
+    at_once = max(1, GATE_BLOCK // max(1, per_row.numel()))  # selected, so that a NaN stays alone
+    selected = [
+        torch.where((ids == block).unsqueeze(2), per_row.unsqueeze(1), 0).sum(0)
+        for block in tasks.split(at_once)
+    ]
+    return torch.cat(selected)

@@ -24,9 +24,8 @@ from ckf.kernels.group import (
     GroupShape,
     add_base,
     base_gradients,
-    dropped,
     expert_parts,
-    keep_mask,
+    input_dropout,
     product,
     unflatten,
 )
@@ -75,7 +74,7 @@ def forward_pass(
     """As torch_backend.forward_pass: outputs, and H (m, columns), compact in every row."""
     rows = x.reshape(-1, x.shape[-1])  # (m, k)
     blocks = _blocks(shape, runs, gates, a, b, x.dtype)
-    inputs = dropped(rows, keep_mask(rows, shape, seed), shape)
+    inputs = input_dropout(rows, shape, seed)(rows)
     h = rows.new_zeros(rows.shape[0], columns)
     outputs = [
         x.new_zeros(*x.shape[:-1], n) if w is None else F.linear(x, w, v).contiguous()
@@ -110,8 +109,8 @@ def backward_pass(
     need_w, need_bias, _, need_a, need_b = unflatten(shape, needs[1:])
     rows = x.reshape(-1, x.shape[-1])
     blocks = _blocks(shape, runs, gates, a, b, x.dtype)
-    keep = keep_mask(rows, shape, seed)
-    inputs = dropped(rows, keep, shape) if any(need_a) else rows
+    dropout = input_dropout(rows, shape, seed)
+    inputs = dropout(rows) if any(need_a) else rows
     dx = torch.zeros_like(rows) if needs[0] else None
     da = a[0].new_zeros(shape.columns, rows.shape[1]) if any(need_a) else None
     db = [
@@ -139,8 +138,7 @@ def backward_pass(
             own = h[start:stop, : ds.shape[1]].split(block.ranks, 1)
             _add_b(b_parts, parts, own, block, b[0].dtype)
     if dx is not None:
-        dx = dx if keep is None else dropped(dx, keep, shape)
-        dx = add_base(dx, dys, weights).view(x.shape)
+        dx = add_base(dropout(dx), dys, weights).view(x.shape)
     needed = iter(need_b)
     own = [[next(needed) for _ in ranks] for ranks in shape.ranks]
     db = [packed if any(flags) else None for packed, flags in zip(db, own, strict=True)]

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from ckf.kernels.group import Gradients, GroupShape, base_gradients, unflatten
 from ckf.kernels.launch import DENSE_RANK, PLANS
-from ckf.kernels.stacks import Stacks
 from ckf.kernels.torch_backend import gate_gradients
+from ckf.kernels.triton_stack import stack
 from ckf.kernels.triton_update import Dense, Gathered
 
 
@@ -54,7 +54,7 @@ def forward_pass(
     assert plan in PLANS, plan
     rows = _rows(x)
     with torch.cuda.device_of(x):
-        stacks = Stacks.of(shape, gates, a, b, x.dtype)
+        stacks = stack(shape, gates, a, b, x.dtype)
         compact = not save_plain and saves_compact(shape, x, slots)
         saved = rows.new_empty(rows.shape[0], width if compact else shape.columns)
         kind = Gathered if gathers(shape, save_plain, slots) else Dense
@@ -97,7 +97,7 @@ def backward_pass(
     dtypes = [b[first].dtype for first in firsts[:-1]]
     dx = da = dg = None
     with torch.cuda.device_of(x):
-        stacks = Stacks.of(shape, gates, a, b, x.dtype)
+        stacks = stack(shape, gates, a, b, x.dtype)
         kind = Gathered if gathers(shape, save_plain, slots) else Dense
         update = kind(shape, stacks, task_ids, seed, save_plain, slots, width)
         db = update.rank_gradients(dys, saved, needed, dtypes, any(need_g))

@@ -17,7 +17,7 @@ from ckf.kernels.launch import ExpandLaunch, dot_precision, expand_launch
 from ckf.kernels.triton_common import keep_mask
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["m", "threshold"])
 def expand_kernel(
     p_h,
     p_b,

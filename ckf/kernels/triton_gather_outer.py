@@ -158,7 +158,7 @@ def gather_outer(
     """
     (m, width), c, tasks, r = left.shape, x.shape[1], groups.tasks, sum(ranks)
     out = torch.empty(r * c if transposed else (r, c), dtype=dtype, device=x.device)
-    if m == 0 or r == 0:
+    if 0 in (m, r, c):
         return out.zero_()
     expected = -(-width * r // slots.shape[1])  # slots in these columns, if spread evenly
     launch = launch or gather_outer_launch(m, expected, c, x.dtype)

@@ -14,11 +14,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ckf.kernels.launch import GemmLaunch, gemm_launch, multiprocessors
+from ckf.kernels.launch import GemmLaunch, capability, gemm_launch, multiprocessors
 from ckf.kernels.triton_common import keep_mask
 
+# By compute capability: with a tensor memory accelerator, and shared memory enough for its pipeline
+# (12.x has the one without the other).
+GPUS = (9, 10)
 
-@triton.jit(do_not_specialize=["threshold"])
+
+@triton.jit(do_not_specialize=["m", "threshold"])
 def gemm_kernel(
     d_x,
     d_w,
@@ -78,8 +82,8 @@ def why_not_gemm(x: Tensor, weight: Tensor, h: Tensor, b: Tensor) -> str | None:
     """None where the kernel takes these operands, of forward or of dx; else the reason."""
     if x.dtype not in (torch.float16, torch.bfloat16):
         return f"dtype {x.dtype}; expected float16 or bfloat16"
-    if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] < 9:
-        return "no tensor memory accelerator; expected compute capability 9.0 or later"
+    if x.is_cuda and capability(x.device)[0] not in GPUS:
+        return f"compute capability {capability(x.device)}; expected 9.x or 10.x"
     if 0 in (*x.shape, *weight.shape, *h.shape):
         return f"an empty operand: x {tuple(x.shape)}, W {tuple(weight.shape)}, H {tuple(h.shape)}"
     n = b.shape[1]
@@ -89,6 +93,8 @@ def why_not_gemm(x: Tensor, weight: Tensor, h: Tensor, b: Tensor) -> str | None:
         bytes_between_rows = tensor.stride(0) * tensor.element_size()
         if tensor.stride(1) != 1 or bytes_between_rows % 16 or tensor.data_ptr() % 16:
             return f"{name} has strides {tensor.stride()}; rows must start at multiples of 16 bytes"
+        if tensor.stride(0) < tensor.shape[1]:  # an expanded dy
+            return f"{name} has strides {tensor.stride()}; rows must not overlap"
     return None
 
 

@@ -21,7 +21,7 @@ from ckf.kernels.launch import OuterLaunch, dot_precision, outer_launch, reduce_
 from ckf.kernels.triton_common import keep_mask
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["m", "threshold"])
 def outer_kernel(
     p_l,
     p_x,
@@ -69,7 +69,7 @@ def outer_kernel(
     tl.store(p_out, acc, mask=m_r[:, None] & m_c[None, :])
 
 
-@triton.jit(do_not_specialize=["low"])
+@triton.jit(do_not_specialize=["low", "chunks"])
 def reduce_kernel(
     p_part,
     p_out,
@@ -134,7 +134,7 @@ def outer(
     """
     (m, r), c = left.shape, x.shape[1]
     out = torch.empty(r * c if transposed else (r, c), dtype=dtype, device=x.device)
-    if m == 0 or r == 0:
+    if 0 in (m, r, c):
         return out.zero_()
     launch = launch or outer_launch(m, r, c, x.dtype)
     chunks = triton.cdiv(m, launch.chunk)

@@ -71,7 +71,7 @@ def store_tile(
         tl.store(p_out, b_h.to(p_restored.dtype.element_ty), mask=m_out)
 
 
-@triton.jit(do_not_specialize=["tasks", "threshold"])
+@triton.jit(do_not_specialize=["m", "tasks", "threshold"])
 def shrink_kernel(
     p_x,
     p_a,
@@ -170,7 +170,7 @@ def shrink_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["tasks"])
+@triton.jit(do_not_specialize=["m", "tasks", "parts"])
 def shrink_sum_kernel(
     p_part,
     p_gated,

@@ -6,19 +6,20 @@ same pass read (H; dS, dH) stays on the object.
 """
 
 import itertools
+import os
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ckf.kernels import hopper, triton_gemm
 from ckf.kernels.dropout import dropout_scale, dropout_threshold
 from ckf.kernels.group import GroupShape
 from ckf.kernels.stacks import Stacks
 from ckf.kernels.triton_expand import expand
 from ckf.kernels.triton_gather import gather_expand, gather_shrink
 from ckf.kernels.triton_gather_outer import gather_outer
-from ckf.kernels.triton_gemm import gemm, gemm_dx, why_not_gemm
 from ckf.kernels.triton_groups import group_rows
 from ckf.kernels.triton_outer import outer
 from ckf.kernels.triton_shrink import shrink
@@ -119,13 +120,13 @@ class Dense(_Update):
 
     def fused_output(self, rows, linear: int, weight, bias) -> Tensor | None:
         h, b = self.h[:, self.columns[linear]], self.stacks.b[linear]
-        return gemm(rows, weight, bias, h, b) if why_not_gemm(rows, weight, h, b) is None else None
+        products = _products(rows, weight, h, b)
+        return products and products.gemm(rows, weight, bias, h, b)
 
     def fused_input_gradient(self, dy, weight) -> Tensor | None:
         ds, a = self.ds, self.stacks.a
-        if why_not_gemm(dy, weight, ds, a) is not None:
-            return None
-        return gemm_dx(dy, weight, ds, a, self.dropout)
+        products = _products(dy, weight, ds, a, dx=True)
+        return products and products.gemm_dx(dy, weight, ds, a, self.dropout)
 
     def rank_gradients(
         self, dys, saved: Tensor, needed: Sequence[bool], dtypes, keep_dh: bool
@@ -159,6 +160,15 @@ class Dense(_Update):
     def a_gradient(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         ranks = self.shape.expert_ranks
         return outer(self.ds, rows, ranks, dtype, transposed=False, dropout=self.dropout)
+
+
+def _products(x: Tensor, weight: Tensor, h: Tensor, b: Tensor, dx: bool = False):
+    """The module that multiplies them, or None. CKF_HOPPER_GEMM=1 asks for csrc's, not yet
+    measured, where it takes the operands."""
+    asked = os.environ.get("CKF_HOPPER_GEMM") == "1"
+    if asked and hopper.why_not_gemm(x, weight, h, b, dx) is None:
+        return hopper
+    return triton_gemm if triton_gemm.why_not_gemm(x, weight, h, b) is None else None
 
 
 class Gathered(_Update):

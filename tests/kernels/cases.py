@@ -94,6 +94,19 @@ def random_case(
     )
 
 
+def on_gpu(case: Case, dtype: torch.dtype) -> Case:
+    """The case on the GPU in ``dtype``, its gates in float32."""
+    gates = case.gates.detach().float().cuda().requires_grad_(case.gates.requires_grad)
+    case = case.to(dtype)
+    for name in ("x", "weight", "bias"):
+        tensor = getattr(case, name)
+        setattr(case, name, tensor.detach().cuda().requires_grad_(tensor.requires_grad))
+    case.a = [t.detach().cuda().requires_grad_() for t in case.a]
+    case.b = [t.detach().cuda().requires_grad_() for t in case.b]
+    case.gates, case.task_ids = gates, case.task_ids.cuda()
+    return case
+
+
 def run_with_gradients(function, case: Case, dy: Tensor) -> list[Tensor]:
     """The output and the gradient of every leaf."""
     y = function(*case.arguments())

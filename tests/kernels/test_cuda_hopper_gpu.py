@@ -3,12 +3,15 @@
 Tests named "small" also run under compute-sanitizer (benchmarks/gpu.py).
 """
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from ckf.kernels import hopper
+from ckf.kernels import hopper, multi_lora_linear
 from ckf.kernels.dropout import dropout_mask, dropout_scale
+from tests.kernels.cases import assert_as_good_as_reference, on_gpu, random_case
 from tests.kernels.decode_cases import GUARD, assert_poison_around
 from tests.kernels.hopper_cases import DTYPES, GemmCase, assert_right, exact, gemm_case
 
@@ -121,3 +124,20 @@ def test_stream_and_graph():
     case.x.mul_(2)
     graph.replay()
     assert torch.equal(y, case.run())
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_the_plan_takes_it_when_asked(monkeypatch, dropout_p):
+    calls = []
+    for name in ("gemm", "gemm_dx"):
+        real = getattr(hopper, name)
+        monkeypatch.setattr(
+            hopper, name, lambda *a, real=real, name=name: (calls.append(name), real(*a))[1]
+        )
+    monkeypatch.setenv("CKF_HOPPER_GEMM", "1")
+    case = on_gpu(
+        random_case(m=300, k=256, n=264, ranks=[16] * 4, dropout_p=dropout_p), torch.bfloat16
+    )
+    with torch.device("cuda"):  # the reference makes its mask there
+        assert_as_good_as_reference(partial(multi_lora_linear, backend="triton:gemm"), case)
+    assert calls == ["gemm", "gemm_dx"]

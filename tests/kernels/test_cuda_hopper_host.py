@@ -333,3 +333,18 @@ def test_extension_refuses_and_names_the_kernel():
 def test_no_table_can_choose_it():
     """Off by default: "auto" and the benchmarks' table know the plans of PLANS alone."""
     assert not any("hopper" in plan for plan in PLANS)
+
+
+def test_a_plan_takes_it_only_when_asked(monkeypatch):
+    pytest.importorskip("triton")
+    from ckf.kernels import triton_gemm, triton_update
+
+    operands = [torch.zeros(16, 16, dtype=torch.bfloat16)] * 4
+    monkeypatch.setattr(hopper, "available", lambda device: (True, ""))
+    monkeypatch.setattr(hopper.cuda, "_DEVICE_TYPE", "cpu")
+    for asked, module in (("1", hopper), ("0", triton_gemm), ("", triton_gemm)):
+        monkeypatch.setenv("CKF_HOPPER_GEMM", asked)
+        assert triton_update._products(*operands) is module
+    monkeypatch.setenv("CKF_HOPPER_GEMM", "1")
+    operands = [torch.zeros(16, 16)] * 4  # float32: neither takes it
+    assert triton_update._products(*operands) is None

@@ -57,11 +57,32 @@ def test_compiles_without_spills(arch, compilations):
         most = {key: max(m[key] for m in members) for key in ("registers", "stack", "shared")}
         print(f"sm_{arch} {kernel} {dtype}: {len(members)} compiled, at most {most}")
     families = "shrink shrink_sum expand outer reduce group gather_shrink gather_expand"
-    families += " gather_outer gather_reduce"
+    families += " gather_outer gather_reduce stack drop"
     kernels = {f"{name}_kernel" for name in families.split()}
     assert {line["kernel"] for line in lines} >= kernels | ({"gemm_kernel"} if arch > 80 else set())
     bad = [line for line in lines if line["problems"]]
     assert not bad, json.dumps(bad, indent=1)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("rank", [16, 64], ids=["dense", "gathered"])
+def test_other_numbers_of_rows_compile_nothing_new(rank):
+    """Batches of other lengths: divisible by 16 or not, other chunks and other parts of k."""
+    program = f"""
+from tests.kernels.triton_compile import Compiler, training_step
+kernels = []
+with Compiler(kernels.append) as compiler:
+    compiler.target(90)
+    for m in (8192, 8176, 8191, 5003, 4999):
+        training_step(m, {rank})
+        print(len(kernels))
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    counts = [int(line) for line in done.stdout.split()]
+    assert counts[0] > 5 and counts == counts[:1] * 5
 
 
 def test_rules_can_fail():

@@ -1,30 +1,25 @@
 """The Triton backend on a real GPU: values, bits, graphs, no synchronisation."""
 
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
 
-from ckf.kernels import multi_lora_linear, ops
+from ckf.kernels import group, multi_lora_linear, ops
+from ckf.kernels.group import GroupShape
 from ckf.kernels.slots import compact_slots
-from tests.kernels.cases import assert_as_good_as_reference, random_case, run_with_gradients
+from ckf.kernels.stacks import Stacks
+from tests.kernels.cases import (
+    assert_as_good_as_reference,
+    on_gpu,
+    random_case,
+    run_with_gradients,
+)
 
 pytestmark = pytest.mark.gpu
 triton_backend = partial(multi_lora_linear, backend="triton")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def on_gpu(case, dtype):
-    """The case on the GPU in ``dtype``, its gates in float32."""
-    gates = case.gates.detach().float().cuda().requires_grad_(case.gates.requires_grad)
-    case = case.to(dtype)
-    for name in ("x", "weight", "bias"):
-        tensor = getattr(case, name)
-        setattr(case, name, tensor.detach().cuda().requires_grad_(tensor.requires_grad))
-    case.a = [t.detach().cuda().requires_grad_() for t in case.a]
-    case.b = [t.detach().cuda().requires_grad_() for t in case.b]
-    case.gates, case.task_ids = gates, case.task_ids.cuda()
-    return case
 
 
 def assert_right(case, function=triton_backend):
@@ -178,6 +173,36 @@ def test_stress(seed, dtype):
     for _ in range(19):
         again = run_with_gradients(triton_backend, case, dy)
         assert all(torch.equal(p, q) for p, q in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dense_products_draw_their_mask_by_a_kernel(dtype):
+    """The same bits as with the mask of torch, and no warning that the kernel is missing."""
+    case = on_gpu(random_case(m=300, k=264, n=129, dropout_p=0.3), dtype)
+    dy = torch.randn(300, 129, device="cuda")
+    dense = partial(multi_lora_linear, backend="torch")
+    assert group.kernel_draws(case.x.device)
+    ours = run_with_gradients(dense, case, dy)
+    with patch.object(group, "drops_by_kernel", lambda rows: False):
+        plain = run_with_gradients(dense, case, dy)
+    assert all(torch.equal(p, q) for p, q in zip(ours, plain, strict=True))
+
+
+@pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ranks", [[[16] * 5] * 3, [[3, 8, 1], [0, 5, 17, 128]]])
+def test_one_launch_stacks_what_torch_stacks(ranks, adapters):
+    from ckf.kernels.triton_stack import stack
+
+    shape = GroupShape(tuple(map(tuple, ranks)), 0.0)
+    k, n, last = 520, 777, {"dtype": adapters, "device": "cuda"}
+    a = [torch.randn(r, k, **last) for own in ranks for r in own]
+    b = [torch.randn(n, r, **last) for own in ranks for r in own]
+    gates = [torch.randn(4, len(own), device="cuda") for own in ranks]
+    ours, plain = (f(shape, gates, a, b, torch.bfloat16) for f in (stack, Stacks.of))
+    for one, other in zip(
+        [ours.a, ours.gates, *ours.b], [plain.a, plain.gates, *plain.b], strict=True
+    ):
+        assert torch.equal(one, other)
 
 
 def test_no_synchronisation():

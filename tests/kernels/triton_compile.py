@@ -27,6 +27,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from ckf.kernels.group import GroupShape
 from ckf.kernels.launch import (
     DENSE_RANK,
     expand_launch,
@@ -37,6 +38,8 @@ from ckf.kernels.launch import (
     outer_launch,
     shrink_launch,
 )
+from ckf.kernels.triton_backend import backward_pass, forward_pass
+from ckf.kernels.triton_drop import drop
 from ckf.kernels.triton_expand import expand
 from ckf.kernels.triton_gather import gather_expand, gather_shrink
 from ckf.kernels.triton_gather_outer import gather_outer
@@ -44,6 +47,7 @@ from ckf.kernels.triton_gemm import gemm, gemm_dx, why_not_gemm
 from ckf.kernels.triton_groups import group_rows
 from ckf.kernels.triton_outer import outer
 from ckf.kernels.triton_shrink import shrink
+from ckf.kernels.triton_stack import stack
 
 ARCHS = (80, 90, 100)
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}  # bytes a program
@@ -151,7 +155,7 @@ def left_operands(ptx: str) -> list[str]:
 
 
 def element_type(arguments: dict) -> str:
-    names = ("p_x", "d_x", "p_h", "p_part", "p_ids")
+    names = ("p_x", "d_x", "p_h", "p_part", "p_ids", "p_a")
     first = next(arguments[name] for name in names if name in arguments)
     return str(getattr(first, "base", first).dtype).removeprefix("torch.")
 
@@ -190,6 +194,34 @@ def launches(arch: int, tf32: bool = False):
             if key not in seen:
                 seen.add(key)
                 yield launch
+    if not tf32:
+        yield from small_calls()
+
+
+def small_calls():
+    """Stacking experts, alone and for three linears, and the mask of the dense-gated products."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    for linears, rank, adapters in ((3, 16, fp32), (1, 20, bf16)):
+        a = [meta(rank, 4096, dtype=adapters) for _ in range(5 * linears)]
+        b = [meta(4096, rank, dtype=adapters) for _ in range(5 * linears)]
+        gates = [meta(4, 5, dtype=fp32) for _ in range(linears)]
+        yield partial(stack, GroupShape(((rank,) * 5,) * linears, 0.0), gates, a, b, bf16)
+    for dtype, k in ((bf16, 4096), (fp32, 4095)):
+        yield partial(drop, meta(8192, k, dtype=dtype), meta(1, dtype=torch.int64), 0.1)
+
+
+def training_step(m: int, rank: int, tasks: int = 4, plan: str = "expand") -> None:
+    """Every launch of a forward and a backward pass of one linear over m rows, hard gates."""
+    bf16, ids, seed = torch.bfloat16, meta(m, dtype=torch.int64), meta(1, dtype=torch.int64)
+    experts, shape = tasks + 1, GroupShape(((rank,) * (tasks + 1),), 0.1)
+    a = [meta(rank, 512, dtype=torch.float32) for _ in range(experts)]
+    b = [meta(384, rank, dtype=torch.float32) for _ in range(experts)]
+    x, dy, weight = meta(m, 512, dtype=bf16), meta(m, 384, dtype=bf16), meta(384, 512, dtype=bf16)
+    gates = [meta(tasks, experts, dtype=torch.float32)]
+    last = (ids, seed, False, meta(tasks, rank * experts, dtype=torch.int32), 2 * rank)
+    _, saved = forward_pass(shape, x, [weight], [None], gates, a, b, *last, plan)
+    needs = [True, False, False, False, *[True] * (2 * experts)]
+    backward_pass(shape, [dy], x, saved, [weight], gates, a, b, *last, needs, plan)
 
 
 def calls(arch: int, dtype, m: int, k: int, r: int, dropout_p: float):
