@@ -13,8 +13,9 @@ ROOT=${VERSIONS_DIR:-build/versions}
 PYTHON=${PYTHON:-python3}
 default='-m "not gpu and not slow"'
 ARGS=${PYTEST_ARGS:-$default}
+# numpy: the interpreter of Triton 3.6, which the tests use, fails with 2.4
 declare -A SETS=(
-    [oldest]="torch==2.11.0 transformers==5.0.0 triton==3.6.0"
+    [oldest]="torch==2.11.0 transformers==5.0.0 triton==3.6.0 numpy==2.3.5"
     [newest]="torch transformers triton"
 )
 
@@ -24,7 +25,7 @@ import importlib.metadata as metadata
 import platform
 
 found = [f"Python {platform.python_version()}"]
-for name in ("torch", "transformers", "triton"):
+for name in ("torch", "transformers", "triton", "numpy"):
     try:
         found.append(f"{name} {metadata.version(name)}")
     except metadata.PackageNotFoundError:

@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 
 from ckf.data.errors import DataError
-from ckf.data.files import Limits, blocks, lines
+from ckf.data.files import Limits, blocks, is_text, lines
 from ckf.data.interactions import Broken, Builder, parse_rating, parse_time
 
 FIELDS = ("user", "item", "rating", "time")
@@ -73,7 +73,7 @@ def _add_block(
     try:
         text = pl.Series(rows, dtype=pl.String)
     except UnicodeEncodeError:  # bytes that do not fit the encoding: find the lines
-        good = [index for index, row in enumerate(rows) if _is_text(row)]
+        good = [index for index, row in enumerate(rows) if is_text(row)]
         for index in sorted(set(range(len(rows))) - set(good)):
             out.bad.add(path, first + index, "not in the file's encoding (UTF-8)")
             out.bad.lines += 1
@@ -135,14 +135,6 @@ def _parse(text: pl.Series, sep: str, columns: dict[str, int | None]) -> pl.Data
     return frame.with_columns(
         pl.when("fine").then(pl.col("time").floor()).otherwise(0).cast(pl.Int64).alias("time")
     )
-
-
-def _is_text(row: str) -> bool:
-    try:
-        row.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _reason(row: str, sep: str, columns: dict[str, int | None]) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 from ckf.data.errors import DataError
 
 _GZIP = b"\x1f\x8b"
+_LONGEST = 255  # characters of a file name
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,10 @@ def inside(root: Path, name: str) -> Path:
     here. DataError names the path and the fix.
     """
     pure = PurePosixPath(name)
+    if not pure.parts or "\0" in name or not is_text(name) or len(name) > _LONGEST:
+        raise DataError(f"{name!r} is no file name; give one of the files in {root}")
     if (
-        not name
-        or pure.is_absolute()
+        pure.is_absolute()
         or PureWindowsPath(name).is_absolute()
         or ".." in pure.parts
         or ".." in PureWindowsPath(name).parts
@@ -54,6 +56,15 @@ def inside(root: Path, name: str) -> Path:
             f"file {name!r} in {root} is a link that leaves the data folder; copy the file there"
         )
     return path
+
+
+def is_text(text: str) -> bool:
+    """Whether it can be stored: no lone surrogates, which stand for bytes that fit no encoding."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def find_file(root: Path, what: str, patterns: list[str], avoid: tuple[str, ...] = ()) -> Path:
@@ -174,8 +185,12 @@ def lines(path: Path, limits: Limits) -> Iterator[tuple[int, bytes]]:
 
 def csv_records(
     path: Path, limits: Limits, sep: str = ",", errors: str = "replace"
-) -> Iterator[tuple[int, list[str]]]:
-    """(number of its first line, fields) of every CSV record; ``errors`` as ``bytes.decode``."""
+) -> Iterator[tuple[range, list[str] | csv.Error]]:
+    """(its lines, fields) of every CSV record; ``errors`` as ``bytes.decode``.
+
+    A record whose quotes do not fit comes as the error, with all lines that it swallowed: a quote
+    that is never closed must not make the rest of a file one field.
+    """
     held = 0  # characters of the record under way: a quote left open makes it the whole file
 
     def feed(text: io.TextIOWrapper) -> Iterator[str]:
@@ -188,20 +203,20 @@ def csv_records(
 
     with guarded(path), open_bytes(path, limits) as file:
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors=errors, newline="")
-        reader = csv.reader(feed(text), delimiter=sep)
-        before = 0
-        try:
-            for row in reader:
-                number, before, held = before + 1, reader.line_num, 0
-                yield number, row
-        except csv.Error as error:
-            raise DataError(
-                f"{path.name}:{reader.line_num}: {error}; mend the quotes of the file"
-            ) from error
+        reader = csv.reader(feed(text), delimiter=sep, strict=True)
+        row, before = [], 0
+        while row is not None:
+            try:
+                row = next(reader, None)
+            except csv.Error as error:  # the reader goes on at the next line
+                row = error
+            if row is not None:
+                numbers, before, held = range(before + 1, reader.line_num + 1), reader.line_num, 0
+                yield numbers, row
 
 
 class guarded:
-    """Turns the errors of a file that is cut off or damaged into one DataError."""
+    """Turns the errors of a file that is cut off, damaged or unreadable into one DataError."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -213,4 +228,9 @@ class guarded:
         if isinstance(error, (EOFError, gzip.BadGzipFile, zlib.error)):
             raise DataError(
                 f"{self.path} is cut off or damaged ({error}); download or copy it again"
+            ) from error
+        if isinstance(error, OSError):
+            raise DataError(
+                f"{self.path} cannot be read ({error.strerror or error}); look at its permissions "
+                "and its disk"
             ) from error

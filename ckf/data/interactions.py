@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import re
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,7 +21,11 @@ _TAG = re.compile(r"<br\s*/?>|</?(?:p|b|i|em|strong|span|div)\b[^<>]{0,200}>", r
 
 
 class Broken(Exception):
-    """A line that cannot be used, with the reason."""
+    """A line, or a record of several, that cannot be used, with the reason."""
+
+    def __init__(self, reason: str, lines: int = 1):
+        super().__init__(reason)
+        self.lines = lines
 
 
 @dataclass
@@ -79,9 +83,9 @@ class BrokenLines:
         self.broken = 0
         self.first: list[str] = []
 
-    def add(self, file: Path, number: int, reason: str) -> None:
-        """Note one broken line."""
-        self.broken += 1
+    def add(self, file: Path, number: int, reason: str, lines: int = 1) -> None:
+        """Note a broken line, or several from this one on."""
+        self.broken += lines
         if len(self.first) < SHOWN:
             self.first.append(f"{file.name}:{number}: {reason}")
 
@@ -222,9 +226,9 @@ def parse_rating(value) -> float:
             raise ValueError
         rating = float(value)
     except (TypeError, ValueError, OverflowError) as error:
-        raise Broken(f"rating {_show(value)} is not a number") from error
+        raise Broken(f"rating {show(value)} is not a number") from error
     if not abs(rating) <= 3e38:  # also NaN; float32 holds no more
-        raise Broken(f"rating {_show(value)} is not finite")
+        raise Broken(f"rating {show(value)} is not finite")
     return rating
 
 
@@ -235,32 +239,34 @@ def parse_time(value, per_second: int = 1) -> int:
             raise ValueError
         seconds = int(value) // per_second
     except OverflowError as error:
-        raise Broken(f"time {_show(value)} is not finite") from error
+        raise Broken(f"time {show(value)} is not finite") from error
     except (TypeError, ValueError):
         seconds = _parse_other_time(value, per_second)
     if not -_LIMIT < seconds < _LIMIT:
-        raise Broken(f"time {_show(value)} is out of range")
+        raise Broken(f"time {show(value)} is out of range")
     return seconds
 
 
 def _parse_other_time(value, per_second: int) -> int:
-    if not isinstance(value, (str, datetime)):
-        raise Broken(f"time {_show(value)} is not a number")
+    if not isinstance(value, (str, date)):
+        raise Broken(f"time {show(value)} is not a number")
     try:
         return int(float(value) // per_second)
     except OverflowError as error:
-        raise Broken(f"time {_show(value)} is not finite") from error
+        raise Broken(f"time {show(value)} is not finite") from error
     except (TypeError, ValueError):
         pass
     try:
-        moment = value if isinstance(value, datetime) else datetime.fromisoformat(value.strip())
+        text = value.strip() if isinstance(value, str) else value.isoformat()
+        moment = datetime.fromisoformat(text)
         if moment.tzinfo is None:
             moment = moment.replace(tzinfo=UTC)
         return int(moment.timestamp() // 1)
     except (ValueError, OverflowError) as error:
-        raise Broken(f"time {_show(value)} is neither a number nor a date") from error
+        raise Broken(f"time {show(value)} is neither a number nor a date") from error
 
 
-def _show(value) -> str:
+def show(value) -> str:
+    """A value for a message, cut where it is long."""
     shown = repr(value)
     return shown if len(shown) <= 40 else shown[:37] + "..."

@@ -5,6 +5,7 @@ User files with ages and zip codes are not opened.
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 from ckf.data.config import DataConfig
@@ -65,7 +66,10 @@ def read_csv(config: DataConfig, files: list[Path], out: Builder) -> None:
     read_delimited(files[0], ",", columns, out, header=True, encoding="utf-8")
     wanted = {"item": ("movieId",), "title": ("title",)}
     positions = header_columns(files[1], ",", wanted, out.limits)
-    for number, row in csv_records(files[1], out.limits):
+    for numbers, row in csv_records(files[1], out.limits):
+        number = numbers[0]
+        if isinstance(row, csv.Error):
+            raise DataError(f"{files[1].name}:{number}: {row}; mend the quotes of the file")
         if number == 1 or not row:
             continue
         if len(row) <= max(positions.values()):

@@ -22,6 +22,7 @@ from ckf.data.config import SPLITS, TASKS, DataConfig, TaskRows
 from ckf.data.errors import DataError
 from ckf.data.explain import has_explanation
 from ckf.data.fetch import fetch
+from ckf.data.files import guarded
 from ckf.data.interactions import Interactions
 from ckf.data.prepared import (
     CANDIDATES,
@@ -89,9 +90,19 @@ def _locate(config: DataConfig, path: str | Path | None) -> tuple[Path, DataConf
                 "download in data.source"
             )
         return fetch(config.source), config
-    root = Path(chosen).expanduser()
-    if not root.exists():
-        raise DataError(f"{root} does not exist; give the folder (or file) of the raw data")
+    try:
+        root = Path(chosen).expanduser()
+        root.stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        message = f"{root} does not exist; give the folder (or file) of the raw data"
+        raise DataError(message) from error
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, ~ of nobody, ...
+        why = getattr(error, "strerror", None) or error
+        raise DataError(
+            f"{chosen} cannot be opened ({why}); give the folder (or file) of the raw data"
+        ) from error
+    if not (root.is_file() or root.is_dir()):  # a pipe or a device has no end
+        raise DataError(f"{root} is neither a folder nor a file; give that of the raw data")
     if root.is_file():
         return root.resolve().parent, dataclasses.replace(config, reviews=root.resolve().name)
     return root, config
@@ -118,9 +129,14 @@ def _settings(
         "data": data,
         "tasks": {name: dataclasses.asdict(rows) for name, rows in sorted(tasks.items())},
         "seed": seed,
-        "sources": {path.relative_to(root).as_posix(): file_sha256(path) for path in files},
+        "sources": {path.relative_to(root).as_posix(): _source_sha256(path) for path in files},
     }
     return json.loads(json.dumps(settings))
+
+
+def _source_sha256(path: Path) -> str:
+    with guarded(path):
+        return file_sha256(path)
 
 
 def _reusable(out: Path, settings: dict) -> bool:

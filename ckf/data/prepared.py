@@ -99,7 +99,8 @@ class Texts:
         self.__init__(state["path"])
 
     def __getitem__(self, row: int) -> str:
-        return bytes(self.blob[self.offsets[row] : self.offsets[row + 1]]).decode("utf-8")
+        data = self.blob[self.offsets[row] : self.offsets[row + 1]]
+        return bytes(data).decode("utf-8", "replace")  # what ckf wrote needs no replacing
 
 
 @dataclass
@@ -193,10 +194,14 @@ def read_manifest(folder: str | Path) -> dict:
     """The manifest of a prepared folder; DataError when it is no such folder."""
     path = Path(folder) / MANIFEST
     try:
+        if not path.is_file():  # nor is a pipe or a device, which have no end
+            raise FileNotFoundError(path)
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
+    except OSError as error:
+        why = f": {error.strerror}" if error.strerror else ""
         raise DataError(
-            f"{folder} is not a prepared data folder: it has no {MANIFEST}; prepare it first"
+            f"{folder} is not a prepared data folder: it has no {MANIFEST} that can be read{why}; "
+            "prepare it first"
         ) from error
     except (ValueError, RecursionError) as error:  # also bytes that are no UTF-8
         raise _damaged(path, str(error)) from error

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
 from ckf.data.config import SPLITS, TIME_UNITS, DataConfig
 from ckf.data.errors import DataError
 from ckf.data.files import Limits, csv_records, find_file, lines, too_long
-from ckf.data.interactions import CHUNK, Broken, Builder, parse_rating, parse_time
+from ckf.data.interactions import CHUNK, Broken, Builder, parse_rating, parse_time, show
 from ckf.data.titles import clean_title
 
 _PATTERNS = ["*.csv*", "*.tsv*", "*.jsonl*", "*.json*", "*.parquet"]
@@ -37,7 +39,8 @@ def read(config: DataConfig, paths: list[Path], out: Builder) -> None:
                 raise row
             _add(row, config, out)
         except Broken as error:
-            out.bad.add(paths[0], number, str(error))
+            out.bad.lines += error.lines - 1
+            out.bad.add(paths[0], number, str(error), error.lines)
 
 
 def _rows(
@@ -74,16 +77,19 @@ def _csv_rows(
 ) -> Iterator[tuple[int, dict | Broken]]:
     # surrogateescape: bytes that are no UTF-8 become a broken line, not a crash
     records = csv_records(path, limits, sep, errors="surrogateescape")
-    _, header = next(records, (1, []))
+    _, header = next(records, (range(0), []))
+    if isinstance(header, csv.Error):
+        raise DataError(f"{path.name}:1: {header}; mend the quotes of the file")
     _check_columns(path, columns, header)
     places = {name: header.index(column) for name, column in columns.items()}
-    for number, row in records:
-        if not row:
-            continue
-        if len(row) != len(header):
-            yield number, Broken(f"{len(row)} fields instead of {len(header)}")
-            continue
-        yield number, {name: row[place] for name, place in places.items()}
+    for numbers, row in records:
+        if isinstance(row, csv.Error):
+            yield numbers[0], Broken(f"its quotes do not fit ({row})", len(numbers))
+        elif row and len(row) != len(header):
+            reason = f"{len(row)} fields instead of {len(header)}"
+            yield numbers[0], Broken(reason, len(numbers))
+        elif row:
+            yield numbers[0], {name: row[place] for name, place in places.items()}
 
 
 def _json_rows(
@@ -157,26 +163,39 @@ def _check_lengths(path: Path, part, start: int, limits: Limits) -> None:
 
 def _add(row: dict, config: DataConfig, out: Builder) -> None:
     rating, label = row.get("rating"), row.get("label")
-    item = _id(row["item"], "item")
+    item, title = _id(row["item"], "item"), _words(row.get("title"), "title")
     out.add(
         _id(row["user"], "user"),
         item,
         float("nan") if rating in _MISSING else parse_rating(rating),
         parse_time(row["time"], TIME_UNITS[config.time_unit]),
-        text=str(row.get("text") or ""),
+        text=_words(row.get("text"), "text"),
         label=-1 if label in _MISSING else _flag(label, "label"),
         split=_split(row["split"]) if "split" in row and config.split.kind == "given" else -1,
         not_cold=-1 if row.get("not_cold") in _MISSING else _flag(row["not_cold"], "not_cold"),
     )
-    title = row.get("title")
     if title and not out.titles.get(item):
-        out.titles[item] = clean_title(str(title))
+        out.titles[item] = clean_title(title)
 
 
 def _id(value, what: str) -> str:
     if value in _MISSING:
         raise Broken(f"the {what} id is empty")
-    return str(value).strip()
+    no_number = isinstance(value, float) and not math.isfinite(value)
+    if isinstance(value, bool) or no_number:
+        raise Broken(f"the {what} id is {show(value)}; expected a string or a number")
+    return _words(value, f"{what} id").strip()
+
+
+def _words(value, what: str) -> str:
+    if isinstance(value, list | dict):
+        raise Broken(f"the {what} is {show(value)}; expected a string")
+    try:
+        words = value.decode() if isinstance(value, bytes) else str("" if value is None else value)
+        words.encode()
+    except UnicodeError as error:  # also lone surrogates
+        raise Broken("not valid UTF-8") from error
+    return words
 
 
 def _flag(value, what: str) -> int:

@@ -14,10 +14,13 @@ _MOVED = re.compile(
 
 
 def clean_title(title: str) -> str:
-    """HTML entities undone (twice: some sources escape twice), white space collapsed."""
+    """HTML entities undone (twice: some sources escape twice), white space collapsed.
+
+    Half a character (a lone surrogate, as JSON may hold) becomes a question mark.
+    """
     if "&" in title:
         title = html.unescape(html.unescape(title))
-    return " ".join(title.split())
+    return " ".join(title.split()).encode("utf-8", "replace").decode()
 
 
 def movie_title(title: str) -> str:

@@ -29,7 +29,7 @@ _ugly = st.sampled_from(
     [
         b"\x00", b"\xff\xfe", b"\n", b"\r", b'"', b"\\", b"{", b"[" * 3000, b"nan", b"-1", b"1e999",
         b"9" * 5000, b"\xed\xa0\x80", b"null", b"true", b"\t\t\t\t", b"::::", b",,,,", b"||||",
-        b"(" * 3000, b"-" * 3000 + b"1", "\u202e\u0000é\U0001f600".encode(), b"1" * 20,
+        rb"\ud800", b"(" * 3000, b"-" * 3000 + b"1", "\u202e\u0000é\U0001f600".encode(), b"1" * 20,
     ]
 )  # fmt: skip
 

@@ -214,8 +214,8 @@ def test_a_pickle_is_never_read(saved):
 
 @pytest.fixture
 def folder(tmp_path):
-    raw = samples.movielens_100k(tmp_path / "raw", samples.events())
-    samples.prepared(raw, tmp_path / "out", format="movielens-100k")
+    raw = samples.amazon(tmp_path / "raw", samples.events())  # with texts
+    samples.prepared(raw, tmp_path / "out", format="amazon")
     return tmp_path / "out"
 
 

@@ -1,6 +1,7 @@
 """The torch backend against float64 on whatever arguments fit, and its refusal of what does not.
 
-Cases are drawn by hypothesis: 2,000 in all, or CKF_FUZZ of them. The judge is the float64
+Cases are drawn by hypothesis: 2,000 in all, or CKF_FUZZ of them; test_backends.py draws for the
+other backends, where every case costs more. The judge is the float64
 reference; the error may be twice that of the same products in the case's own dtype, plus four
 roundings of the sum of absolute values, which bounds what any order of the same sum can lose.
 """
@@ -114,10 +115,10 @@ def strided(t: Tensor, how: str) -> Tensor:
 
 
 @st.composite
-def groups(draw, by_runs: bool = False):
+def groups(draw, by_runs: bool = False, dtypes=DTYPES):
     """A group of one to three linears that share x, with everything that may differ differing."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-    dtype = draw(st.sampled_from(DTYPES))
+    dtype = draw(st.sampled_from(dtypes))
     adapters = draw(st.sampled_from([dtype, torch.float32])) if dtype != torch.float64 else dtype
     tasks, k = draw(st.integers(1, 4)), draw(st.integers(1, 33))
     strides = st.sampled_from(["plain", "transposed", "every other", "inside"])
@@ -186,19 +187,19 @@ def reference(group: Group) -> list[Tensor]:
     return outputs
 
 
-def ours(group: Group) -> list[Tensor]:
+def ours(group: Group, backend: str = "torch") -> list[Tensor]:
     arguments = (group.x, group.weights, group.biases, group.a, group.b, group.gates, group.ids)
-    return list(multi_lora_group(*arguments, group.dropout_p, group.seed, backend="torch"))
+    return list(multi_lora_group(*arguments, group.dropout_p, group.seed, backend=backend))
 
 
-def ours_compact(group: Group) -> list[Tensor]:
+def ours_compact(group: Group, backend: str = "torch") -> list[Tensor]:
     """As the layers call it: gates are constants, H is saved compact."""
     live = [(gate != 0).tolist() for gate in group.gates]
     slots, width = compact_slots(live, [[t.shape[0] for t in a] for a in group.a])
     return list(
         run_group(
             group.x, group.weights, group.biases, group.a, group.b, group.gates, group.ids.long(),
-            group.dropout_p, group.seed, "torch", slots, width,
+            group.dropout_p, group.seed, backend, slots, width,
         )
     )  # fmt: skip
 

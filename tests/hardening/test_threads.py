@@ -1,5 +1,6 @@
 """Several things at once: threads, models, trainings, data workers."""
 
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import ckf
+from ckf.run import load_run
 from tests.test_train import assert_same_bits, read_log, run_again
 from tests.tiny import randomise_adapters, tiny_model, tokens
 
@@ -109,6 +111,22 @@ def test_one_training_after_the_other_gives_the_same_bits(small_model, prepared,
     assert [x["loss"] for x in read_log(runs[0].folder)] == [
         x["loss"] for x in read_log(runs[1].folder)
     ]
+
+
+def test_two_trainings_in_threads_both_end_whole(small_model, prepared, tmp_path):
+    """They share torch's random numbers, so their bits are not promised; what they save is."""
+
+    def train(name: str, tasks: list[str]):
+        return run_again(
+            small_model, prepared, tmp_path / name, train__steps=4, tasks={t: {} for t in tasks}
+        )
+
+    for run in together([lambda: train("a", ["ctr", "topk"]), lambda: train("b", ["topk", "ctr"])]):
+        losses = [line["loss"] for line in read_log(run.folder)]
+        assert len(losses) == 4 and all(math.isfinite(loss) for loss in losses)
+        saved = load_run(run.folder, "cpu").assembly.model.state_dict()
+        trained = run.assembly.model.state_dict()
+        assert all(torch.equal(trained[name], saved[name]) for name in trained)
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
