@@ -22,10 +22,8 @@ from ckf.kernels.group import GroupShape
 from ckf.kernels.stacks import Stacks
 
 ALIGNMENT = 16  # elements: the B of every linear starts where 16-byte loads can
-ROWS, BLOCK = (
-    16,
-    256,
-)  # rank columns (or tasks) and elements of k or n that a program copies at once
+ROWS = 16  # rank columns, or tasks, that a program copies at once
+BLOCK = 256  # elements of k or n
 
 
 @triton.jit(do_not_specialize=["tasks"])
@@ -91,10 +89,12 @@ def stack(
     b: Sequence[Tensor],
     dtype: torch.dtype,
 ) -> Stacks:
-    """``Stacks.of`` in one launch; that itself for many experts, or where some are strided."""
+    """``Stacks.of`` in one launch; that itself for many experts, for strided or unlike ones."""
     rank, k, tasks = shape.columns, a[0].shape[1], gates[0].shape[0]
     experts = shape.experts
-    if experts > launch.STACK_EXPERTS or not all(t.is_contiguous() for t in (*a, *b, *gates)):
+    alike = len({t.dtype for t in (*a, *b)}) == 1 and len({gate.dtype for gate in gates}) == 1
+    whole = all(t.is_contiguous() for t in (*a, *b, *gates))
+    if experts > launch.STACK_EXPERTS or not (alike and whole):
         return Stacks.of(shape, gates, a, b, dtype)
     layout, views, size = _layout(shape, tuple(t.shape[0] for t in b))
     new = {"dtype": dtype, "device": a[0].device}

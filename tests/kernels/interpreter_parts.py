@@ -51,13 +51,17 @@ def test_one_launch_stacks_what_torch_stacks(ranks, widths, k, tasks, adapters, 
         assert torch.equal(one, other) and one.dtype == other.dtype
 
 
-def test_many_or_strided_experts_are_stacked_by_torch(monkeypatch):
+def test_many_strided_or_unlike_experts_are_stacked_by_torch(monkeypatch):
     shape = GroupShape(((2, 3),), 0.0)
     a, b = [torch.randn(2, 8), torch.randn(3, 8)], [torch.randn(5, 2), torch.randn(5, 3)]
     gates = [torch.randn(4, 2)]
     plain = Stacks.of(shape, gates, a, b, torch.float32)
     strided = [t.t().contiguous().t() for t in a]
-    assert torch.equal(stack(shape, gates, strided, b, torch.float32).a, plain.a)
+    unlike = [a[0].double(), a[1]]
+    with patch.object(Stacks, "of", wraps=Stacks.of) as by_torch:
+        for other in (strided, unlike):
+            assert torch.equal(stack(shape, gates, other, b, torch.float32).a, plain.a)
+    assert by_torch.call_count == 2
     monkeypatch.setattr(launch, "STACK_EXPERTS", 1)
     with patch.object(Stacks, "of", wraps=Stacks.of) as by_torch:
         assert torch.equal(stack(shape, gates, a, b, torch.float32).b[0], plain.b[0])
