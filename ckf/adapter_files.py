@@ -147,19 +147,25 @@ def read_json(file: Path, root: Path, expected: str) -> dict:
 
 
 def check_inside(file: Path, root: Path) -> None:
-    """ValueError when a name or a link leads out of ``root``.
+    """ValueError when a name or a link leads out of ``root``, or to what is no ordinary file.
 
     The blobs of a hub's cache lie beside its snapshots and are linked to, so a snapshot counts with
     the cache folder of its own model.
     """
-    resolved = root.resolve()
+    try:
+        resolved, place = root.resolve(), file.resolve()
+        endless = place.exists() and not (place.is_file() or place.is_dir())
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, names that are none
+        raise ValueError(f"{file} cannot be found ({error}); give a folder of adapters") from error
     if resolved.parent.name == "snapshots":
         resolved = resolved.parent.parent
-    if not file.resolve().is_relative_to(resolved):
+    if not place.is_relative_to(resolved):
         raise ValueError(
-            f"{file} leads out of {root}, to {file.resolve()}; adapters are read from their own "
-            "folder only: put the file itself there"
+            f"{file} leads out of {root}, to {place}; adapters are read from their own folder "
+            "only: put the file itself there"
         )
+    if endless:
+        raise ValueError(f"{file} is a pipe or a device, no file; put the file itself there")
 
 
 def take(tensors: dict[str, Tensor], name: str, own: Tensor, file: Path) -> Tensor:

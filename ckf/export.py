@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ _UNSUPPORTED = (
     "use_dora",
     "use_qalora",
 )
+_HIGHEST_RANK = 2**31  # no file holds more; integers of JSON have no limit
 # Ways to draw the first A and B; any other one (PiSSA, OLoRA, ...) changes the base weights too.
 _HARMLESS_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
@@ -221,6 +223,11 @@ def _check_config(config: dict, file: Path) -> None:
             f"{file}: init_lora_weights is {start!r}, which changes the base weights as well; save "
             "it from PEFT with path_initial_model_for_weight_conversion, as a plain LoRA"
         )
+    if not isinstance(config.get("use_rslora"), bool | None):
+        raise ValueError(
+            f"{file}: use_rslora is {config['use_rslora']!r}; expected true or false: it decides "
+            "the scaling"
+        )
     if not isinstance(config.get("r"), int) or not isinstance(
         config.get("lora_alpha"), int | float
     ):
@@ -235,7 +242,7 @@ def _scaling(config: dict, name: str, file: Path) -> tuple[int, float]:
             for pattern, value in (config.get(key) or {}).items():
                 if re.match(rf"(.*\.)?({pattern})$", name):
                     return value
-        except (re.error, AttributeError) as error:
+        except (re.error, RecursionError, OverflowError, AttributeError) as error:
             raise ValueError(
                 f"{file}: {key} is {config[key]!r} ({error}); expected a table of patterns"
             ) from error
@@ -243,8 +250,8 @@ def _scaling(config: dict, name: str, file: Path) -> tuple[int, float]:
 
     rank = patterned("rank_pattern", config["r"])
     alpha = patterned("alpha_pattern", config["lora_alpha"])
-    numbers = isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float)
-    if not numbers or not math.isfinite(alpha):
+    numbers = isinstance(rank, int) and isinstance(alpha, int | float)
+    if not numbers or not 0 < rank <= _HIGHEST_RANK or not abs(alpha) <= sys.float_info.max:
         raise ValueError(
             f"{file}: {name} has rank {rank!r} and lora_alpha {alpha!r}; expected a whole number "
             "above 0 and a finite number"

@@ -249,7 +249,7 @@ class MultiLoRALinear(nn.Module):
             self.backend,
             slots,
             width,
-            self._decode[len(layers) > 1],
+            self._decode[int(len(layers) > 1)],  # torch 2.11 traces no tuple[bool]
         )
 
     def gates(self, device: torch.device) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -251,8 +252,9 @@ def _as_targets(targets: Targets) -> Targets:
 
 
 def _check_settings(settings: PatchSettings) -> None:
-    if not isinstance(settings.lora_alpha, int | float) or not math.isfinite(settings.lora_alpha):
-        raise ValueError(f"lora_alpha is {settings.lora_alpha!r}; expected a finite number")
+    alpha = settings.lora_alpha
+    if not isinstance(alpha, int | float) or not abs(alpha) <= sys.float_info.max:
+        raise ValueError(f"lora_alpha is {alpha!r}; expected a finite number")
     dropout = settings.lora_dropout
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise ValueError(f"lora_dropout is {dropout!r}; expected a number from 0 up, below 1")
@@ -280,7 +282,7 @@ def _find_targets(model: nn.Module, targets: Targets) -> set[str]:
     if isinstance(targets, str):
         try:
             pattern = re.compile(targets)
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise ValueError(
                 f"target_modules {targets!r} is no valid regular expression ({error}); give one, "
                 'a list of suffixes, or "all-linear"'

@@ -15,7 +15,7 @@ default='-m "not gpu and not slow"'
 ARGS=${PYTEST_ARGS:-$default}
 # numpy: the interpreter of Triton 3.6, which the tests use, fails with 2.4
 declare -A SETS=(
-    [oldest]="torch==2.11.0 transformers==5.0.0 triton==3.6.0 numpy==2.3.5"
+    [oldest]="torch==2.11.0 transformers==5.10.1 triton==3.6.0 numpy==2.3.5"
     [newest]="torch transformers triton"
 )
 

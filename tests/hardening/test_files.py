@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import struct
 from pathlib import Path
@@ -147,6 +148,25 @@ def test_links_out_of_the_folder_are_not_followed(name, saved, tmp_path):
         ckf.load_adapters(patched(), saved)
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["pipe", "device", "circle"])
+@pytest.mark.parametrize("name", ["ckf.json", "ctr/adapter_model.safetensors"])
+def test_what_has_no_end_is_never_read(name, kind, saved):
+    """Opening a pipe waits for its writer; a zero device fills the memory."""
+    file = saved / name
+    file.unlink()
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    else:
+        file.symlink_to(file.name)
+    for load in (ckf.load_adapters, load_patched):
+        model = tiny_model() if load is load_patched else patched()
+        with pytest.raises(ValueError, match=r"is a pipe or|leads out of|cannot be found"):
+            load(model, saved)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -157,12 +177,14 @@ def test_links_out_of_the_folder_are_not_followed(name, saved, tmp_path):
         ("lora_alpha", "16"),
         ("lora_dropout", None),
         ("lora_alpha", 1e999),
+        pytest.param("lora_alpha", 10**400, id="a huge alpha"),
         ("use_rslora", "no"),
         ("backend", ["auto"]),
         ("backend", "os.system"),
         ("shared_modules", 5),
         ("task_modules", [["q_proj"]]),
         ("task_modules", "(("),
+        ("task_modules", "(" * 5000),
     ],
 )
 def test_settings_of_strangers_are_checked_before_the_model_is_touched(key, value, saved):
@@ -183,12 +205,18 @@ def test_settings_of_strangers_are_checked_before_the_model_is_touched(key, valu
         ("r", -1),
         ("r", "2"),
         ("r", 10**12),
+        pytest.param("r", 10**400, id="a huge r"),
+        ("r", 2.0),
         ("lora_alpha", 1e999),
+        pytest.param("lora_alpha", 10**400, id="a huge alpha"),
+        ("use_rslora", "no"),
         ("rank_pattern", ["q_proj"]),
         ("rank_pattern", {"((": 2}),
         ("rank_pattern", {"q_proj": "2"}),
         ("alpha_pattern", {"q_proj": None}),
         ("alpha_pattern", {"q_proj": 1e999}),
+        pytest.param("alpha_pattern", {"q_proj": 10**400}, id="a huge pattern"),
+        ("alpha_pattern", {"(" * 5000: 1}),
     ],
 )
 def test_peft_settings_of_strangers_are_checked(key, value, saved):
