@@ -61,7 +61,7 @@ def forward_pass(
             (slots.compact_slots); None: any gate may be non-zero.
     """
     if _takes_runs(x, save_plain):
-        runs = torch_runs.find_runs(task_ids.reshape(-1))
+        runs = torch_runs.paying_runs(shape, task_ids.reshape(-1), gates, x, b)
         if runs is not None:
             columns = width if slots is not None else shape.columns
             return torch_runs.forward_pass(
@@ -108,7 +108,7 @@ def backward_pass(
     rows = x.reshape(-1, x.shape[-1])
     dys = [dy.reshape(rows.shape[0], dy.shape[-1]) for dy in dys]
     if _takes_runs(x, save_plain):
-        runs = torch_runs.find_runs(task_ids.reshape(-1))
+        runs = torch_runs.paying_runs(shape, task_ids.reshape(-1), gates, x, b)
         if runs is not None:
             return torch_runs.backward_pass(
                 shape, runs, dys, x, saved, weights, gates, a, b, seed, needs

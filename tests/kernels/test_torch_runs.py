@@ -4,8 +4,13 @@ import pytest
 import torch
 
 from ckf.kernels import multi_lora_group, multi_lora_linear, torch_runs
-from ckf.kernels.torch_runs import find_runs
-from tests.kernels.cases import assert_as_good_as_reference, random_case, run_with_gradients
+from ckf.kernels.group import GroupShape
+from ckf.kernels.torch_runs import paying_runs
+from tests.kernels.cases import (
+    assert_as_good_as_reference,
+    random_case,
+    run_with_gradients,
+)
 
 SORTED = [0] * 140 + [2] * 133 + [-1] * 135 + [1] * 1 + [2] * 270
 
@@ -14,10 +19,11 @@ def by_runs(*arguments):
     return multi_lora_linear(*arguments, backend="torch")
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def calls(monkeypatch):
-    """Counts the calls that go by runs."""
+    """Counts the calls that go by runs; here all that may do."""
     count = []
+    monkeypatch.setattr(torch_runs, "PRODUCT_COST", -1.0)
     original = torch_runs.forward_pass
     monkeypatch.setattr(torch_runs, "forward_pass", lambda *a: count.append(1) or original(*a))
     return count
@@ -46,7 +52,8 @@ def test_soft_gates_without_gradient_and_live_experts_of_other_tasks(calls):
     assert calls
 
 
-def test_scattered_ids_go_the_dense_way(calls):
+def test_scattered_ids_go_the_dense_way(calls, monkeypatch):
+    monkeypatch.setattr(torch_runs, "PRODUCT_COST", 6.5e6)
     assert_as_good_as_reference(by_runs, random_case(m=200))
     assert not calls
 
@@ -92,7 +99,7 @@ def test_group_with_different_experts_and_an_update_alone(calls, monkeypatch):
 
     by_run = run()
     assert len(calls) == 1
-    monkeypatch.setattr("ckf.kernels.torch_runs.find_runs", lambda ids: None)
+    monkeypatch.setattr("ckf.kernels.torch_runs.paying_runs", lambda *a: None)
     for fast, dense in zip(by_run, run(), strict=True):
         torch.testing.assert_close(fast, dense)
     assert len(calls) == 1
@@ -102,7 +109,7 @@ def test_equals_the_dense_way(monkeypatch):
     case = sorted_case(dropout_p=0.2, dtype=torch.float64)
     dy = torch.randn(len(SORTED), 17, dtype=torch.float64)
     runs = run_with_gradients(by_runs, case, dy)
-    monkeypatch.setattr("ckf.kernels.torch_runs.find_runs", lambda ids: None)
+    monkeypatch.setattr("ckf.kernels.torch_runs.paying_runs", lambda *a: None)
     dense = run_with_gradients(by_runs, case, dy)
     for p, q in zip(runs, dense, strict=True):
         torch.testing.assert_close(p, q)
@@ -133,9 +140,26 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(function, [*a, *b], eps=1e-6, atol=1e-7)
 
 
-def test_runs_are_found_or_refused():
-    assert find_runs(torch.tensor([1, 1, 0])) is None  # too short to pay
-    assert find_runs(torch.tensor([2] * 128 + [0] * 200)) == [(0, 128, 2), (128, 328, 0)]
-    assert find_runs(torch.tensor([1] * 128)) == [(0, 128, 1)]
-    assert find_runs(torch.tensor([1] * 127)) is None
-    assert find_runs(torch.zeros(0, dtype=torch.int64)) is None
+def runs_of(ids, ranks, k=576, n=1536, linears=1):
+    """``paying_runs`` of hard gates."""
+    experts = len(ranks)
+    gate = torch.tensor(
+        [[float(e in (0, 1 + t)) for e in range(experts)] for t in range(experts - 1)]
+    )
+    shape = GroupShape((tuple(ranks),) * linears, 0.0)
+    b = [torch.empty(n, r, device="meta") for r in ranks] * linears
+    x = torch.empty(len(ids), k, device="meta")
+    return paying_runs(shape, torch.tensor(ids, dtype=torch.int64), [gate] * linears, x, b)
+
+
+def test_runs_are_found_or_refused(monkeypatch):
+    assert runs_of([1, 1, 0], [4] * 4) == [(0, 2, 1), (2, 3, 0)]
+    assert runs_of([], [4] * 4) is None
+    monkeypatch.setattr(torch_runs, "PRODUCT_COST", 6.5e6)
+    four, many = [16] * 5, [16] * 65
+    assert runs_of([2] * 140 + [0] * 200, four) == [(0, 140, 2), (140, 340, 0)]
+    assert runs_of([2] * 100 + [0] * 100, four) is None  # dense products of 80 columns are faster
+    assert len(runs_of([t for t in range(64) for _ in range(16)], many)) == 64
+    assert runs_of(list(range(64)), many) is None  # a run a row
+    assert runs_of([2] * 140 + [0] * 140, four, k=64, n=64) is None  # small products
+    assert runs_of([0] * 5000, [16, 16]) is None  # one task: nothing is spared
