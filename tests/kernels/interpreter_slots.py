@@ -109,11 +109,11 @@ def test_plans_match_reference(plan, dropout_p, ranks):
 @pytest.mark.parametrize("compact", [False, True])
 def test_gemm_plan_runs_the_fused_product(compact):
     case = cast(random_case(m=40, k=48, n=32, ranks=[8] * 4, dropout_p=0.1), torch.float16)
-    from ckf.kernels import triton_update
+    from ckf.kernels import triton_gemm
 
     with (
-        patch.object(triton_update, "gemm", wraps=triton_update.gemm) as forward,
-        patch.object(triton_update, "gemm_dx", wraps=triton_update.gemm_dx) as backward,
+        patch.object(triton_gemm, "gemm", wraps=triton_gemm.gemm) as forward,
+        patch.object(triton_gemm, "gemm_dx", wraps=triton_gemm.gemm_dx) as backward,
     ):
         run_with_gradients(triton_with("gemm", compact), case, torch.randn(40, 32))
     assert forward.call_count == backward.call_count == 1
