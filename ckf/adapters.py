@@ -109,6 +109,8 @@ def load_adapters(model: nn.Module, path: str | Path) -> None:
         tensors = files.read_tensors(file, path)
         copies += [(own, files.take(tensors, name, own, file)) for name, own in gates.items()]
     files.copy_all(copies)
+    for layer in layers.values():  # a sharded model gathers adapters without counting
+        layer.forget_decoding()
 
 
 def load_patched(

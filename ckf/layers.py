@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ckf.kernels.decode import DecodeCache
+from ckf.kernels.decode_cache import DecodeCache
 from ckf.kernels.ops import run_group
 from ckf.kernels.slots import compact_slots
 from ckf.routing import Route, Router
@@ -141,8 +141,7 @@ class MultiLoRALinear(nn.Module):
 
     def _apply(self, fn, recurse: bool = True) -> "MultiLoRALinear":
         super()._apply(fn, recurse)
-        for cache in self._decode:
-            cache.clear()
+        self.forget_decoding()
         self._prepare(adapter_device(self.base_layer))
         return self
 
@@ -155,9 +154,13 @@ class MultiLoRALinear(nn.Module):
 
     def train(self, mode: bool = True) -> "MultiLoRALinear":
         """As nn.Module's; training may change adapters in ways that no counter shows."""
+        self.forget_decoding()
+        return super().train(mode)
+
+    def forget_decoding(self) -> None:
+        """After a change of the adapters that their version counters may not show."""
         for cache in self._decode:
             cache.clear()
-        return super().train(mode)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_decode": (DecodeCache(), DecodeCache())}
@@ -249,7 +252,8 @@ class MultiLoRALinear(nn.Module):
             self.backend,
             slots,
             width,
-            self._decode[int(len(layers) > 1)],  # torch 2.11 traces no tuple[bool]
+            # torch 2.11 traces no tuple[bool]
+            None if self.training else self._decode[int(len(layers) > 1)],
         )
 
     def gates(self, device: torch.device) -> Tensor:

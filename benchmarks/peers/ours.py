@@ -6,7 +6,7 @@ from torch import Tensor
 from benchmarks.peers.base import DROPOUT_SEED, Provider
 from benchmarks.problems import Case, Problem
 from ckf.kernels import config, launch, ops
-from ckf.kernels.decode import DecodeCache
+from ckf.kernels.decode_cache import DecodeCache
 from ckf.kernels.dispatch import Call, load_table
 from ckf.kernels.slots import compact_slots
 

@@ -105,8 +105,8 @@ def run_group(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """``multi_lora_group`` for arguments that were checked before.
 
-    ``slots``, ``width``: of ``slots.compact_slots``, where gates are hard. ``decode_cache``: a
-    ``decode.DecodeCache`` of this group.
+    ``slots``, ``width``: of ``slots.compact_slots``, where gates are hard. ``decode_cache``: this
+    group's own, for calls of few rows without gradients.
     """
     dropout_threshold(dropout_p)
     if torch.is_autocast_enabled(x.device.type):
@@ -141,13 +141,24 @@ def run_group(
     )
     seed = _seed_tensor(seed, x.device) if dropout_p > 0 else None
     with _no_autocast(x):
-        if choice.backend == "cuda" and decode_cache and not torch.compiler.is_compiling():
+        passes = _decode_pass(choice.backend, call) if decode_cache is not None else None
+        if passes and type(x) is Tensor and not torch.compiler.is_compiling():
+            check_id_range(task_ids, gates[0].shape[0])
             shape = _shape(gates, flat_a, 0.0)
             arguments = (x, weights, biases, gates, flat_a, flat_b, task_ids)
-            return tuple(decode.forward_pass(shape, *arguments, decode_cache))
+            return tuple(passes(shape, *arguments, decode_cache))
         if needs_grad:
             return _MultiLoRA.apply(static, x, task_ids, seed, slots, *tensors)
         return tuple(_forward_op(static, x, task_ids, seed, slots, tensors)[:-1])
+
+
+def _decode_pass(backend: str, call: Call):
+    """The function for a few rows whose experts are kept stacked, where the backend has one."""
+    if call.train or call.dropout:
+        return None
+    if backend == "torch" and call.m <= torch_backend.DECODE_ROWS:
+        return torch_backend.decode_pass
+    return decode.forward_pass if backend == "cuda" else None
 
 
 def _no_autocast(x: Tensor):

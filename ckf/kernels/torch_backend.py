@@ -14,12 +14,14 @@ m 2048. No atomics: the same inputs give the same bits.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ckf.kernels import torch_runs
+from ckf.kernels.decode_cache import DecodeCache
 from ckf.kernels.group import (
     Gradients,
     GroupShape,
@@ -33,6 +35,7 @@ from ckf.kernels.group import (
 from ckf.kernels.stacks import Stacks
 
 COMPACT_ABOVE = 128  # rank columns from which a GPU saves H compact
+DECODE_ROWS = 256  # up to which stacks are kept between calls: past this, making them costs little
 GATE_BLOCK = 2**24  # elements of a (rows, tasks, experts) tensor in the gradient of gates
 
 
@@ -133,6 +136,47 @@ def backward_pass(
     return Gradients(dx, base_gradients(rows, dys, need_w, need_bias), dg, da, db)
 
 
+def decode_pass(
+    shape: GroupShape,
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    gates: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    task_ids: Tensor,
+    cache: DecodeCache,
+) -> list[Tensor]:
+    """As ``forward_pass``, the outputs alone, without dropout; ``cache`` keeps the stacks."""
+    experts = cache.get(_DecodeExperts, shape, gates, a, b, x.dtype)
+    if x.device.type == "cpu":
+        runs = torch_runs.paying_runs(shape, task_ids.reshape(-1), gates, x, b)
+        if runs is not None:
+            return torch_runs.forward_pass(
+                shape, runs, x, weights, biases, gates, a, b, None, shape.columns, experts.blocks
+            )[0]
+    rows = x.reshape(-1, x.shape[-1])
+    h = _gated(rows @ experts.stacks.a.t(), _of_rows(experts.table, task_ids))  # (m, R)
+    parts = zip(weights, biases, h.split(shape.linear_ranks, 1), experts.stacks.b, strict=True)
+    return [_expand(x, *part) for part in parts]
+
+
+class _DecodeExperts:
+    """What decoding keeps of a group's experts, each made when it is first needed."""
+
+    def __init__(self, shape: GroupShape, gates, a, b, dtype: torch.dtype) -> None:
+        self._experts = (shape, gates, a, b, dtype)
+        self.blocks: dict[int, torch_runs.TaskBlock | None] = {}  # of torch_runs, by task
+
+    @cached_property
+    def stacks(self) -> Stacks:
+        return Stacks.of(*self._experts)
+
+    @cached_property
+    def table(self) -> Tensor:
+        return _gate_table(self.stacks.gates)
+
+
 def saves_compact(shape: GroupShape, x: Tensor, slots: Tensor | None) -> bool:
     """Whether H is saved compact: on a GPU compacting a narrow H costs more than it frees."""
     return slots is not None and (x.device.type == "cpu" or shape.columns > COMPACT_ABOVE)
@@ -160,13 +204,21 @@ def _slot_index(slots: Tensor, task_ids: Tensor, width: int) -> Tensor:
     return torch.where(valid.unsqueeze(1) & (index >= 0), index, width)
 
 
-def _row_gates(table: Tensor, task_ids: Tensor) -> Tensor:
+def _row_gates(gates: Tensor, task_ids: Tensor) -> Tensor:
     """The gates (m, R) of every row from those of every task (T, R): id -1 gets zeros, an invalid
     id gets NaN."""
-    tasks = table.shape[0]
-    table = F.pad(table, (0, 0, 2, 1), value=float("nan"))  # rows of ids -2, -1, 0 .. T
+    return _of_rows(_gate_table(gates), task_ids)
+
+
+def _gate_table(gates: Tensor) -> Tensor:
+    """(T + 3, R): the gates of ids -2, -1, 0 .. T."""
+    table = F.pad(gates, (0, 0, 2, 1), value=float("nan"))
     table[1] = 0
-    return table.index_select(0, task_ids.reshape(-1).clamp(-2, tasks) + 2)
+    return table
+
+
+def _of_rows(table: Tensor, task_ids: Tensor) -> Tensor:
+    return table.index_select(0, task_ids.reshape(-1).clamp(-2, table.shape[0] - 3) + 2)
 
 
 def _gated(s: Tensor, gate: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""Multi-LoRA on a CPU where neighbouring rows share a task: only the experts that a row uses.
+"""Multi-LoRA on a CPU by runs: rows of one task together, and only the experts that they use.
 
-Rows of one sequence have one task, so a batch is a few runs of rows. Each run takes its task's
+Rows of one sequence have one task, so a batch is a few runs of neighbouring rows; rows whose tasks
+are scattered are gathered, task by task, where many tasks make that pay. A run takes its task's
 live experts (gate not zero), stacked: R_t columns, shared + own, instead of all R of them. For a
 run of task t, with s = drop(x) A_t^T:
 
@@ -15,6 +16,7 @@ Sums run in the order of the rows: the same inputs give the same bits.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,11 +32,13 @@ from ckf.kernels.group import (
     unflatten,
 )
 
-# What one product of a run costs beyond its work, in rows x rank columns x (k + n) that dense
-# products compute in that time: measured at T 4, r 16, k 576, n 1536, where 128 rows break even.
+# Costs in what dense products compute in that time, as rows x rank columns x (k + n); measured at
+# r 16, k 576, n 1536. One product of a run beyond its work: at T 4, 128 rows break even.
 PRODUCT_COST = 6.5e6
+GATHER_COST = 40  # a row taken out of its place and put back
+LEAST_ROWS = 16  # fewer take no less time: the experts are read all the same
 
-Run = tuple[int, int, int]  # first row, row after the last, task
+Run = tuple[slice | Tensor, int]  # which rows, their task
 
 
 def paying_runs(
@@ -42,24 +46,45 @@ def paying_runs(
 ) -> list[Run] | None:
     """Runs of equal ids (m,) on the host; None where dense products win over many small ones."""
     m = task_ids.numel()
-    if m == 0:
+    widths = [x.shape[-1] + n for n in _widths(shape, b)]
+    cost = PRODUCT_COST * (1 + shape.linears)
+    rows = max(m, LEAST_ROWS)
+    columns = sum(rank * width for rank, width in zip(shape.linear_ranks, widths, strict=True))
+    if m == 0 or rows * columns <= cost:  # also where all of it were spared
         return None
-    cuts = (task_ids[1:] != task_ids[:-1]).nonzero().squeeze(1) + 1
-    spared = 0.0  # rank columns x (k + n) a row, by the task that spares least
-    first = 0
-    for gate, ranks in zip(gates, shape.ranks, strict=True):
-        own = (gate != 0).to(torch.float32) @ torch.tensor(ranks, dtype=torch.float32)
-        spared += (sum(ranks) - own.max().item()) * (x.shape[-1] + b[first].shape[0])
-        first += len(ranks)
-    if m * spared <= (cuts.numel() + 1) * PRODUCT_COST * (1 + shape.linears):
+    gain = rows * _spared(shape, gates, widths)
+    ids = task_ids.numpy()
+    cuts = np.flatnonzero(ids[1:] != ids[:-1]) + 1
+    tasks = np.unique(ids)
+    as_they_lie = gain - (len(cuts) + 1) * cost
+    gathered = gain - len(tasks) * cost - m * sum(widths) * GATHER_COST
+    if max(as_they_lie, gathered) <= 0:
         return None
-    starts = [0, *cuts.tolist()]
-    tasks = task_ids[starts].tolist()
-    return list(zip(starts, [*starts[1:], m], tasks, strict=True))
+    if as_they_lie >= gathered:
+        starts = [0, *cuts.tolist()]
+        places = [slice(*pair) for pair in zip(starts, [*starts[1:], m], strict=True)]
+        return list(zip(places, ids[starts].tolist(), strict=True))
+    order = torch.from_numpy(np.argsort(ids, kind="stable"))
+    counts = np.bincount(np.searchsorted(tasks, ids)).tolist()
+    return list(zip(order.split(counts), tasks.tolist(), strict=True))
+
+
+def _spared(shape: GroupShape, gates: Sequence[Tensor], widths: Sequence[int]) -> float:
+    """Rank columns x (k + n) that a row does without, in the task that spares least."""
+    spared = 0
+    for gate, ranks, width in zip(gates, shape.ranks, widths, strict=True):
+        own = (gate.detach().numpy() != 0) @ np.array(ranks)
+        spared += (sum(ranks) - own.max(initial=0)) * width
+    return float(spared)
+
+
+def _take(tensor: Tensor, rows: slice | Tensor) -> Tensor:
+    """The rows (a view where they are neighbours)."""
+    return tensor[rows] if isinstance(rows, slice) else tensor.index_select(0, rows)
 
 
 @dataclass
-class _TaskBlock:
+class TaskBlock:
     """The live experts of one task, stacked over the linears."""
 
     a: Tensor  # (R_t, k)
@@ -80,10 +105,14 @@ def forward_pass(
     b: Sequence[Tensor],
     seed: Tensor | None,
     columns: int,
+    blocks: dict[int, TaskBlock | None] | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """As torch_backend.forward_pass: outputs, and H (m, columns), compact in every row."""
+    """As torch_backend.forward_pass: outputs, and H (m, columns), compact in every row.
+
+    ``blocks``: those of earlier calls with the same experts, by task; what is missing is added.
+    """
     rows = x.reshape(-1, x.shape[-1])  # (m, k)
-    blocks = _blocks(shape, runs, gates, a, b, x.dtype)
+    blocks = _blocks(shape, runs, gates, a, b, x.dtype, blocks)
     inputs = input_dropout(rows, shape, seed)(rows)
     h = rows.new_zeros(rows.shape[0], columns)
     outputs = [
@@ -91,14 +120,16 @@ def forward_pass(
         for w, v, n in zip(weights, biases, _widths(shape, b), strict=True)
     ]
     flat = [y.view(-1, y.shape[-1]) for y in outputs]
-    for start, stop, task in runs:
-        if task not in blocks:
+    for place, task in runs:
+        block = blocks.get(task)
+        if block is None:
             continue
-        block = blocks[task]
-        part = inputs[start:stop] @ block.a.t() * block.gate  # (rows, R_t)
-        h[start:stop, : part.shape[1]] = part
+        part = _take(inputs, place) @ block.a.t() * block.gate  # (rows, R_t)
+        h[place, : part.shape[1]] = part
         for y, h_l, b_l in zip(flat, part.split(block.ranks, 1), block.b, strict=True):
-            y[start:stop].addmm_(h_l, b_l.t())
+            taken = _take(y, place).addmm_(h_l, b_l.t())
+            if not isinstance(place, slice):
+                y.index_copy_(0, place, taken)
     return outputs, h
 
 
@@ -133,19 +164,21 @@ def backward_pass(
         for packed, n, ranks in zip(db, _widths(shape, b), shape.ranks, strict=True)
         for part in expert_parts(packed, n, ranks)
     ]
-    for start, stop, task in runs:
-        if task not in blocks:
+    for place, task in runs:
+        block = blocks.get(task)
+        if block is None:
             continue
-        block = blocks[task]
-        parts = [dy[start:stop] for dy in dys]
+        parts = [_take(dy, place) for dy in dys]
         dh = torch.cat([dy @ b_l for dy, b_l in zip(parts, block.b, strict=True)], dim=1)
         ds = dh * block.gate  # (rows, R_t)
-        if dx is not None:
-            torch.mm(ds, block.a, out=dx[start:stop])
+        if dx is not None and isinstance(place, slice):
+            torch.mm(ds, block.a, out=dx[place])
+        elif dx is not None:
+            dx.index_copy_(0, place, ds @ block.a)
         if any(need_a):
-            _add(a_parts, product(ds.t(), inputs[start:stop], a[0].dtype), block, 0)
+            _add(a_parts, product(ds.t(), _take(inputs, place), a[0].dtype), block, 0)
         if any(need_b):
-            own = h[start:stop, : ds.shape[1]].split(block.ranks, 1)
+            own = _take(h, place)[:, : ds.shape[1]].split(block.ranks, 1)
             _add_b(b_parts, parts, own, block, b[0].dtype)
     if dx is not None:
         dx = add_base(dropout(dx), dys, weights).view(x.shape)
@@ -155,10 +188,12 @@ def backward_pass(
     return Gradients(dx, base_gradients(rows, dys, need_w, need_bias), None, da, db)
 
 
-def _blocks(shape: GroupShape, runs: list[Run], gates, a, b, dtype) -> dict[int, _TaskBlock]:
-    """The stacked experts of every task that has rows; tasks without live experts are left out."""
-    blocks = {}
-    for task in sorted({task for _, _, task in runs if task >= 0}):
+def _blocks(
+    shape: GroupShape, runs: list[Run], gates, a, b, dtype, blocks: dict | None = None
+) -> dict[int, TaskBlock | None]:
+    """The stacked experts of every task that has rows, None for a task without live experts."""
+    blocks = {} if blocks is None else blocks
+    for task in sorted({task for _, task in runs if task >= 0} - blocks.keys()):
         experts, values, flat = [], [], 0
         for gate, ranks in zip(gates, shape.ranks, strict=True):
             weights = gate[task].tolist()
@@ -167,6 +202,7 @@ def _blocks(shape: GroupShape, runs: list[Run], gates, a, b, dtype) -> dict[int,
             values += [weights[i - flat] for i, r in live for _ in range(r)]
             flat += len(ranks)
         if not values:
+            blocks[task] = None
             continue
         every = [i for linear in experts for i, _ in linear]
         columns = [
@@ -175,7 +211,7 @@ def _blocks(shape: GroupShape, runs: list[Run], gates, a, b, dtype) -> dict[int,
             else b[0].new_zeros(n, 0, dtype=dtype)
             for linear, n in zip(experts, _widths(shape, b), strict=True)
         ]
-        blocks[task] = _TaskBlock(
+        blocks[task] = TaskBlock(
             a=torch.cat([a[i].to(dtype) for i in every]),
             b=columns,
             gate=torch.tensor(values, dtype=dtype),
@@ -194,7 +230,7 @@ def _widths(shape: GroupShape, b) -> list[int]:
     return firsts
 
 
-def _add(totals: list, stacked: Tensor, block: _TaskBlock, dim: int) -> None:
+def _add(totals: list, stacked: Tensor, block: TaskBlock, dim: int) -> None:
     """Add a stacked gradient to the gradients of its experts."""
     experts = [pair for linear in block.experts for pair in linear]
     parts = stacked.split([r for _, r in experts], dim)
@@ -202,7 +238,7 @@ def _add(totals: list, stacked: Tensor, block: _TaskBlock, dim: int) -> None:
         totals[index] += part
 
 
-def _add_b(totals: list, dys: list[Tensor], h: tuple, block: _TaskBlock, dtype) -> None:
+def _add_b(totals: list, dys: list[Tensor], h: tuple, block: TaskBlock, dtype) -> None:
     for dy, h_l, linear in zip(dys, h, block.experts, strict=True):
         if not linear:
             continue

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ckf.kernels import decode
-from ckf.kernels.decode import DecodeCache
+from ckf.kernels.decode_cache import DecodeCache
 from ckf.kernels.group import GroupShape
 from ckf.kernels.reference import multi_lora_reference
 from ckf.kernels.torch_backend import forward_pass

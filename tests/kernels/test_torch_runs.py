@@ -44,6 +44,38 @@ def test_matches_reference(calls, dtype, ranks, dropout_p):
     assert calls
 
 
+@pytest.fixture
+def gathered(monkeypatch):
+    """Rows are gathered by task, whatever it costs."""
+    monkeypatch.setattr(torch_runs, "GATHER_COST", -1e12)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scattered_rows_match_reference(calls, gathered, dtype, dropout_p):
+    case = random_case(m=151, ranks=[3, 8, 1, 5], dropout_p=dropout_p).to(dtype)
+    case.gates = case.gates.detach().float()
+    case.task_ids[::7] = -1
+    assert_as_good_as_reference(by_runs, case)
+    assert calls
+
+
+def test_scattered_rows_give_the_same_bits_on_every_run(calls, gathered):
+    case = random_case(m=300, dropout_p=0.1)
+    dy = torch.randn(300, 17)
+    first = run_with_gradients(by_runs, case, dy)
+    again = run_with_gradients(by_runs, case, dy)
+    assert all(torch.equal(p, q) for p, q in zip(first, again, strict=True)) and calls
+
+
+def test_scattered_rows_of_fresh_adapters_keep_the_bits_of_the_base(calls, gathered):
+    case = random_case(m=300)
+    for b in case.b:
+        b.data.zero_()
+    y = by_runs(*case.arguments())
+    assert torch.equal(y, torch.nn.functional.linear(case.x, case.weight, case.bias)) and calls
+
+
 def test_soft_gates_without_gradient_and_live_experts_of_other_tasks(calls):
     case = sorted_case(soft=True)
     case.gates = case.gates.detach()
@@ -153,13 +185,21 @@ def runs_of(ids, ranks, k=576, n=1536, linears=1):
 
 
 def test_runs_are_found_or_refused(monkeypatch):
-    assert runs_of([1, 1, 0], [4] * 4) == [(0, 2, 1), (2, 3, 0)]
+    assert runs_of([1, 1, 0], [4] * 4) == [(slice(0, 2), 1), (slice(2, 3), 0)]
     assert runs_of([], [4] * 4) is None
     monkeypatch.setattr(torch_runs, "PRODUCT_COST", 6.5e6)
     four, many = [16] * 5, [16] * 65
-    assert runs_of([2] * 140 + [0] * 200, four) == [(0, 140, 2), (140, 340, 0)]
+    assert runs_of([2] * 140 + [0] * 200, four) == [(slice(0, 140), 2), (slice(140, 340), 0)]
     assert runs_of([2] * 100 + [0] * 100, four) is None  # dense products of 80 columns are faster
     assert len(runs_of([t for t in range(64) for _ in range(16)], many)) == 64
     assert runs_of(list(range(64)), many) is None  # a run a row
+    scattered = runs_of([t % 64 for t in range(2048)], many)
+    assert [task for _, task in scattered] == list(range(64))
+    assert all(rows.tolist() == list(range(task, 2048, 64)) for rows, task in scattered)
+    assert (
+        runs_of([t % 4 for t in range(2048)], four) is None
+    )  # gathering costs more than it spares
+    few = runs_of([3, -1, 3, 200], [16] * 257)  # few rows, but all those experts would be read
+    assert [(rows.tolist(), task) for rows, task in few] == [([1], -1), ([0, 2], 3), ([3], 200)]
     assert runs_of([2] * 140 + [0] * 140, four, k=64, n=64) is None  # small products
     assert runs_of([0] * 5000, [16, 16]) is None  # one task: nothing is spared

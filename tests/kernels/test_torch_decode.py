@@ -1,0 +1,172 @@
+"""A few rows without gradients on the torch backend: the same results from stacks that are kept."""
+
+import pytest
+import torch
+
+import ckf
+from ckf.kernels import torch_backend, torch_runs
+from ckf.kernels.decode_cache import DecodeCache
+from ckf.kernels.ops import multi_lora_group, run_group
+from ckf.kernels.stacks import Stacks
+from ckf.patch import patched_layers
+from tests.kernels.cases import hard_gates, random_case
+from tests.tiny import tiny_model
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Counts how often experts are stacked."""
+    count, original = [], Stacks.of
+    monkeypatch.setattr(Stacks, "of", lambda *a: count.append(1) or original(*a))
+    return count
+
+
+def group(m=7, dtype=torch.float32, adapters=None, ids=None):
+    """The arguments of run_group: three linears that share x, one of them the update alone."""
+    sizes = ((1, 17), (2, 9), (3, 5))
+    cases = [random_case(m=m, seed=s, n=n, ranks=[2, 3, 1, 4], ids=ids) for s, n in sizes]
+
+    def cast(tensor, kind=dtype):
+        return None if tensor is None else tensor.detach().to(kind)
+
+    return [
+        cast(cases[0].x),
+        [cast(cases[0].weight), None, cast(cases[2].weight)],
+        [cast(cases[0].bias), None, None],
+        [[cast(t, adapters or dtype) for t in c.a] for c in cases],
+        [[cast(t, adapters or dtype) for t in c.b] for c in cases],
+        [c.gates.detach() for c in cases],
+        cases[0].task_ids,
+    ]
+
+
+def decoded(arguments, cache):
+    with torch.no_grad():
+        return run_group(*arguments, 0.0, 0, "torch", decode_cache=cache)
+
+
+def assert_right(arguments, cache):
+    plain = multi_lora_group(*arguments, backend="torch")
+    for got, expected in zip(decoded(arguments, cache), plain, strict=True):
+        assert got.shape == expected.shape and got.dtype == expected.dtype
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("m", [0, 1, 7, 256])
+@pytest.mark.parametrize(
+    ("dtype", "adapters"),
+    [
+        (torch.float32, None),
+        (torch.bfloat16, None),
+        (torch.bfloat16, torch.float32),
+        (torch.float64, None),
+    ],
+)
+def test_equals_the_public_function(made, dtype, adapters, m):
+    arguments, cache = group(m, dtype, adapters), DecodeCache()
+    assert_right(arguments, cache)
+    made.clear()
+    decoded(arguments, cache)
+    assert not made
+
+
+def test_sequences_of_strided_rows():
+    arguments = group(24)
+    arguments[0] = arguments[0].view(4, 6, -1).transpose(0, 1)
+    arguments[6] = arguments[6].view(4, 6).transpose(0, 1)
+    assert_right(arguments, DecodeCache())
+
+
+def test_every_change_is_seen(made):
+    arguments, cache = group(), DecodeCache()
+    assert_right(arguments, cache)
+    arguments[3][1][2].mul_(2)  # A, in place
+    assert_right(arguments, cache)
+    arguments[4][2][0] = arguments[4][2][0] + 1  # B, replaced
+    assert_right(arguments, cache)
+    arguments[5][0].mul_(3)  # gates
+    assert_right(arguments, cache)
+
+
+def test_more_rows_are_not_kept(made):
+    arguments, cache = group(torch_backend.DECODE_ROWS + 1), DecodeCache()
+    assert_right(arguments, cache)
+    assert cache._made is None
+
+
+def test_gradients_go_the_plain_way():
+    arguments, cache = group(), DecodeCache()
+    arguments[3][0][0].requires_grad_()
+    run_group(*arguments, 0.0, 0, "torch", decode_cache=cache)[0].sum().backward()
+    assert cache._made is None and arguments[3][0][0].grad is not None
+
+
+def test_few_rows_of_many_tasks_read_their_own_experts(made):
+    tasks, k, n, rank = 200, 64, 96, 16
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    gates = hard_gates(tasks, [1.0] * (tasks + 1))
+    ids = torch.tensor([150, -1, 3, 150])
+    a = [normal(rank, k) for _ in range(tasks + 1)]
+    b = [normal(n, rank) for _ in range(tasks + 1)]
+    arguments = [normal(4, k), [normal(n, k)], [None], [a], [b], [gates], ids]
+    cache = DecodeCache()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_runs, "PRODUCT_COST", 1e3)
+        (y,) = decoded(arguments, cache)
+        made.clear()
+        decoded(arguments, cache)
+    assert not made and sorted(cache._made.blocks) == [3, 150]
+    torch.testing.assert_close(
+        y, multi_lora_group(*arguments, backend="torch")[0], rtol=1e-4, atol=1e-4
+    )
+
+
+def test_wrong_ids_are_refused_here_too():
+    arguments, cache = group(), DecodeCache()
+    arguments[6] = torch.full_like(arguments[6], 3)
+    with pytest.raises(ValueError, match="task id 3 is out of range"):
+        decoded(arguments, cache)
+
+
+def test_an_infinite_expert_of_another_task_is_not_met():
+    arguments, cache = group(), DecodeCache()
+    arguments[3][0][2].fill_(float("inf"))  # the expert of task 1
+    y = decoded(arguments, cache)[0]
+    assert y[arguments[6] != 1].isfinite().all()
+    assert not y[arguments[6] == 1].isfinite().any()
+
+
+def test_a_model_keeps_stacks_only_in_eval_mode():
+    model = ckf.patch_model(tiny_model("llama"), ["a", "b"], r=4)
+    layers = list(patched_layers(model).values())
+    ids = torch.arange(6).view(2, 3)
+
+    def kept():
+        return sum(cache._made is not None for layer in layers for cache in layer._decode)
+
+    with torch.no_grad():
+        model.train()(input_ids=ids, task_ids=["a", "b"])
+        assert kept() == 0
+        before = model.eval()(input_ids=ids, task_ids=["a", "b"]).logits
+        assert kept() > 0
+        for layer in layers:
+            layer.lora_B["a"].add_(0.1)
+        after = model(input_ids=ids, task_ids=["a", "b"]).logits
+        fresh = torch.cat([model.train()(input_ids=ids, task_ids=["a", "b"]).logits])
+    assert kept() == 0 and not torch.equal(before[0], after[0])
+    torch.testing.assert_close(after, fresh)
+
+
+def test_loading_adapters_forgets_what_was_kept(tmp_path):
+    model = ckf.patch_model(tiny_model("llama"), ["a", "b"], r=4).eval()
+    ckf.save_adapters(model, tmp_path)
+    layers = list(patched_layers(model).values())
+    with torch.no_grad():
+        model(input_ids=torch.arange(6).view(2, 3), task_ids="a")
+    assert any(layer._decode[1]._made is not None for layer in layers)
+    ckf.load_adapters(model, tmp_path)
+    assert all(cache._made is None for layer in layers for cache in layer._decode)
