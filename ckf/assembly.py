@@ -17,7 +17,8 @@ from ckf.metanet import MetaNetwork
 from ckf.model import CKFModel, embedding_scale
 from ckf.packing import packs_rows_right
 from ckf.patch import patch_model
-from ckf.prompts import PromptEncoder
+from ckf.prior import AnswerPrior
+from ckf.prompts import ANSWERS, PromptEncoder
 
 ONE_LORA = "all"  # the name of the only LoRA where lora.per_task is false
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -93,7 +94,10 @@ def assemble(
     maker = QuestionMaker(data, config)
     tasks = list(config.tasks)
     one_lora = not lora.per_task
-    collator = Collator(tasks, lookup, encoder.filler, packed, one_lora, scores)
+    prior = None
+    if config.metanet.match == "prior":
+        prior = AnswerPrior(scores, maker, _one_token_answers(config, encoder))
+    collator = Collator(tasks, lookup, encoder.filler, packed, one_lora, scores, prior)
     return Assembly(
         config,
         data,
@@ -143,7 +147,7 @@ def _vector_parts(config: RunConfig, data, vectors, backbone, encoder: PromptEnc
         return None, None, None
     shuffle = settings.shuffle_users
     lookup = ShuffledUsers(vectors, data, config.seed) if shuffle else VectorLookup(vectors)
-    scores = MatchScores(vectors, data) if settings.match == "score" else None
+    scores = MatchScores(vectors, data) if settings.match != "none" else None
     table = backbone.get_input_embeddings().weight
     metanet = MetaNetwork(
         lookup.dim,
@@ -157,6 +161,14 @@ def _vector_parts(config: RunConfig, data, vectors, backbone, encoder: PromptEnc
         words = encoder.answer_tokens("ctr")[1]
         metanet.start_matches_at(table[words["Yes"]].float(), table[words["No"]].float())
     return lookup, scores, metanet
+
+
+def _one_token_answers(config: RunConfig, encoder: PromptEncoder) -> dict[str, list[int]]:
+    """Tokens of the answer words, in the order of ``ANSWERS``, of the tasks answered by one."""
+    by_title = config.prompt.rank_by == "title"
+    tasks = [t for t in config.tasks if t in ANSWERS and not (t == "topk" and by_title)]
+    words = {task: encoder.answer_tokens(task)[1] for task in tasks}
+    return {task: [words[task][word] for word in ANSWERS[task]] for task in tasks}
 
 
 def _check_window(config: RunConfig, backbone) -> None:

@@ -5,9 +5,12 @@ sequence, positions starting anew at each row, a task id per token; no padding, 
 task are neighbours. Padded: one row each, padding on the left.
 """
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +21,9 @@ from ckf.config import RunConfig
 from ckf.data.prepared import PreparedData
 from ckf.match import MatchScores
 from ckf.prompts import USER_SLOT, Encoded, PromptEncoder, Question, matched_item
+
+if TYPE_CHECKING:
+    from ckf.prior import AnswerPrior
 
 
 @dataclass(frozen=True)
@@ -129,6 +135,7 @@ class Collator:
         packed: one sequence, or one row each.
         one_lora: route all tasks to LoRA 0, for models with a single one.
         matches: CF scores of user and item for the match slots, or None.
+        prior: log-odds of the answers from those scores, or None.
     """
 
     def __init__(
@@ -139,15 +146,16 @@ class Collator:
         packed: bool,
         one_lora: bool = False,
         matches: MatchScores | None = None,
+        prior: AnswerPrior | None = None,
     ) -> None:
         self.tasks, self.lookup = list(tasks), lookup
         self.filler, self.packed = filler, packed
-        self.one_lora, self.matches = one_lora, matches
+        self.one_lora, self.matches, self.prior = one_lora, matches, prior
 
-    def padded(self) -> "Collator":
+    def padded(self) -> Collator:
         """The same collator for one row each."""
         tasks, lookup, filler = self.tasks, self.lookup, self.filler
-        return Collator(tasks, lookup, filler, False, self.one_lora, self.matches)
+        return Collator(tasks, lookup, filler, False, self.one_lora, self.matches, self.prior)
 
     def __call__(
         self, prompts: Sequence[Encoded], users: Sequence[int], histories, folded=None
@@ -156,13 +164,15 @@ class Collator:
         bool or None: users whose vectors come from their history, own ones or not.
 
         Returns:
-            input_ids, position_ids, task_ids (B, S); attention_mask (B, S), padded only; slots
-            (p,) flat positions of vectors with slot_rows (p,), -1 for items; user_vectors (b, d),
+            input_ids, position_ids, task_ids (B, S); attention_mask (B, S), padded only; slots (p,)
+            flat positions of vectors with slot_rows (p,), -1 for items; user_vectors (b, d),
             history_vectors (b, h, d), history_mask (b, h), item_vectors (p_items, d); match_slots
-            (p_match,) and match_scores (p_match, 1) where there are matches; label_slots
-            (q,) flat positions that predict, label_tokens (q,) and label_rows (q,); row_tasks (b,);
-            last_slots (b,) flat positions that predict each row's first answer token; first_column,
-            an int, padded only: no predicting position lies before it.
+            (p_match,) and match_scores (p_match, 1) where there are matches; prior_rows,
+            prior_tokens and prior_values (p_prior,) where there is a prior
+            (``AnswerPrior.entries``); label_slots (q,) flat positions that predict, label_tokens
+            (q,) and label_rows (q,); row_tasks (b,); last_slots (b,) flat positions that predict
+            each row's first answer token; first_column, an int, padded only: no predicting position
+            lies before it.
         """
         batch = self._packed(prompts) if self.packed else self._padded(prompts)
         starts = batch.pop("starts")
@@ -238,8 +248,13 @@ class Collator:
         vectors, mask = self.lookup.histories(histories)
         matches = {}
         if self.matches is not None and match_slots:
-            scores = self.matches(users[match_rows], histories[match_rows], match_items)
+            pairs = (users[match_rows], histories[match_rows], match_items)
+            scores = self.matches(*pairs)
             matches = {"match_slots": torch.tensor(match_slots), "match_scores": scores}
+            if self.prior is not None:
+                names = [prompt.task for prompt in prompts]
+                known = self.prior.features(*pairs, scores)
+                matches |= self.prior.entries(names, np.array(match_rows), known)
         return matches | {
             "slots": torch.tensor(slots, dtype=torch.int64),
             "slot_rows": torch.tensor(slot_rows, dtype=torch.int64),

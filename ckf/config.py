@@ -16,7 +16,7 @@ from ckf.data.config import LISTS, TASKS, DataConfig, TaskRows
 
 BINARY_TASKS = ("ctr", "topk", "rating", "review_rating")  # answered by one token
 VECTOR_MAPS = ("meta", "constant", "mlp", "linear", "none")
-MATCHES = ("none", "score")
+MATCHES = ("none", "score", "prior")
 MAX_LETTERS = 26
 MAX_VALUES = 10_000
 _LOWEST = {
@@ -102,7 +102,8 @@ class MetaNetConfig:
     kind: "meta" (a map made for each user from the history), "constant" (one map for all users),
     "mlp", "linear", or "none" (text only). hidden: width of the meta-network's MLP.
     match: one more placeholder behind every item that says how user and item fit: "score" (the CF
-    model's own score) or "none".
+    model's own score), or "none". "prior" adds to the placeholder what the CF model expects as the
+    answer, as log-odds under the language model's (ckf.prior): for tasks answered by one token.
     shuffle_users: a control: every user gets the vectors of another user, items keep theirs.
     """
 
@@ -230,6 +231,16 @@ class RunConfig:
             raise ValueError(
                 "metanet.kind is none (text only), but metanet.match or metanet.shuffle_users is "
                 "set, which needs vectors; choose another kind, or leave them out"
+            )
+        if metanet.match == "prior" and not self.cf.blend:
+            raise ValueError(
+                "metanet.match is prior, which trusts the CF score of a train row only where the "
+                "score does not know the row: set cf.blend, for example to 5"
+            )
+        if metanet.match == "prior" and self.train.schedule != "joint":
+            raise ValueError(
+                "metanet.match is prior, but train.schedule shows rows as plain text, without "
+                "their items' scores: set train.schedule to joint"
             )
         if lora.per_task:
             return

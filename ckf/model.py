@@ -40,9 +40,11 @@ class CKFModel(nn.Module):
         Returns:
             loss (), row_losses (b,), row_tasks (b,).
         """
-        logits = self.logits(batch, batch["label_slots"]).float()  # (q, vocabulary)
+        logits, rows = self.logits(batch, batch["label_slots"]).float(), batch["label_rows"]
+        if "prior_rows" in batch and rows.numel():
+            first = torch.searchsorted(rows, batch["prior_rows"]).clamp(max=rows.numel() - 1)
+            logits = _with_prior(logits, batch, first)  # a row's first answer token
         token_losses = F.cross_entropy(logits, batch["label_tokens"], reduction="none")
-        rows = batch["label_rows"]
         zeros = token_losses.new_zeros(batch["row_tasks"].shape[0])
         counts = zeros.index_add(0, rows, torch.ones_like(token_losses))
         row_losses = zeros.index_add(0, rows, token_losses) / counts.clamp(min=1)
@@ -52,8 +54,13 @@ class CKFModel(nn.Module):
             "row_tasks": batch["row_tasks"],
         }
 
+    def answer_logits(self, batch: dict) -> Tensor:
+        """Logits (b, vocabulary) float32 where each row's answer begins."""
+        logits = self.logits(batch, batch["last_slots"]).float()
+        return _with_prior(logits, batch, batch["prior_rows"]) if "prior_rows" in batch else logits
+
     def logits(self, batch: dict, positions: Tensor) -> Tensor:
-        """Logits at flat positions (q,) of the batch alone, (q, vocabulary)."""
+        """Logits of the language model alone at flat positions (q,), (q, vocabulary)."""
         embeds = self.embed(batch)
         length = embeds.shape[1]
         options = {"position_ids": batch["position_ids"], "task_ids": batch["task_ids"]}
@@ -91,6 +98,13 @@ class CKFModel(nn.Module):
             vectors, slots = torch.cat([vectors, matches]), torch.cat([slots, batch["match_slots"]])
         flat = embeds.reshape(-1, embeds.shape[-1])
         return flat.index_copy(0, slots, vectors.to(embeds.dtype)).view_as(embeds)
+
+
+def _with_prior(logits: Tensor, batch: dict, at: Tensor) -> Tensor:
+    """Logits (q, vocabulary) with the prior's values added in the rows ``at`` (p_prior,)."""
+    return logits.index_put(
+        (at, batch["prior_tokens"]), batch["prior_values"].to(logits.dtype), accumulate=True
+    )
 
 
 def _in_float32(head: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class Scorer:
         logits = np.zeros((len(prompts), len(index)), np.float64)
         total, greedy = np.zeros(len(prompts)), np.full(len(prompts), -1)
         for rows, batch in self._batches(prompts, users, histories):
-            out = self.model.logits(batch, batch["last_slots"]).float()  # (b, vocabulary)
+            out = self.model.answer_logits(batch)  # (b, vocabulary)
             logits[rows] = out[:, index.to(out.device)].double().cpu().numpy()
             total[rows] = out.logsumexp(1).double().cpu().numpy()
             says = out.argmax(1).cpu().unsqueeze(1) == index
@@ -68,7 +68,7 @@ class Scorer:
         """Logits over the whole vocabulary (N, vocabulary) where the answer begins, any tasks."""
         rows_out: list[np.ndarray] = [np.empty(0)] * len(prompts)
         for rows, batch in self._batches(prompts, users, histories):
-            out = self.model.logits(batch, batch["last_slots"]).float().cpu().numpy()
+            out = self.model.answer_logits(batch).cpu().numpy()
             for row, values in zip(rows, out, strict=True):
                 rows_out[row] = values
         return np.stack(rows_out)

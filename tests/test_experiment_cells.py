@@ -57,6 +57,7 @@ def differing(a, b, prefix=""):
         ("ckf", "ckf-shuffled", ["metanet.shuffle_users"]),
         ("ckf", "ckf-constant", ["metanet.kind"]),
         ("ckf-match", "ckf", ["metanet.match"]),
+        ("ckf-prior", "ckf-joint", ["cf.blend", "metanet.match"]),
         ("gate-meta", "ckf", ["lora.gate"]),
         ("ckf-joint", "ckf", ["train.schedule"]),
     ],

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from ckf.cf import CFConfig
 from ckf.config import RunConfig, config_from_dict, config_to_dict
 
+BLEND_FOLDS = 5  # of a cell that needs a blend, where the config has none
 Change = Callable[[RunConfig], RunConfig]
 
 
@@ -85,6 +86,12 @@ def _schedule(name: str) -> Change:
     return lambda config: replace(config, train=replace(config.train, schedule=name))
 
 
+def _prior(config: RunConfig) -> RunConfig:
+    """The CF score in a placeholder and as a prior, with what the prior asks of a config."""
+    config = _schedule("joint")(_vectors("meta", "prior")(config))
+    return replace(config, cf=replace(config.cf, blend=config.cf.blend or BLEND_FOLDS))
+
+
 def _lightgcn(config: RunConfig) -> RunConfig:
     """LightGCN's vectors, its width and weight decay chosen on valid."""
     dims, decays = [8, 16, 32, 64, 128, 256], [0.005, 0.01]
@@ -142,7 +149,10 @@ def _chain(*changes: Change) -> Change:
     return change
 
 
-MAIN = ("text", "linear", "multi-linear", "ckf", "ckf-shuffled", "ckf-constant", "ckf-match")
+MAIN = (
+    "text", "linear", "multi-linear",
+    "ckf", "ckf-shuffled", "ckf-constant", "ckf-match", "ckf-prior",
+)  # fmt: skip
 _META = _vectors("meta")
 CELLS = {
     cell.name: cell
@@ -162,6 +172,7 @@ CELLS = {
         ),
         Cell("ckf-constant", "ckf, one constant W_u", _chain(_multi_lora, _vectors("constant"))),
         Cell("ckf-match", "ckf and the CF score", _chain(_multi_lora, _vectors("meta", "score"))),
+        Cell("ckf-prior", "ckf, the CF score also a prior", _chain(_multi_lora, _prior)),
         Cell("ckf-text", "shared + task LoRA, no CF", _chain(_multi_lora, _vectors("none"))),
         Cell("ckf-mlp", "shared + task LoRA, MLP map", _chain(_multi_lora, _vectors("mlp"))),
         Cell("one-meta", "one LoRA, meta-network", _chain(_one_lora, _META)),
@@ -200,6 +211,10 @@ COMPARISONS = (
     ("ckf-match", "text", "all of it with the CF score helps"),
     ("ckf-match", "=cf", "with the score shown, the LLM adds to it"),
     ("ckf-match", "=logistic_regression", "with the score shown, better than a regression"),
+    ("ckf-prior", "ckf", "the CF model's answer as a prior helps"),
+    ("ckf-prior", "text", "all of it with the prior helps"),
+    ("ckf-prior", "=cf", "with the prior, the LLM adds to the CF model"),
+    ("ckf-prior", "=logistic_regression", "with the prior, better than a regression"),
     ("ckf", "ckf-text", "CF vectors help, with a LoRA per task"),
     ("ckf", "ckf-mlp", "a map per user beats an MLP"),
     ("ckf", "one-meta", "a LoRA per task helps, with the meta-network"),
@@ -238,12 +253,13 @@ def chosen_cells(names: str | Sequence[str], config: RunConfig) -> list[Cell]:
     unknown = [name for name in wanted if name not in CELLS]
     if unknown:
         raise ValueError(f"no cell is named {unknown[0]!r}; known: main, full, {', '.join(CELLS)}")
-    same = f"ckf-{config.train.schedule}"  # the plain cell has the config's schedule already
+    skipped = [f"ckf-{config.train.schedule}"]  # the plain cell has the config's schedule already
+    skipped += ["ckf-prior"] * (config.cf.kind == "file")  # nothing to hold out of given vectors
     alone = len(config.tasks) == 1
     return [
         CELLS[name]
         for name in dict.fromkeys(wanted)
-        if name != same
+        if name not in skipped
         and not (name.startswith("single-") and (alone or name[7:] not in config.tasks))
     ]
 

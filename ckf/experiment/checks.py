@@ -43,7 +43,7 @@ def _vectors_reach_their_row_only(assembly: Assembly, split: str) -> bool:
     batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
     def scores() -> torch.Tensor:
-        return assembly.model.logits(batch, batch["last_slots"]).float()
+        return assembly.model.answer_logits(batch)
 
     assembly.model.eval()
     before = scores()

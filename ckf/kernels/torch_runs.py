@@ -73,7 +73,7 @@ def _spared(shape: GroupShape, gates: Sequence[Tensor], widths: Sequence[int]) -
     """Rank columns x (k + n) that a row does without, in the task that spares least."""
     spared = 0
     for gate, ranks, width in zip(gates, shape.ranks, widths, strict=True):
-        own = (gate.detach().numpy() != 0) @ np.array(ranks)
+        own = (gate != 0).numpy() @ np.array(ranks)
         spared += (sum(ranks) - own.max(initial=0)) * width
     return float(spared)
 

@@ -1,0 +1,165 @@
+"""The CF model's answer as log-odds: fitted without a row's own label, added where it belongs."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ckf.assembly import assemble
+from ckf.batches import star
+from ckf.cf import CFConfig, fit_cf
+from ckf.prompts import ANSWERS
+from ckf.scoring import Scorer
+from tests.ckf_fixtures import TASKS, quiet, randomise, small_config
+
+CF = {"kind": "mf", "dim": 4, "epochs": 20, "batch_size": 64, "blend": 3}
+ANSWERED = [task for task in TASKS if task != "explain"]
+
+
+@pytest.fixture(scope="module")
+def parts(small_model, small_run):
+    """The small run's parts with a prior, random weights."""
+    data = small_run.assembly.data
+    changes = {"metanet__match": "prior", "train__schedule": "joint", "cf": CF}
+    config = small_config(small_model, **changes)
+    torch.manual_seed(0)
+    made = assemble(config, data, fit_cf(CFConfig(**CF), data, quiet), torch.device("cpu"))
+    randomise(made.model)
+    made.model.eval()
+    return made
+
+
+@pytest.fixture(scope="module")
+def prior(parts):
+    return parts.batcher.collator.prior
+
+
+def own_batch(parts, examples, padded=False):
+    prompts = [parts.batcher.encode(e, "train", True) for e in examples]
+    data, rows = parts.data, [e.row for e in examples]
+    collator = parts.batcher.collator.padded() if padded else parts.batcher.collator
+    return collator(prompts, data.user[rows], data.history[rows])
+
+
+def test_a_train_row_counts_for_others_only(parts, prior):
+    data = parts.data
+    train = np.flatnonzero(data.split == 0)[:7]
+    counts = np.bincount(data.item[data.split == 0], minlength=data.n_items)
+    found = prior.features(data.user[train], data.history[train], data.item[train])
+    expected = np.log1p(counts[data.item[train]] - 1)
+    np.testing.assert_allclose(found[:, 1] * prior.std + prior.mean, expected)
+    stranger = prior.features([-1], data.history[train[:1]], data.item[train[:1]])
+    assert stranger[0, 1] > found[0, 1]
+
+
+def test_the_score_is_the_one_of_the_placeholder(parts, prior, mixed):
+    batch = own_batch(parts, [e for e in mixed if e.task == "ctr"])
+    scores = batch["match_scores"].flatten()
+    data, rows = parts.data, [e.row for e in mixed if e.task == "ctr"]
+    found = prior.features(data.user[rows], data.history[rows], data.item[rows])
+    np.testing.assert_allclose(found[:, 0], scores.numpy())
+
+
+@pytest.mark.parametrize("task", ["ctr", "rating"])
+def test_words_follow_the_train_rows(parts, prior, task):
+    """Chances of the words over the train rows are on average what the rows say."""
+    data = parts.data
+    train = np.flatnonzero(data.split == 0)
+    x = prior.features(data.user[train], data.history[train], data.item[train])
+    logits = x @ prior.weights[task].T
+    chances = torch.from_numpy(logits).softmax(1).mean(0).numpy()
+    labels = data.label[train] == 1
+    words = np.where(labels, 0, 1) if task == "ctr" else [star(r) - 1 for r in data.rating[train]]
+    shares = np.bincount(words, minlength=logits.shape[1]) / len(train)
+    np.testing.assert_allclose(chances, shares, atol=0.03)
+    better = x + [1, 0, 0]  # a higher score
+    means = [torch.from_numpy(f @ prior.weights[task].T).softmax(1).numpy() for f in (x, better)]
+    value = np.array([1.0, 0.0]) if task == "ctr" else np.arange(1.0, 6.0)
+    assert ((means[1] - means[0]) @ value > 0).all()
+
+
+def test_a_list_ranks_by_score_and_popularity(parts, prior):
+    maker, data = parts.maker, parts.data
+    lists = maker.candidates("train")
+    size = lists.items.shape[1]
+    rows = np.repeat(lists.rows, size)
+    x = prior.features(data.user[rows], data.history[rows], lists.items.flatten())
+    scores = (x @ prior.weights["topk"].T).reshape(lists.items.shape)
+    liked = np.take_along_axis(scores, lists.positive[:, None].astype(int), 1)
+    assert (liked > scores).sum(1).mean() > 0.6 * (size - 1)  # by chance it would be half
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_it_is_added_to_the_answers_words_and_to_nothing_else(parts, prior, mixed, padded):
+    batch = own_batch(parts, mixed, padded)
+    with torch.no_grad():
+        plain = parts.model.logits(batch, batch["last_slots"]).float()
+        added = (parts.model.answer_logits(batch) - plain).double()
+    data = parts.data
+    for row, example in enumerate(mixed):
+        expected = torch.zeros(added.shape[1], dtype=torch.float64)
+        if example.task != "explain":
+            items = [int(data.item[example.row])]
+            if example.task == "topk":
+                items = parts.maker.candidates("train").items[example.place].tolist()
+            rows = [example.row] * len(items)
+            x = prior.features(data.user[rows], data.history[rows], items)
+            values = (x @ prior.weights[example.task].T).flatten()
+            tokens = parts.batcher.encoder.answer_tokens(example.task)[1]
+            for word, value in zip(ANSWERS[example.task], values, strict=False):
+                expected[tokens[word]] = value - values.mean()
+        torch.testing.assert_close(added[row], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_loss_is_of_both_together(parts, mixed):
+    batch = own_batch(parts, mixed)
+    with torch.no_grad():
+        found = parts.model(**batch)["row_losses"]
+        logits = parts.model.answer_logits(batch)
+        free = parts.model.logits(batch, batch["label_slots"]).float()
+    for row, example in enumerate(mixed):
+        labels = batch["label_rows"] == row
+        tokens = batch["label_tokens"][labels]
+        own = logits[row : row + 1] if example.task != "explain" else free[labels]
+        torch.testing.assert_close(found[row], F.cross_entropy(own, tokens))
+
+
+def test_scoring_is_with_it_and_the_bare_model_without(parts, mixed):
+    rows = [e for e in mixed if e.task == "rating"]
+    data, index = parts.data, [e.row for e in rows]
+    for base_only in (False, True):
+        scorer = Scorer(parts, base_only)
+        prompts = [parts.batcher.encode(e, "train", scorer.vectors) for e in rows]
+        batch = parts.batcher.collator.padded()(prompts, data.user[index], data.history[index])
+        assert ("prior_rows" in batch) is not base_only
+        found = scorer.answers(prompts, data.user[index], data.history[index]).logits
+        with torch.no_grad():
+            if base_only:
+                batch["task_ids"] = torch.full_like(batch["task_ids"], -1)
+            expected = parts.model.answer_logits(batch)[:, prior_tokens(parts, "rating")]
+        np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
+
+
+def prior_tokens(parts, task):
+    words = parts.batcher.encoder.answer_tokens(task)[1]
+    return [words[word] for word in ANSWERS[task]]
+
+
+def test_the_same_prior_comes_back_from_the_same_data(parts, prior):
+    again = assemble(parts.config, parts.data, parts.vectors, torch.device("cpu"))
+    for task in ANSWERED:
+        np.testing.assert_array_equal(
+            again.batcher.collator.prior.weights[task], prior.weights[task]
+        )
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"metanet__match": "prior", "train__schedule": "joint"}, "set cf.blend"),
+        ({"metanet__match": "prior", "cf": CF, "train__schedule": "curriculum"}, "to joint"),
+    ],
+)
+def test_settings_that_it_needs_are_named(small_model, changes, words):
+    with pytest.raises(ValueError, match=words):
+        small_config(small_model, **changes)
