@@ -44,12 +44,19 @@ def own_batch(parts, examples, padded=False):
 def test_a_train_row_counts_for_others_only(parts, prior):
     data = parts.data
     train = np.flatnonzero(data.split == 0)[:7]
-    counts = np.bincount(data.item[data.split == 0], minlength=data.n_items)
     found = prior.features(data.user[train], data.history[train], data.item[train])
-    expected = np.log1p(counts[data.item[train]] - 1)
-    np.testing.assert_allclose(found[:, 1] * prior.std + prior.mean, expected)
+    ratings = data.rating.astype(np.float64)
+    ratings -= ratings[data.split == 0].mean()
+    for row, (_, popularity, of_item, of_user, one) in zip(train, found, strict=True):
+        other = (data.split == 0) & (np.arange(len(data.user)) != row)
+        same_item = other & (data.item == data.item[row])
+        same_user = other & (data.user == data.user[row])
+        assert popularity * prior.std + prior.mean == pytest.approx(np.log1p(same_item.sum()))
+        assert of_item == pytest.approx(ratings[same_item].sum() / (same_item.sum() + 10), abs=1e-6)
+        assert of_user == pytest.approx(ratings[same_user].sum() / (same_user.sum() + 20), abs=1e-6)
+        assert one == 1
     stranger = prior.features([-1], data.history[train[:1]], data.item[train[:1]])
-    assert stranger[0, 1] > found[0, 1]
+    assert stranger[0, 1] > found[0, 1] and stranger[0, 3] == 0
 
 
 def test_the_score_is_the_one_of_the_placeholder(parts, prior, mixed):
@@ -72,7 +79,7 @@ def test_words_follow_the_train_rows(parts, prior, task):
     words = np.where(labels, 0, 1) if task == "ctr" else [star(r) - 1 for r in data.rating[train]]
     shares = np.bincount(words, minlength=logits.shape[1]) / len(train)
     np.testing.assert_allclose(chances, shares, atol=0.03)
-    better = x + [1, 0, 0]  # a higher score
+    better = x + [1, 0, 0, 0, 0]  # a higher score
     means = [torch.from_numpy(f @ prior.weights[task].T).softmax(1).numpy() for f in (x, better)]
     value = np.array([1.0, 0.0]) if task == "ctr" else np.arange(1.0, 6.0)
     assert ((means[1] - means[0]) @ value > 0).all()
