@@ -23,7 +23,7 @@ from ckf.metrics import (
     topk_metrics,
 )
 from ckf.prompts import Encoded, Question
-from ckf.scoring import Answers, Scorer
+from ckf.scoring import Answers, PriorScorer, Scorer
 from ckf.tables import write_parquet
 
 Log = Callable[[str], None]
@@ -244,6 +244,11 @@ def evaluate_run(
         config.evaluate.bootstrap,
         config.seed,
     )
+    prior = assembly.batcher.collator.prior
+    for task in prior.tokens if prior is not None else ():
+        evaluator = Evaluator(assembly, "test")
+        evaluator.scorer = PriorScorer(assembly)
+        metrics["baselines"][task]["prior"] = evaluator.task(task).metrics
     gate = gate_matrix(assembly)
     if gate:
         metrics["gate"] = gate

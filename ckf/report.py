@@ -42,7 +42,7 @@ def write_report(run: Path) -> Path:
 
 
 def metrics_table(metrics: dict) -> Table:
-    """The test metrics of a metrics.json beside the untrained model and two baselines.
+    """The test metrics of a metrics.json beside the untrained model and the simplest baselines.
 
     Raises ValueError when `metrics` is not a dict.
     """
@@ -59,13 +59,14 @@ def metrics_table(metrics: dict) -> Table:
     table = Table(title=Text(str(name)) if name else None, caption=Text(caption))
     table.add_column("task")
     table.add_column("metric")
-    for column in (CKF, "untrained", "item mean", "popularity"):
-        table.add_column(column, justify="right")
-    for task in rm.tasks(metrics):
-        found = rm.models(metrics, task)
+    measured = {task: rm.models(metrics, task) for task in rm.tasks(metrics)}
+    who = [CKF, UNTRAINED, "item mean", "popularity"]
+    who += [w for w in (rm.CF_ALONE, rm.PRIOR_ALONE) if any(w in m for m in measured.values())]
+    for column in who:
+        table.add_column("untrained" if column == UNTRAINED else column, justify="right")
+    for task, found in measured.items():
         names = rm.metric_names(found.values())
         for i, name in enumerate(names):
-            who = (CKF, UNTRAINED, "item mean", "popularity")
             ours, *others = (rm.read_value(found.get(w, {}).get(name)) for w in who)
             cells = [with_interval(ours), *(number(v and v.value) for v in others)]
             row = [rm.task_label(task) if i == 0 else "", rm.metric(name).label, *cells]

@@ -56,6 +56,7 @@ METRICS = {
 MAIN = ("auc", "uauc", "hr@1", "ndcg@10", "rmse", "mae", "rougeL", "bleu4")
 COUNTS = ("rows", "users")
 CKF, UNTRAINED = "CKF", "untrained model"
+CF_ALONE, PRIOR_ALONE = "CF model alone", "prior alone"
 RELATIONS = {"better": "better", "worse": "worse", "open": "not told apart", "unknown": "no claim"}
 
 
@@ -95,7 +96,7 @@ def models(metrics: Mapping, task: str) -> dict[str, dict]:
     found = {CKF: metrics.get("test"), UNTRAINED: metrics.get("untrained")}
     found = {who: mapping(mapping(part).get(task)) for who, part in found.items()}
     for name, part in mapping(mapping(metrics.get("baselines")).get(task)).items():
-        label = "CF model alone" if name == "cf" else name.replace("_", " ")
+        label = {"cf": CF_ALONE, "prior": PRIOR_ALONE}.get(name, name.replace("_", " "))
         found[f"{label} (baseline)" if label in (CKF, UNTRAINED) else label] = mapping(part)
     return {who: part for who, part in found.items() if part or who == CKF}
 

@@ -121,6 +121,22 @@ class Scorer:
             self.model.train(was_training)
 
 
+class PriorScorer(Scorer):
+    """Answers of the prior by itself, as of a language model that gives every word the same."""
+
+    @torch.no_grad()
+    def answers(self, prompts: Sequence[Encoded], users, histories) -> Answers:
+        """As ``Scorer.answers``, over the answer words alone."""
+        task = prompts[0].task if prompts else "ctr"
+        words = self.assembly.batcher.encoder.answer_tokens(task)[1]
+        index = torch.tensor([words[w] for w in ANSWERS[task]])
+        logits = np.full((len(prompts), len(index)), -np.inf)
+        for rows, batch in self._batches(prompts, users, histories):
+            column = (batch["prior_tokens"].cpu().unsqueeze(1) == index).int().argmax(1)
+            logits[rows[batch["prior_rows"].cpu()], column] = batch["prior_values"].cpu()
+        return Answers(logits, np.logaddexp.reduce(logits, axis=1), logits.argmax(1))
+
+
 def _by_length(prompts: Sequence[Encoded], budget: int) -> Iterator[np.ndarray]:
     order = np.argsort([-p.length for p in prompts], kind="stable")
     start = 0

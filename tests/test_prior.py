@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from ckf.assembly import assemble
 from ckf.batches import star
 from ckf.cf import CFConfig, fit_cf
+from ckf.evaluate import evaluate_run
 from ckf.prompts import ANSWERS
-from ckf.scoring import Scorer
+from ckf.report import metrics_table
+from ckf.scoring import PriorScorer, Scorer
 from tests.ckf_fixtures import TASKS, quiet, randomise, small_config
 
 CF = {"kind": "mf", "dim": 4, "epochs": 20, "batch_size": 64, "blend": 3}
@@ -145,6 +147,39 @@ def test_scoring_is_with_it_and_the_bare_model_without(parts, mixed):
                 batch["task_ids"] = torch.full_like(batch["task_ids"], -1)
             expected = parts.model.answer_logits(batch)[:, prior_tokens(parts, "rating")]
         np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
+
+
+def test_the_prior_alone_is_what_is_added(parts, prior, mixed):
+    data = parts.data
+    for task in ANSWERED:
+        examples = [e for e in mixed if e.task == task]
+        rows = [e.row for e in examples]
+        prompts = [parts.batcher.encode(e, "train", True) for e in examples]
+        alone = PriorScorer(parts).answers(prompts, data.user[rows], data.history[rows])
+        together = Scorer(parts).answers(prompts, data.user[rows], data.history[rows])
+        batch = parts.batcher.collator.padded()(prompts, data.user[rows], data.history[rows])
+        with torch.no_grad():
+            model = parts.model.logits(batch, batch["last_slots"])[:, prior_tokens(parts, task)]
+        listed = np.isfinite(alone.logits)
+        assert listed.all() or (task == "topk" and listed.sum(1).tolist() == [10, 10])
+        found = (together.logits - model.numpy())[listed]
+        np.testing.assert_allclose(alone.logits[listed], found, atol=1e-4)
+        total = torch.from_numpy(alone.logits).logsumexp(1).numpy()
+        np.testing.assert_allclose(alone.log_total, total)
+
+
+def test_a_run_reports_the_prior_beside_it(parts, tmp_path):
+    (tmp_path / "predictions").mkdir()
+    metrics = evaluate_run(parts, tmp_path, {"name": "prior"})
+    for task in ANSWERED:
+        assert (
+            metrics["baselines"][task]["prior"].keys()
+            >= metrics["baselines"][task]["item_mean"].keys()
+        )
+    assert metrics["baselines"]["ctr"]["prior"]["auc"]["value"] > 0.6
+    assert "prior" not in metrics["baselines"]["explain"]
+    columns = [str(column.header) for column in metrics_table(metrics).columns]
+    assert columns[-2:] == ["CF model alone", "prior alone"]
 
 
 def prior_tokens(parts, task):

@@ -392,7 +392,8 @@ def test_metrics_table():
     metrics["run"]["name"] = "[red]name[/nope]"
     table = report.metrics_table(metrics)
     heads = [column.header for column in table.columns]
-    assert heads == ["task", "metric", "CKF", "untrained", "item mean", "popularity"]
+    base = ["task", "metric", "CKF", "untrained", "item mean", "popularity"]
+    assert heads == [*base, "CF model alone"]
     rows = list(zip(*(column._cells for column in table.columns), strict=True))
     rows = [[str(cell) for cell in row] for row in rows]
     assert rows[0] == ["CTR", "AUC", "0.712 [0.672, 0.752]", "0.512", "0.701", "–"]
