@@ -27,9 +27,9 @@ class DecodeCache:
         self.clear()
 
     def clear(self) -> None:
-        self._key: tuple | None = None
-        self._inputs: tuple = ()  # so that no address of the key is given out again
-        self._made: Any = None
+        # key, what was made, and its inputs, so that no address of the key is given out again; one
+        # tuple, as threads may replace it between two reads
+        self._kept: tuple[tuple, Any, tuple] | None = None
 
     def get(self, make: Make, shape: GroupShape, gates, a, b, dtype: torch.dtype) -> Any:
         """``make(shape, gates, a, b, dtype)``, or what it made before of the same tensors."""
@@ -38,12 +38,12 @@ class DecodeCache:
             return make(shape, gates, a, b, dtype)
         key = (make, dtype, *((t.data_ptr(), t._version) for t in tensors))
         capturing = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
-        if key != self._key:
+        kept = self._kept
+        if kept is None or kept[0] != key:
             made = make(shape, gates, a, b, dtype)
-            if capturing:  # only replays of the graph compute these
-                return made
-            self._made, self._key = made, key
-            self._inputs = tuple(t.detach() for t in tensors)
-        elif capturing and not any(kept is self._made for kept in self._captured):
-            self._captured.append(self._made)
-        return self._made
+            if not capturing:  # else only replays of the graph compute it
+                self._kept = (key, made, tuple(t.detach() for t in tensors))
+            return made
+        if capturing and not any(made is kept[1] for made in self._captured):
+            self._captured.append(kept[1])
+        return kept[1]

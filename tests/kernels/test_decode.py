@@ -132,8 +132,8 @@ def test_layers_keep_their_own_caches():
 
     model = ckf.patch_model(tiny_model("llama"), ["a", "b"], r=4)
     layer = next(iter(patched_layers(model).values()))
-    layer._decode[0]._key = ("kept",)
+    layer._decode[0]._kept = (("key",), None, ())
     twin = copy.deepcopy(layer)
-    assert layer._decode[0]._key is not None and twin._decode[0]._key is None
+    assert layer._decode[0]._kept is not None and twin._decode[0]._kept is None
     model.eval()
-    assert layer._decode[0]._key is None
+    assert layer._decode[0]._kept is None
