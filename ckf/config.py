@@ -237,6 +237,12 @@ class RunConfig:
                 "metanet.match is prior, which trusts the CF score of a train row only where the "
                 "score does not know the row: set cf.blend, for example to 5"
             )
+        if metanet.match == "prior" and (metanet.shuffle_users or self.train.fold_share):
+            raise ValueError(
+                "metanet.match is prior, which leaves a train row's own label out by its user, but "
+                "metanet.shuffle_users or train.fold_share shows another: leave them out, or set "
+                "metanet.match to score"
+            )
         if metanet.match == "prior" and self.train.schedule != "joint":
             raise ValueError(
                 "metanet.match is prior, but train.schedule shows rows as plain text, without "

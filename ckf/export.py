@@ -127,6 +127,8 @@ def import_peft(model: nn.Module, path: str | Path, adapter: str) -> None:
             copies.append((own_a, whole_a))
         copies.append((own_b, whole_b))
     files.copy_all(copies)
+    for layer in layers.values():
+        layer.forget_decoding()
 
 
 def merge_task(model: nn.Module, task: str) -> nn.Module:

@@ -239,6 +239,7 @@ class MultiLoRALinear(nn.Module):
             for layer in layers:
                 layer._prepare(device)
         slots, width = self._slots[len(layers)]
+        keeps = not self.training and self._gate[0] is None
         return run_group(
             inputs,
             [weight for weight, _ in bases],
@@ -252,8 +253,8 @@ class MultiLoRALinear(nn.Module):
             self.backend,
             slots,
             width,
-            # torch 2.11 traces no tuple[bool]
-            None if self.training else self._decode[int(len(layers) > 1)],
+            # torch 2.11 traces no tuple[bool]; learned gates are a fresh tensor at every call
+            self._decode[int(len(layers) > 1)] if keeps else None,
         )
 
     def gates(self, device: torch.device) -> Tensor:

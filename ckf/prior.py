@@ -3,9 +3,9 @@
     log p(answer) = language model's logit + prior + constant
 
 A product of two experts. The language model starts from what CF score, popularity and mean ratings
-know, and learns what they do not. The priors are regressions on the train rows, fixed in training:
-logistic for ctr, multinomial over the stars, for a list one candidate against another. They see
-what training will see (ckf.cf.blend): scores, counts and means that leave a train row itself out.
+know, and learns what they do not. The priors are softmax regressions on the train rows, fixed in
+training: over Yes and No, over the stars, and over the candidates of a list. They see what training
+will see (ckf.cf.blend): scores, counts and means that leave a train row itself out.
 """
 
 from __future__ import annotations
@@ -14,16 +14,23 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from ckf.baselines import ITEM_PRIOR_OF_SUM, USER_PRIOR
 from ckf.batches import QuestionMaker, star
+from ckf.data.prepared import PreparedData
 from ckf.match import MatchScores
 from ckf.prompts import ANSWERS
 
-_MOST_ROWS = 50_000  # that a regression is fitted on, evenly from all
+_MOST_CHOICES = 50_000  # rows x words that a regression is fitted on, evenly from all
+_RIDGE = 1.0
 _STARS = ("rating", "review_rating")
+_KNOWN = {  # the features that count
+    "ctr": [0, 1, 4],
+    "topk": [0, 1],
+    "rating": [0, 1, 2, 3, 4],
+    "review_rating": [0, 1, 2, 3, 4],
+}
 
 
 class AnswerPrior:
@@ -47,17 +54,15 @@ class AnswerPrior:
         self.rating_mean = rating.sum() / max(1, rated.sum())
         # (3, ...) by item, by user and by pair of both: rows, rated rows, sum of ratings
         what = np.stack([np.ones(len(train)), rated, rating])
-        self.by_item, self.by_user = (
-            _sums(what, item, data.n_items),
-            _sums(what, user, data.n_users),
-        )
+        self.by_item = _sums(what, item, data.n_items)
+        self.by_user = _sums(what, user, data.n_users)
         self.pairs, place = np.unique(user * data.n_items + item, return_inverse=True)
         self.by_pair = _sums(what, place, len(self.pairs))
         logs = np.log1p(self.by_item[0, item] - self.by_pair[0, place])
         self.mean, self.std = logs.mean(), max(logs.std(), 1e-9)
-        # by task (words, 5): weights of the features
+        # by task (words, 5): weights of the features; one row for a list, whose words are places
         self.weights = {
-            task: self._fit_list(maker) if task == "topk" else self._fit_words(maker, task)
+            task: self._fit_list(maker) if task == "topk" else self._fit_words(data, task)
             for task in self.tokens
         }
 
@@ -78,8 +83,8 @@ class AnswerPrior:
         of_user = (self.by_user[:, users.clip(min=0)] - own) * known
         popularity = (np.log1p(of_item[0]) - self.mean) / self.std
         means = [
-            (found[2] - found[1] * self.rating_mean) / (found[1] + prior)
-            for found, prior in ((of_item, ITEM_PRIOR_OF_SUM), (of_user, USER_PRIOR))
+            (found[2] - found[1] * self.rating_mean) / (found[1] + pseudo)
+            for found, pseudo in ((of_item, ITEM_PRIOR_OF_SUM), (of_user, USER_PRIOR))
         ]
         return np.column_stack([scores.flatten().numpy(), popularity, *means, np.ones(len(items))])
 
@@ -112,42 +117,60 @@ class AnswerPrior:
             "prior_values": torch.tensor(values, dtype=torch.float32),
         }
 
-    def _fit_words(self, maker: QuestionMaker, task: str) -> np.ndarray:
-        """(words, 5): a regression of the answer word; mean ratings count for stars alone."""
-        data = maker.data
-        known = ~np.isnan(data.rating) if task in _STARS else data.label >= 0
-        rows = _evenly(np.flatnonzero((data.split == 0) & known))
+    def _fit_words(self, data: PreparedData, task: str) -> np.ndarray:
+        """(words, 5): a softmax over the answer words."""
+        count = len(ANSWERS[task])
+        known = data.label >= 0
+        if task in _STARS:
+            known = (data.rating >= 0.5) & (data.rating < 5.5)  # NaN: False
+        rows = _evenly(np.flatnonzero((data.split == 0) & known), _MOST_CHOICES // count)
         if task in _STARS:
             words = np.array([star(r) - 1 for r in data.rating[rows]], np.int64)
         else:
             words = np.where(data.label[rows] == 1, 0, 1)
-        x = self.features(data.user[rows], data.history[rows], data.item[rows])[:, :-1]
-        x[:, 2:] *= task in _STARS
-        # one row more of every word, so that a word nobody used has a small chance, not none
-        count = len(ANSWERS[task])
-        x, words = np.vstack([x, np.zeros((count, 4))]), np.append(words, np.arange(count))
-        fitted = LogisticRegression(max_iter=1000).fit(x, words)
-        weights = np.column_stack([fitted.coef_, fitted.intercept_])
-        if count == 2:  # one set of weights, for the second word
-            weights = np.vstack([-weights, weights]) / 2
+        x = self.features(data.user[rows], data.history[rows], data.item[rows])[:, _KNOWN[task]]
+        # every word has its weights: (r, words, words * features), block by block
+        choices = np.einsum("kj,rf->rkjf", np.eye(count), x).reshape(len(x), count, -1)
+        weights = np.zeros((count, 5))
+        weights[:, _KNOWN[task]] = softmax_regression(choices, words).reshape(count, -1)
         return weights
 
     def _fit_list(self, maker: QuestionMaker) -> np.ndarray:
-        """(1, 5): weights that tell a list's liked item from the others, one against one."""
+        """(1, 5): a softmax over the candidates of a list."""
         data, lists = maker.data, maker.candidates("train")
-        count, size = lists.items.shape
-        picked = _evenly(np.arange(count), _MOST_ROWS // size)
-        items, positive = lists.items[picked], lists.positive[picked]
-        rows = np.repeat(lists.rows[picked], size)
-        x = self.features(data.user[rows], data.history[rows], items.flatten())[:, :2]
-        x = x.reshape(*items.shape, 2)
-        liked = np.take_along_axis(x, positive[:, None, None].astype(np.int64), 1)
-        others = np.arange(size) != positive[:, None]
-        gains = (liked - x)[others]  # (count * (size - 1), 2)
-        sign = np.where(np.arange(len(gains)) % 2, 1, -1)  # a regression wants both outcomes
-        fitted = LogisticRegression(fit_intercept=False, max_iter=1000)
-        fitted.fit(gains * sign[:, None], sign)
-        return np.append(fitted.coef_[0], np.zeros(3))[None]
+        size = lists.items.shape[1]
+        picked = _evenly(np.arange(len(lists.items)), _MOST_CHOICES // size)
+        items, rows = lists.items[picked], np.repeat(lists.rows[picked], size)
+        x = self.features(data.user[rows], data.history[rows], items.flatten())[:, _KNOWN["topk"]]
+        weights = np.zeros((1, 5))
+        weights[0, _KNOWN["topk"]] = softmax_regression(
+            x.reshape(*items.shape, -1), lists.positive[picked]
+        )
+        return weights
+
+
+def softmax_regression(choices: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Weights w (f,) that make softmax(choices @ w) likeliest, with a ridge, by Newton.
+
+    Args:
+        choices: (r, k, f) features of k choices.
+        chosen: (r,) the choice that was made.
+    """
+    weights = np.zeros(choices.shape[2])
+    made = np.take_along_axis(choices, chosen.astype(np.int64)[:, None, None], 1)[:, 0].sum(0)
+    for _ in range(50):
+        logits = choices @ weights
+        p = np.exp(logits - logits.max(1, keepdims=True))
+        p /= p.sum(1, keepdims=True)  # (r, k)
+        mean = np.einsum("rk,rkf->rf", p, choices)
+        slope = mean.sum(0) - made + _RIDGE * weights
+        flat = choices.reshape(-1, choices.shape[2])
+        curve = (flat * p.reshape(-1, 1)).T @ flat - mean.T @ mean
+        step = np.linalg.solve(curve + _RIDGE * np.eye(len(weights)), slope)
+        weights = weights - step / max(1.0, np.abs(step).max())  # no leap where it is flat
+        if np.abs(step).max() < 1e-8:
+            break
+    return weights
 
 
 def _sums(what: np.ndarray, groups: np.ndarray, count: int) -> np.ndarray:
@@ -155,5 +178,5 @@ def _sums(what: np.ndarray, groups: np.ndarray, count: int) -> np.ndarray:
     return np.stack([np.bincount(groups, values, count) for values in what])
 
 
-def _evenly(rows: np.ndarray, most: int = _MOST_ROWS) -> np.ndarray:
+def _evenly(rows: np.ndarray, most: int) -> np.ndarray:
     return rows[:: max(1, -(-len(rows) // most))]

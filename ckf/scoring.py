@@ -108,7 +108,8 @@ class Scorer:
         """Row indices and their batch; sorted by length, at most batch_tokens tokens each."""
         users, histories = np.asarray(users), np.asarray(histories)
         device, was_training = self.model.device, self.model.training
-        self.model.eval()
+        if was_training:  # else what decoding keeps would be forgotten
+            self.model.eval()
         try:
             for rows in _by_length(prompts, self.assembly.config.evaluate.batch_tokens):
                 batch = self.collator([prompts[r] for r in rows], users[rows], histories[rows])
@@ -118,7 +119,8 @@ class Scorer:
                 yield rows, batch
                 self.progress(len(rows))
         finally:
-            self.model.train(was_training)
+            if was_training:
+                self.model.train()
 
 
 class PriorScorer(Scorer):

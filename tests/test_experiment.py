@@ -223,6 +223,27 @@ def test_cf_models_stand_beside_by_themselves(small_model, raw_data, tmp_path):
     assert own != alone
 
 
+def test_a_cell_with_a_prior_stands_beside_the_prior(small_model, raw_data, tmp_path):
+    changes = {"train__steps": 2, "train__save_every": 1, "train__schedule": "joint"}
+    config = quick(small_model, **changes, cf={"dim": 4, "epochs": 3, "blend": 2})
+    experiment = make_experiment(config, tmp_path / "out", "ckf-match,ckf-prior", 1)
+    run_experiment(experiment, str(raw_data), device="cpu", log=quiet)
+    found = read_experiment(experiment.out)
+    assert not found["failed"] and "prior" in found["baselines"]
+    pairs = {(c["a"], c["b"]) for c in found["comparisons"]}
+    assert {("ckf-prior", "ckf-match"), ("ckf-prior", "prior")} <= pairs
+    run = load_run(experiment.folder(experiment.cells[1], 0), "cpu")
+    users, items = run.assembly.data.user_ids, run.assembly.data.item_ids
+    known, stranger = run.predict(
+        [
+            {"task": "topk", "user": users[0], "candidates": list(items[:5])},
+            {"task": "ctr", "user": "new", "item": items[0], "history": list(items[1:3])},
+        ]
+    )
+    assert np.isfinite(known["scores"]).all() and len(known["scores"]) == 5
+    assert np.isfinite(stranger["score"])
+
+
 def test_the_page_loads_nothing_and_says_what_it_compares(finished):
     text = write_pages(finished.out).read_text()
     assert "http" not in text.replace("http-equiv", "").replace("http://www.w3.org", "")

@@ -57,7 +57,6 @@ def differing(a, b, prefix=""):
         ("ckf", "ckf-shuffled", ["metanet.shuffle_users"]),
         ("ckf", "ckf-constant", ["metanet.kind"]),
         ("ckf-match", "ckf", ["metanet.match"]),
-        ("ckf-prior", "ckf-joint", ["cf.blend", "metanet.match"]),
         ("gate-meta", "ckf", ["lora.gate"]),
         ("ckf-joint", "ckf", ["train.schedule"]),
     ],
@@ -204,7 +203,8 @@ def test_seeds_differ_and_nothing_else(base):
 @pytest.mark.parametrize("schedule", ["curriculum", "joint"])
 def test_chosen_cells_are_known_and_not_twice(base, schedule):
     config = replace(base, train=replace(base.train, schedule=schedule))
-    assert [c.name for c in chosen_cells("main", config)] == list(MAIN)
+    plain = [name for name in MAIN if name != "ckf-prior"]  # which needs a blend
+    assert [c.name for c in chosen_cells("main", config)] == plain
     assert next(c.name for c in chosen_cells("ckf, main", config)) == "ckf"
     names = [c.name for c in chosen_cells("full", config)]
     assert len(set(names)) == len(names) and f"ckf-{schedule}" not in names
@@ -213,6 +213,22 @@ def test_chosen_cells_are_known_and_not_twice(base, schedule):
     for a, b, _ in COMPARISONS:
         assert all(side in CELLS or side[0] == "=" for side in (a, b))
     assert max(map(len, CELLS)) <= 20  # the width of a label in a figure
+
+
+def test_the_prior_takes_part_where_it_can(base):
+    able = replace(base, train=replace(base.train, schedule="joint"), cf=replace(base.cf, blend=3))
+    assert [c.name for c in chosen_cells("main", able)] == list(MAIN)
+    one, other = (cell_config(able, CELLS[name], 0) for name in ("ckf-prior", "ckf-match"))
+    assert differing(one, other) == ["metanet.match"]
+    for unable in (
+        replace(able, cf=replace(able.cf, blend=0)),
+        replace(able, train=replace(able.train, schedule="curriculum")),
+        replace(able, train=replace(able.train, fold_share=0.5)),
+    ):
+        assert "ckf-prior" not in [c.name for c in chosen_cells("full", unable)]
+        (named,) = chosen_cells(" ckf-prior", unable)
+        with pytest.raises(ValueError, match="metanet.match is prior"):
+            cell_config(unable, named, 0)
 
 
 def test_every_cell_of_the_shipped_config_is_valid():

@@ -9,6 +9,7 @@ from ckf.assembly import assemble
 from ckf.batches import star
 from ckf.cf import CFConfig, fit_cf
 from ckf.evaluate import evaluate_run
+from ckf.prior import softmax_regression
 from ckf.prompts import ANSWERS
 from ckf.report import metrics_table
 from ckf.scoring import PriorScorer, Scorer
@@ -34,6 +35,15 @@ def parts(small_model, small_run):
 @pytest.fixture(scope="module")
 def prior(parts):
     return parts.batcher.collator.prior
+
+
+def test_the_regression_finds_the_weights_that_made_the_choices():
+    rng = np.random.default_rng(0)
+    choices, weights = rng.normal(size=(20_000, 4, 3)), np.array([1.0, -0.5, 0.0])
+    chosen = (choices @ weights + rng.gumbel(size=(20_000, 4))).argmax(1)
+    np.testing.assert_allclose(softmax_regression(choices, chosen), weights, atol=0.05)
+    told = softmax_regression(choices, choices[:, :, 0].argmax(1))  # no finite weight is likeliest
+    assert np.isfinite(told).all() and told[0] > 5
 
 
 def own_batch(parts, examples, padded=False):
@@ -200,6 +210,8 @@ def test_the_same_prior_comes_back_from_the_same_data(parts, prior):
     [
         ({"metanet__match": "prior", "train__schedule": "joint"}, "set cf.blend"),
         ({"metanet__match": "prior", "cf": CF, "train__schedule": "curriculum"}, "to joint"),
+        ({"metanet__match": "prior", "cf": CF, "train__fold_share": 0.5}, "shows another"),
+        ({"metanet__match": "prior", "cf": CF, "metanet__shuffle_users": True}, "shows another"),
     ],
 )
 def test_settings_that_it_needs_are_named(small_model, changes, words):

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from ckf.cf import CFConfig
 from ckf.config import RunConfig, config_from_dict, config_to_dict
 
-BLEND_FOLDS = 5  # of a cell that needs a blend, where the config has none
 Change = Callable[[RunConfig], RunConfig]
 
 
@@ -84,12 +83,6 @@ def _vectors(kind: str, match: str = "none", shuffle: bool = False) -> Change:
 
 def _schedule(name: str) -> Change:
     return lambda config: replace(config, train=replace(config.train, schedule=name))
-
-
-def _prior(config: RunConfig) -> RunConfig:
-    """The CF score in a placeholder and as a prior, with what the prior asks of a config."""
-    config = _schedule("joint")(_vectors("meta", "prior")(config))
-    return replace(config, cf=replace(config.cf, blend=config.cf.blend or BLEND_FOLDS))
 
 
 def _lightgcn(config: RunConfig) -> RunConfig:
@@ -172,7 +165,11 @@ CELLS = {
         ),
         Cell("ckf-constant", "ckf, one constant W_u", _chain(_multi_lora, _vectors("constant"))),
         Cell("ckf-match", "ckf and the CF score", _chain(_multi_lora, _vectors("meta", "score"))),
-        Cell("ckf-prior", "ckf, the CF score also a prior", _chain(_multi_lora, _prior)),
+        Cell(
+            "ckf-prior",
+            "ckf, the CF score also a prior",
+            _chain(_multi_lora, _vectors("meta", "prior")),
+        ),
         Cell("ckf-text", "shared + task LoRA, no CF", _chain(_multi_lora, _vectors("none"))),
         Cell("ckf-mlp", "shared + task LoRA, MLP map", _chain(_multi_lora, _vectors("mlp"))),
         Cell("one-meta", "one LoRA, meta-network", _chain(_one_lora, _META)),
@@ -211,9 +208,10 @@ COMPARISONS = (
     ("ckf-match", "text", "all of it with the CF score helps"),
     ("ckf-match", "=cf", "with the score shown, the LLM adds to it"),
     ("ckf-match", "=logistic_regression", "with the score shown, better than a regression"),
-    ("ckf-prior", "ckf", "the CF model's answer as a prior helps"),
+    ("ckf-prior", "ckf-match", "the CF model's answer as a prior helps"),
     ("ckf-prior", "text", "all of it with the prior helps"),
-    ("ckf-prior", "=cf", "with the prior, the LLM adds to the CF model"),
+    ("ckf-prior", "=prior", "the LLM adds to the prior"),
+    ("ckf-prior", "=cf", "with the prior, better than the CF model"),
     ("ckf-prior", "=logistic_regression", "with the prior, better than a regression"),
     ("ckf", "ckf-text", "CF vectors help, with a LoRA per task"),
     ("ckf", "ckf-mlp", "a map per user beats an MLP"),
@@ -247,14 +245,16 @@ def chosen_cells(names: str | Sequence[str], config: RunConfig) -> list[Cell]:
     Raises ValueError for an unknown name.
     """
     names = names.split(",") if isinstance(names, str) else list(names)
+    names = [name.strip() for name in names]
     wanted: list[str] = []
-    for name in (n.strip() for n in names):
+    for name in names:
         wanted += {"main": MAIN, "full": tuple(CELLS)}.get(name, (name,))
     unknown = [name for name in wanted if name not in CELLS]
     if unknown:
         raise ValueError(f"no cell is named {unknown[0]!r}; known: main, full, {', '.join(CELLS)}")
     skipped = [f"ckf-{config.train.schedule}"]  # the plain cell has the config's schedule already
-    skipped += ["ckf-prior"] * (config.cf.kind == "file")  # nothing to hold out of given vectors
+    if config.cf.blend == 0 or config.train.schedule != "joint" or config.train.fold_share:
+        skipped += ["ckf-prior"] * ("ckf-prior" not in names)  # what a prior needs: ckf.config
     alone = len(config.tasks) == 1
     return [
         CELLS[name]

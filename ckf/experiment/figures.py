@@ -16,7 +16,13 @@ from ckf.data.prepared import PreparedData
 from ckf.experiment.cells import COMPARISONS
 from ckf.experiment.parts import read_vectors
 from ckf.experiment.runner import Experiment
-from ckf.experiment.scores import TaskScores, baseline_scores, read_scores, same_rows
+from ckf.experiment.scores import (
+    TaskScores,
+    baseline_scores,
+    prior_scores,
+    read_scores,
+    same_rows,
+)
 from ckf.experiment.slices import slices
 from ckf.experiment.statistics import difference, figure, holm
 
@@ -39,6 +45,9 @@ def collect(experiment: Experiment, data: PreparedData, vector_files: Mapping[st
             results.setdefault(cell.name, []).append(result)
     vectors = {name: read_vectors(file) for name, file in vector_files.items()}
     baselines = baseline_scores(config, data, split, vectors)
+    if any(cell.name == "ckf-prior" for cell in experiment.cells):
+        own = next(iter(vectors.values()))  # the config's
+        baselines["prior"] = prior_scores(config, data, split, own)
     measure = _Measure(data, config.evaluate.bootstrap, config.seed)
     done = sum(len(r) for r in results.values())
     return {

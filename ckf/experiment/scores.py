@@ -11,9 +11,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from ckf.baselines import ctr_scores, rating_predictions, topk_scores
+from ckf.batches import QuestionMaker
 from ckf.cf import CFVectors
 from ckf.config import RunConfig
 from ckf.data.prepared import Candidates, PreparedData
+from ckf.match import MatchScores
 from ckf.metrics import (
     Statistic,
     auc_statistic,
@@ -22,6 +24,8 @@ from ckf.metrics import (
     rmse_statistic,
     uauc_statistic,
 )
+from ckf.prior import AnswerPrior
+from ckf.prompts import ANSWERS
 
 KEPT = ("row", "score", "loss", "prediction", "scores", "positive")
 TOPK_METRICS = ("hr@1", "ndcg@10", "mrr")
@@ -106,6 +110,41 @@ def baseline_scores(
     return found
 
 
+def prior_scores(
+    config: RunConfig, data: PreparedData, split: str, vectors: CFVectors
+) -> dict[str, TaskScores]:
+    """{task: scores} of ``ckf.prior`` by itself; the arguments as in ``baseline_scores``."""
+    tasks = [task for task in config.tasks if task in ANSWERS]
+    words = {task: range(len(ANSWERS[task])) for task in tasks}
+    prior = AnswerPrior(MatchScores(vectors, data), QuestionMaker(data, config), words)
+    found = {}
+    for task in tasks:
+        rows = data.rows(task, split)
+        if task == "topk":
+            lists = _lists(config, data, split, rows)
+            every, items = np.repeat(lists.rows, lists.items.shape[1]), lists.items.flatten()
+        else:
+            every, items = rows, data.item[rows]
+        x = prior.features(data.user[every], data.history[every], items)
+        logits = x @ prior.weights[task].T
+        if task == "topk":
+            scores = {"scores": logits.reshape(lists.items.shape), "positive": lists.positive}
+            found[task] = TaskScores(task, lists.rows, scores)
+        elif task == "ctr":
+            found[task] = TaskScores(task, rows, {"score": logits[:, 0] - logits[:, 1]})
+        else:
+            chances = np.exp(logits - logits.max(1, keepdims=True))
+            stars = chances @ np.arange(1.0, 6.0) / chances.sum(1)
+            found[task] = TaskScores(task, rows, {"prediction": stars})
+    return found
+
+
+def _lists(config, data, split, rows) -> Candidates:
+    lists = data.candidates(split, config.data.test_lists[0])
+    places = np.flatnonzero(np.isin(lists.rows, rows))
+    return Candidates(lists.rows[places], lists.items[places], lists.positive[places])
+
+
 def _of_task(config, data, split, task, rows, model) -> dict[str, TaskScores]:
     if task == "ctr":
         scores = ctr_scores(data, rows, model)
@@ -114,9 +153,7 @@ def _of_task(config, data, split, task, rows, model) -> dict[str, TaskScores]:
         scores = rating_predictions(data, rows)
         return {k: TaskScores(task, rows, {"prediction": v}) for k, v in scores.items()}
     if task == "topk":
-        lists = data.candidates(split, config.data.test_lists[0])
-        places = np.flatnonzero(np.isin(lists.rows, rows))
-        own = Candidates(lists.rows[places], lists.items[places], lists.positive[places])
+        own = _lists(config, data, split, rows)
         scores = topk_scores(data, own, model)
         return {
             k: TaskScores(task, own.rows, {"scores": np.asarray(v), "positive": own.positive})

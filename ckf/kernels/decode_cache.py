@@ -5,6 +5,7 @@ update itself.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,24 @@ import torch
 from ckf.kernels.group import GroupShape
 
 Make = Callable[[GroupShape, Any, Any, Any, torch.dtype], Any]
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A place in the work of a CUDA stream, which other streams have to wait for."""
+
+    stream: int
+    event: torch.cuda.Event
+
+    @classmethod
+    def here(cls) -> "_Made":
+        stream = torch.cuda.current_stream()
+        return cls(stream.cuda_stream, stream.record_event())
+
+    def wait(self) -> None:
+        stream = torch.cuda.current_stream()
+        if stream.cuda_stream != self.stream:
+            stream.wait_event(self.event)
 
 
 class DecodeCache:
@@ -27,23 +46,26 @@ class DecodeCache:
         self.clear()
 
     def clear(self) -> None:
-        # key, what was made, and its inputs, so that no address of the key is given out again; one
-        # tuple, as threads may replace it between two reads
-        self._kept: tuple[tuple, Any, tuple] | None = None
+        # by maker: key, what was made, where, and its inputs, so that no address of the key is
+        # given out again; one tuple, as threads may replace it between two reads
+        self._kept: dict[Make, tuple[tuple, Any, _Made | None, tuple]] = {}
 
     def get(self, make: Make, shape: GroupShape, gates, a, b, dtype: torch.dtype) -> Any:
         """``make(shape, gates, a, b, dtype)``, or what it made before of the same tensors."""
         tensors = (*gates, *a, *b)
         if any(t.is_inference() for t in tensors):  # they count no versions
             return make(shape, gates, a, b, dtype)
-        key = (make, dtype, *((t.data_ptr(), t._version) for t in tensors))
+        key = (dtype, *((t.data_ptr(), t._version, t.shape) for t in tensors))
         capturing = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
-        kept = self._kept
+        kept = self._kept.get(make)
         if kept is None or kept[0] != key:
             made = make(shape, gates, a, b, dtype)
             if not capturing:  # else only replays of the graph compute it
-                self._kept = (key, made, tuple(t.detach() for t in tensors))
+                where = _Made.here() if tensors[0].is_cuda else None
+                self._kept[make] = (key, made, where, tuple(t.detach() for t in tensors))
             return made
+        if kept[2] is not None and not capturing:
+            kept[2].wait()
         if capturing and not any(made is kept[1] for made in self._captured):
             self._captured.append(kept[1])
         return kept[1]

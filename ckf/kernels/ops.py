@@ -142,7 +142,7 @@ def run_group(
     seed = _seed_tensor(seed, x.device) if dropout_p > 0 else None
     with _no_autocast(x):
         passes = _decode_pass(choice.backend, call) if decode_cache is not None else None
-        if passes and type(x) is Tensor and not torch.compiler.is_compiling():
+        if passes and _keeps_stacks(x, choice.backend):
             check_id_range(task_ids, gates[0].shape[0])
             shape = _shape(gates, flat_a, 0.0)
             arguments = (x, weights, biases, gates, flat_a, flat_b, task_ids)
@@ -159,6 +159,13 @@ def _decode_pass(backend: str, call: Call):
     if backend == "torch" and call.m <= torch_backend.DECODE_ROWS:
         return torch_backend.decode_pass
     return decode.forward_pass if backend == "cuda" else None
+
+
+def _keeps_stacks(x: Tensor, backend: str) -> bool:
+    """Not while tracing; nor what torch's own products would read in a graph's every replay."""
+    if type(x) is not Tensor or torch.compiler.is_compiling():
+        return False
+    return backend != "torch" or not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _no_autocast(x: Tensor):

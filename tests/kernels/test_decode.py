@@ -132,8 +132,8 @@ def test_layers_keep_their_own_caches():
 
     model = ckf.patch_model(tiny_model("llama"), ["a", "b"], r=4)
     layer = next(iter(patched_layers(model).values()))
-    layer._decode[0]._kept = (("key",), None, ())
+    layer._decode[0]._kept["make"] = (("key",), None, ())
     twin = copy.deepcopy(layer)
-    assert layer._decode[0]._kept is not None and twin._decode[0]._kept is None
+    assert layer._decode[0]._kept and not twin._decode[0]._kept
     model.eval()
-    assert layer._decode[0]._kept is None
+    assert not layer._decode[0]._kept
