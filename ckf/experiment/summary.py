@@ -69,18 +69,24 @@ def _figures(record: Mapping) -> str:
 
 
 def _claims(record: Mapping) -> str:
-    """CTR comparisons by their verdict; what is open is said as well."""
-    lines = []
+    """CTR comparisons that are decided, and one line with the differences that are open."""
+    lines, undecided = [], []
     for entry in record["comparisons"]:
         if entry["task"] != "ctr" or entry["value"] is None:
             continue
         found = verdict(entry)
-        result = {"A better": "holds", "B better": "the opposite holds"}.get(found, "open")
+        result = {"A better": "holds", "B better": "the opposite holds"}.get(found)
+        pair, name = f"{entry['a']} - {entry['b']}", metric(entry["metric"]).label
+        value = f"{number(entry['value'])} [{number(entry['low'])}, {number(entry['high'])}]"
+        if result is None:
+            undecided.append(f"{pair} {name} {value}")
+            continue
         lines.append(
-            f"* {entry['claim']} ({entry['a']} - {entry['b']}, {metric(entry['metric']).label}): "
-            f"**{result}**, {number(entry['value'])} "
-            f"[{number(entry['low'])}, {number(entry['high'])}], p {number(entry['p_holm'])} (Holm)"
+            f"* {entry['claim']} ({pair}, {name}): "
+            f"**{result}**, {value}, p {number(entry['p_holm'])} (Holm)"
         )
+    if undecided:
+        lines.append(f"* **open**, not decided once corrected for the number of tests: {'; '.join(undecided)}.")
     return "\n".join(lines)
 
 
