@@ -217,6 +217,12 @@ def _export(options) -> None:
         rank = max(rank, export_peft(backbone, run.assembly.lora_of(task), out / task))
         print(out / task)
     print(f"serve: {serving_command(base_name(backbone), folders, rank)}")
+    if run.assembly.uses_vectors:
+        with_prior = " and without the CF model's prior" * (run.config.metanet.match == "prior")
+        print(
+            f"note: such a server answers without the CF vectors in the prompt{with_prior}; "
+            "ckf.load_run(RUN).predict has all of it"
+        )
 
 
 def _info(options) -> None:

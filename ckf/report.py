@@ -55,15 +55,16 @@ def metrics_table(metrics: dict) -> Table:
             "pass json.loads(path.read_text())"
         )
     name = mapping(metrics.get("run")).get("name")
-    caption = "[low, high]: 95% interval"
+    caption = "[low, high]: 95% interval; CF, prior: without the language model"
     table = Table(title=Text(str(name)) if name else None, caption=Text(caption))
     table.add_column("task")
     table.add_column("metric")
     measured = {task: rm.models(metrics, task) for task in rm.tasks(metrics)}
     who = [CKF, UNTRAINED, "item mean", "popularity"]
     who += [w for w in (rm.CF_ALONE, rm.PRIOR_ALONE) if any(w in m for m in measured.values())]
+    short = {UNTRAINED: "untrained", rm.CF_ALONE: "CF", rm.PRIOR_ALONE: "prior"}
     for column in who:
-        table.add_column("untrained" if column == UNTRAINED else column, justify="right")
+        table.add_column(short.get(column, column), justify="right", no_wrap=True)
     for task, found in measured.items():
         names = rm.metric_names(found.values())
         for i, name in enumerate(names):

@@ -65,6 +65,7 @@ def test_train_evaluate_report_and_export(config_file, raw_data, tmp_path, capsy
     assert main(["export", str(out), "--task", "ctr"]) == 0
     assert (out / "export" / "ctr" / "adapter_model.safetensors").exists()
     assert not (out / "export" / "topk").exists()
+    assert "without the CF vectors in the prompt;" in capsys.readouterr().out
 
     assert main(["train", str(out / "config.yaml")]) == 0  # a finished run, by its own config
     assert "trained already" in capsys.readouterr().out

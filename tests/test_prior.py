@@ -189,7 +189,7 @@ def test_a_run_reports_the_prior_beside_it(parts, tmp_path):
     assert metrics["baselines"]["ctr"]["prior"]["auc"]["value"] > 0.6
     assert "prior" not in metrics["baselines"]["explain"]
     columns = [str(column.header) for column in metrics_table(metrics).columns]
-    assert columns[-2:] == ["CF model alone", "prior alone"]
+    assert columns[-2:] == ["CF", "prior"]
 
 
 def prior_tokens(parts, task):

@@ -393,7 +393,7 @@ def test_metrics_table():
     table = report.metrics_table(metrics)
     heads = [column.header for column in table.columns]
     base = ["task", "metric", "CKF", "untrained", "item mean", "popularity"]
-    assert heads == [*base, "CF model alone"]
+    assert heads == [*base, "CF"]
     rows = list(zip(*(column._cells for column in table.columns), strict=True))
     rows = [[str(cell) for cell in row] for row in rows]
     assert rows[0][6] != "–"

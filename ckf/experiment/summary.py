@@ -86,7 +86,9 @@ def _claims(record: Mapping) -> str:
             f"**{result}**, {value}, p {number(entry['p_holm'])} (Holm)"
         )
     if undecided:
-        lines.append(f"* **open**, not decided once corrected for the number of tests: {'; '.join(undecided)}.")
+        lines.append(
+            f"* **open**, not decided once corrected for the number of tests: {'; '.join(undecided)}."
+        )
     return "\n".join(lines)
 
 
