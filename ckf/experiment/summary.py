@@ -86,9 +86,8 @@ def _claims(record: Mapping) -> str:
             f"**{result}**, {value}, p {number(entry['p_holm'])} (Holm)"
         )
     if undecided:
-        lines.append(
-            f"* **open**, not decided once corrected for the number of tests: {'; '.join(undecided)}."
-        )
+        why = "not decided once corrected for the number of tests"
+        lines.append(f"* **open**, {why}: {'; '.join(undecided)}.")
     return "\n".join(lines)
 
 
