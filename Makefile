@@ -22,7 +22,7 @@ help:
 	@echo "make test-long  those and the slow ones"
 	@echo "make gpu        build, test, sanitize and measure on this machine's GPU, without network"
 	@echo "                (PART=build|tests|sanitize|bench, OUT=folder)"
-	@echo "make bench      measure against the peers on this machine's CPU (20 minutes), and draw"
+	@echo "make bench      measure against the peers on this machine's CPU (12 to 20 minutes), and draw"
 	@echo "make build      build the CUDA extension in place, after a change in csrc/"
 	@echo "make lint       ruff check and ruff format --check"
 	@echo "make format     let ruff fix and format"

@@ -144,7 +144,7 @@ class AnswerPrior:
         x = self.features(data.user[rows], data.history[rows], items.flatten())[:, _KNOWN["topk"]]
         weights = np.zeros((1, 5))
         weights[0, _KNOWN["topk"]] = softmax_regression(
-            x.reshape(*items.shape, -1), lists.positive[picked]
+            x.reshape(*items.shape, x.shape[1]), lists.positive[picked]
         )
         return weights
 
