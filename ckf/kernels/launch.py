@@ -118,7 +118,7 @@ def outer_launch(m: int, r: int, c: int, dtype: torch.dtype) -> OuterLaunch:
         block_m, block_r, block_c = 32, _power(r, 16, 64), 64
     else:
         block_m, block_r, block_c = 64, _power(r, 64, DENSE_RANK), 128  # 64: the least for wgmma
-        warps = 8 if block_r == DENSE_RANK else 4
+        warps = 8  # with 4 Triton 3.6 spills for sm_100
     chunk = _chunk(m, -(-r // block_r) * -(-c // block_c), block_m)
     return OuterLaunch(block_m, block_r, block_c, chunk, num_warps=warps, num_stages=stages)
 
@@ -161,7 +161,8 @@ def gather_outer_launch(m: int, width: int, c: int, dtype: torch.dtype) -> Outer
         return replace(launch, block_m=16)
     if not _wide(c):
         return launch
-    block_m, block_r = launch.block_m, _power(width, 16, DENSE_RANK)
+    block_r = _power(width, 16, DENSE_RANK)
+    block_m = 32 if block_r == 16 else launch.block_m  # 64 rows: Triton 3.8 spills for sm_90
     block_c = 64 if block_r == DENSE_RANK else 128
     chunk = _chunk(m, -(-width // block_r) * -(-c // block_c), block_m)
     warps = 8 if block_r == DENSE_RANK else 4
