@@ -90,6 +90,12 @@ def star(rating: float) -> int:
     return int(min(5, max(1, np.floor(float(rating) + 0.5))))
 
 
+def expected_stars(logits: np.ndarray) -> np.ndarray:
+    """Mean rating (..,) under the softmax of logits over the five stars (.., 5)."""
+    chances = np.exp(logits - logits.max(-1, keepdims=True))
+    return (chances @ np.arange(1, 6)) / chances.sum(-1)
+
+
 class VectorLookup:
     """Standardised CF vectors of users, items and histories.
 

@@ -232,22 +232,9 @@ class RunConfig:
                 "metanet.kind is none (text only), but metanet.match or metanet.shuffle_users is "
                 "set, which needs vectors; choose another kind, or leave them out"
             )
-        if metanet.match == "prior" and not self.cf.blend:
-            raise ValueError(
-                "metanet.match is prior, which trusts the CF score of a train row only where the "
-                "score does not know the row: set cf.blend, for example to 5"
-            )
-        if metanet.match == "prior" and (metanet.shuffle_users or self.train.fold_share):
-            raise ValueError(
-                "metanet.match is prior, which leaves a train row's own label out by its user, but "
-                "metanet.shuffle_users or train.fold_share shows another: leave them out, or set "
-                "metanet.match to score"
-            )
-        if metanet.match == "prior" and self.train.schedule != "joint":
-            raise ValueError(
-                "metanet.match is prior, but train.schedule shows rows as plain text, without "
-                "their items' scores: set train.schedule to joint"
-            )
+        why = self.why_no_prior() if metanet.match == "prior" else None
+        if why is not None:
+            raise ValueError(f"metanet.match is prior, {why}")
         if lora.per_task:
             return
         for key, value, unset in (
@@ -262,6 +249,25 @@ class RunConfig:
                     "lora.per_task is false (one LoRA of rank lora.r for all tasks), but "
                     f"lora.{key} is {value!r}; leave lora.{key} out"
                 )
+
+    def why_no_prior(self) -> str | None:
+        """What is in the way of ``metanet.match: prior``, and what to do about it."""
+        if not self.cf.blend:
+            return (
+                "which trusts the CF score of a train row only where the score does not know the "
+                "row: set cf.blend, for example to 5"
+            )
+        if self.metanet.shuffle_users or self.train.fold_share:
+            return (
+                "which leaves a train row's own label out by its user, but metanet.shuffle_users "
+                "or train.fold_share shows another: leave them out, or set metanet.match to score"
+            )
+        if self.train.schedule != "joint":
+            return (
+                "but train.schedule shows rows as plain text, without their items' scores: set "
+                "train.schedule to joint"
+            )
+        return None
 
     def _check_lists(self) -> None:
         """Every candidate needs its letter, where letters name them."""

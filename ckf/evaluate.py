@@ -13,7 +13,7 @@ import numpy as np
 
 from ckf.assembly import Assembly
 from ckf.baselines import evaluate_baselines, slice_masks
-from ckf.batches import Example, star
+from ckf.batches import Example, expected_stars, star
 from ckf.metrics import (
     bootstrap_over_users,
     ctr_metrics,
@@ -110,8 +110,7 @@ class Evaluator:
         rows = np.array([e.row for e in examples], np.int64)
         answers = self._answers(examples)
         users, ratings = self.data.user[rows], self.data.rating[rows].astype(np.float64)
-        shifted = np.exp(answers.logits - answers.logits.max(1, keepdims=True))
-        expected = (shifted @ np.arange(1, 6)) / shifted.sum(1)
+        expected = expected_stars(answers.logits)
         stars = np.array([star(r) for r in ratings], np.int64)
         loss, mean = self._loss(answers.losses(stars - 1), rows)
         metrics = rating_metrics(expected, ratings, users, self.samples, self.seed) | loss

@@ -43,7 +43,8 @@ class CKFModel(nn.Module):
         logits, rows = self.logits(batch, batch["label_slots"]).float(), batch["label_rows"]
         if "prior_rows" in batch and rows.numel():  # a row's first answer token
             first = torch.searchsorted(rows, batch["prior_rows"]).clamp(max=rows.numel() - 1)
-            logits = _with_prior(logits, batch, first, rows[first] == batch["prior_rows"])
+            own = torch.where(rows[first] == batch["prior_rows"], batch["prior_values"], 0)
+            logits = _with_prior(logits, first, batch["prior_tokens"], own)
         token_losses = F.cross_entropy(logits, batch["label_tokens"], reduction="none")
         zeros = token_losses.new_zeros(batch["row_tasks"].shape[0])
         counts = zeros.index_add(0, rows, torch.ones_like(token_losses))
@@ -59,7 +60,9 @@ class CKFModel(nn.Module):
         logits = self.logits(batch, batch["last_slots"]).float()
         if "prior_rows" not in batch:
             return logits
-        return _with_prior(logits, batch, batch["prior_rows"], batch["prior_rows"] >= 0)
+        return _with_prior(
+            logits, batch["prior_rows"], batch["prior_tokens"], batch["prior_values"]
+        )
 
     def logits(self, batch: dict, positions: Tensor) -> Tensor:
         """Logits of the language model alone at flat positions (q,), (q, vocabulary)."""
@@ -102,13 +105,9 @@ class CKFModel(nn.Module):
         return flat.index_copy(0, slots, vectors.to(embeds.dtype)).view_as(embeds)
 
 
-def _with_prior(logits: Tensor, batch: dict, at: Tensor, there: Tensor) -> Tensor:
-    """The same logits (q, vocabulary) with the prior's values added, in place.
-
-    at (p_prior,): the row of each value; there (p_prior,): which of them to add.
-    """
-    values = torch.where(there, batch["prior_values"], 0).to(logits.dtype)
-    return logits.index_put_((at, batch["prior_tokens"]), values, accumulate=True)
+def _with_prior(logits: Tensor, at: Tensor, tokens: Tensor, values: Tensor) -> Tensor:
+    """The same logits (q, vocabulary) with values (p,) added in place, at their rows and tokens."""
+    return logits.index_put_((at, tokens), values.to(logits.dtype), accumulate=True)
 
 
 def _in_float32(head: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from transformers import set_seed
 
 from ckf.assembly import Assembly, assemble
 from ckf.backbone import locate_model, pick_device
+from ckf.batches import expected_stars
 from ckf.cf import CFVectors, fit_cf
 from ckf.config import RunConfig, load_config, write_config
 from ckf.data.prepared import PreparedData, load_prepared
@@ -109,8 +110,7 @@ class Run:
             ids = self.assembly.data.item_ids
             ranking = [ids[question.candidates[o]] for o in order]
             return {"ranking": ranking, "scores": scores[order].tolist()}
-        weights = np.exp(values - values.max())
-        return {"rating": float(weights @ np.arange(1, 6) / weights.sum())}
+        return {"rating": float(expected_stars(values))}
 
     def _questions(self, requests) -> tuple[list[Question], np.ndarray, np.ndarray]:
         book = _Names(self.assembly.data, self.assembly.tasks)

@@ -253,8 +253,8 @@ def chosen_cells(names: str | Sequence[str], config: RunConfig) -> list[Cell]:
     if unknown:
         raise ValueError(f"no cell is named {unknown[0]!r}; known: main, full, {', '.join(CELLS)}")
     skipped = [f"ckf-{config.train.schedule}"]  # the plain cell has the config's schedule already
-    if config.cf.blend == 0 or config.train.schedule != "joint" or config.train.fold_share:
-        skipped += ["ckf-prior"] * ("ckf-prior" not in names)  # what a prior needs: ckf.config
+    if config.why_no_prior() and "ckf-prior" not in names:  # named, it says why
+        skipped.append("ckf-prior")
     alone = len(config.tasks) == 1
     return [
         CELLS[name]

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from ckf.baselines import ctr_scores, rating_predictions, topk_scores
-from ckf.batches import QuestionMaker
+from ckf.batches import QuestionMaker, expected_stars
 from ckf.cf import CFVectors
 from ckf.config import RunConfig
 from ckf.data.prepared import Candidates, PreparedData
@@ -133,9 +133,7 @@ def prior_scores(
         elif task == "ctr":
             found[task] = TaskScores(task, rows, {"score": logits[:, 0] - logits[:, 1]})
         else:
-            chances = np.exp(logits - logits.max(1, keepdims=True))
-            stars = chances @ np.arange(1.0, 6.0) / chances.sum(1)
-            found[task] = TaskScores(task, rows, {"prediction": stars})
+            found[task] = TaskScores(task, rows, {"prediction": expected_stars(logits)})
     return found
 
 

@@ -162,11 +162,13 @@ def decode_pass(
 
 
 class _DecodeExperts:
-    """What decoding keeps of a group's experts, each made when it is first needed."""
+    """What decoding keeps of a group's experts, on a CPU each made when it is first needed."""
 
     def __init__(self, shape: GroupShape, gates, a, b, dtype: torch.dtype) -> None:
         self._experts = (shape, gates, a, b, dtype)
         self.blocks: dict[int, torch_runs.TaskBlock | None] = {}  # of torch_runs, by task
+        if a[0].device.type != "cpu":  # at once: other streams wait for this moment (DecodeCache)
+            self.table  # noqa: B018
 
     @cached_property
     def stacks(self) -> Stacks:

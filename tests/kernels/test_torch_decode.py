@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import ckf
-from ckf.kernels import torch_backend, torch_runs
+from ckf.kernels import decode_cache, torch_backend, torch_runs
 from ckf.kernels.decode_cache import DecodeCache
+from ckf.kernels.group import GroupShape
 from ckf.kernels.ops import multi_lora_group, run_group
 from ckf.kernels.stacks import Stacks
 from ckf.patch import patched_layers
@@ -124,6 +125,34 @@ def test_few_rows_of_many_tasks_read_their_own_experts():
     torch.testing.assert_close(
         y, multi_lora_group(*arguments, backend="torch")[0], rtol=1e-4, atol=1e-4
     )
+
+
+def test_another_stream_waits_for_all_that_was_made(monkeypatch):
+    """The event of a GPU's stream is recorded once; nothing may be stacked after it."""
+    shape = GroupShape(((2, 3),), 0.0)
+    a = [torch.empty(rank, 4, device="meta") for rank in (2, 3)]
+    b = [torch.empty(5, rank, device="meta") for rank in (2, 3)]
+    gates = [torch.empty(1, 2, device="meta")]
+    made = torch_backend._DecodeExperts(shape, gates, a, b, torch.float32)
+    assert {"stacks", "table"} <= vars(made).keys()  # beside the CPU all of it is there at once
+
+    class Stream:
+        def __init__(self, number):
+            self.cuda_stream, self.waited = number, []
+
+        def record_event(self):
+            return f"event of {self.cuda_stream}"
+
+        def wait_event(self, event):
+            self.waited.append(event)
+
+    one, other = Stream(1), Stream(2)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: one)
+    place = decode_cache._Made.here()
+    place.wait()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: other)
+    place.wait()
+    assert (one.waited, other.waited) == ([], ["event of 1"])
 
 
 def test_wrong_ids_are_refused_here_too():
