@@ -11,6 +11,8 @@ makes eight 16-bit lanes, one for each of eight neighbouring columns:
 Every backend uses this same layout, so masks agree bit for bit across backends and devices.
 """
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -46,30 +48,36 @@ def dropout_mask(
     Returns:
         (m, k) bool, True where the element is kept.
     """
-    words = _philox_words(m, -(-k // LANES), seed, torch.device(device))  # 4 x (m, blocks)
-    lanes = torch.stack([half for w in words for half in (w & 0xFFFF, w >> 16)], dim=-1)
-    return (lanes >= dropout_threshold(p)).flatten(1)[:, :k]
+    words = _philox_words(m, -(-k // LANES), seed, torch.device(device))
+    if sys.byteorder == "big":  # the low half first
+        words = (words >> 16) | (words << 16)
+    # int16 has no unsigned order: flipping the top bit of lane and threshold gives it that of uint16
+    lanes = words.bitwise_xor_(0x80008000).to(torch.int32).view(torch.int16)  # (m, blocks * LANES)
+    return (lanes >= dropout_threshold(p) - 2**15)[:, :k]
 
 
-def _philox_words(m: int, blocks: int, seed: int | Tensor, device: torch.device) -> list[Tensor]:
-    """Four (m, blocks) int64 tensors of 32-bit words."""
+def _philox_words(m: int, blocks: int, seed: int | Tensor, device: torch.device) -> Tensor:
+    """(m, blocks * 4) 32-bit words, as int64."""
     key = [_low_word(seed), _low_word(seed >> 32)]
     rows = torch.arange(m, device=device).unsqueeze(1)
     columns = torch.arange(blocks, device=device).unsqueeze(0)
-    zero = torch.zeros((), dtype=torch.int64, device=device)
-    c0, c1, c2, c3 = columns, rows & _WORD, rows >> 32, zero
+    c0, c1, c2, c3 = columns, rows & _WORD, rows >> 32, 0
     for _ in range(ROUNDS):
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1 = _high_word(p1) ^ c1 ^ key[0], p1 & _WORD
-        c2, c3 = _high_word(p0) ^ c3 ^ key[1], p0 & _WORD
+        c0, c1 = _mixed(p1, c1, key[0]), p1
+        c2, c3 = _mixed(p0, c3, key[1]), p0
         key = [_low_word(key[0] + _WEYL[0]), _low_word(key[1] + _WEYL[1])]
-    return [word.expand(m, blocks) for word in (c0, c1, c2, c3)]
+    words = torch.stack([word.expand(m, blocks) for word in (c0, c1, c2, c3)], dim=-1)
+    return words.flatten(1).bitwise_and_(_WORD)
+
+
+def _mixed(product: Tensor, word: Tensor, key) -> Tensor:
+    """Upper word of a product ^ word ^ key; the product may have wrapped into the sign."""
+    mixed = (product >> 32) ^ word
+    mixed ^= key
+    mixed &= _WORD
+    return mixed
 
 
 def _low_word(value):
     return value & _WORD
-
-
-def _high_word(product: Tensor) -> Tensor:
-    """Upper 32 bits of an unsigned 64-bit product held in int64."""
-    return (product >> 32) & _WORD

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ckf.kernels.dropout import dropout_mask, dropout_scale
+from ckf.kernels.selection import bit_mask, select_
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ def input_dropout(
         from ckf.kernels.triton_drop import drop  # imports triton
 
         return lambda tensor: drop(tensor, seed, p)
-    keep = dropout_mask(*rows.shape, p, seed, rows.device)
-    return lambda tensor: torch.where(keep, tensor * dropout_scale(p), 0)
+    keep = bit_mask(dropout_mask(*rows.shape, p, seed, rows.device), rows.dtype)
+    return lambda tensor: select_(tensor * dropout_scale(p), keep)
 
 
 def drops_by_kernel(rows: Tensor) -> bool:

@@ -15,6 +15,7 @@ m 2048. No atomics: the same inputs give the same bits.
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +33,10 @@ from ckf.kernels.group import (
     product,
     unflatten,
 )
+from ckf.kernels.selection import bit_mask, select_
 from ckf.kernels.stacks import Stacks
 
-COMPACT_ABOVE = 128  # rank columns from which a GPU saves H compact
+COMPACT_ABOVE = 128  # rank columns from which H is saved compact
 DECODE_ROWS = 256  # up to which stacks are kept between calls: past this, making them costs little
 GATE_BLOCK = 2**24  # elements of a (rows, tasks, experts) tensor in the gradient of gates
 
@@ -66,15 +68,16 @@ def forward_pass(
     if _takes_runs(x, save_plain):
         runs = torch_runs.paying_runs(shape, task_ids.reshape(-1), gates, x, b)
         if runs is not None:
-            columns = width if slots is not None else shape.columns
+            columns = width if saves_compact(shape, x, slots) else shape.columns
             return torch_runs.forward_pass(
                 shape, runs, x, weights, biases, gates, a, b, seed, columns
             )
     rows = x.reshape(-1, x.shape[-1])  # (m, k)
     dropout = input_dropout(rows, shape, seed)
     stacks = Stacks.of(shape, gates, a, b, x.dtype)
+    places = _places(task_ids, gates)
     s = dropout(rows) @ stacks.a.t()  # (m, R)
-    h = _gated(s, _row_gates(stacks.gates, task_ids))
+    h = RowGates.of(stacks.gates, x.dtype).at(places)(s)
     outputs = []
     for weight, bias, h_l, b_l in zip(
         weights, biases, h.split(shape.linear_ranks, 1), stacks.b, strict=True
@@ -83,7 +86,7 @@ def forward_pass(
     if save_plain:
         return outputs, s
     if saves_compact(shape, x, slots):
-        index = _slot_index(slots, task_ids, width)  # (m, R)
+        index = _slot_index(slots, places, width)  # (m, R)
         h = h.new_zeros(h.shape[0], width + 1).scatter_(1, index, h)[:, :width].contiguous()
     return outputs, h
 
@@ -118,9 +121,11 @@ def backward_pass(
             )
     need_w, need_bias, need_g, need_a, need_b = unflatten(shape, needs[1:])
     stacks = Stacks.of(shape, gates, a, b, x.dtype)
-    gate = _row_gates(stacks.gates, task_ids)
-    dh = torch.cat([dy @ b_l.t() for dy, b_l in zip(dys, stacks.b, strict=True)], dim=1)  # (m, R)
-    ds = _gated(dh, gate)
+    places = _places(task_ids, gates)
+    gate = RowGates.of(stacks.gates, x.dtype).at(places)
+    parts = [dy @ b_l.t() for dy, b_l in zip(dys, stacks.b, strict=True)]
+    dh = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]  # (m, R)
+    ds = gate(dh)
     dropout = input_dropout(rows, shape, seed)
     dx = None
     if needs[0]:
@@ -130,7 +135,7 @@ def backward_pass(
         da = product(ds.t(), dropout(rows), a[0].dtype)  # (R, k)
     db = [None] * shape.linears
     if any(need_b):
-        h = _saved_h(shape, x, saved, gate, save_plain, slots, task_ids)
+        h = _saved_h(shape, x, saved, gate, save_plain, slots, places)
         db = _b_gradients(shape, dys, h, b, need_b)
     dg = gate_gradients(shape, dh, saved, gates, task_ids) if any(need_g) else None
     return Gradients(dx, base_gradients(rows, dys, need_w, need_bias), dg, da, db)
@@ -156,7 +161,7 @@ def decode_pass(
                 shape, runs, x, weights, biases, gates, a, b, None, shape.columns, experts.blocks
             )[0]
     rows = x.reshape(-1, x.shape[-1])
-    h = _gated(rows @ experts.stacks.a.t(), _of_rows(experts.table, task_ids))  # (m, R)
+    h = experts.gates.at(_places(task_ids, gates))(rows @ experts.stacks.a.t())  # (m, R)
     parts = zip(weights, biases, h.split(shape.linear_ranks, 1), experts.stacks.b, strict=True)
     return [_expand(x, *part) for part in parts]
 
@@ -168,64 +173,65 @@ class _DecodeExperts:
         self._experts = (shape, gates, a, b, dtype)
         self.blocks: dict[int, torch_runs.TaskBlock | None] = {}  # of torch_runs, by task
         if a[0].device.type != "cpu":  # at once: other streams wait for this moment (DecodeCache)
-            self.table  # noqa: B018
+            self.gates  # noqa: B018
 
     @cached_property
     def stacks(self) -> Stacks:
         return Stacks.of(*self._experts)
 
     @cached_property
-    def table(self) -> Tensor:
-        return _gate_table(self.stacks.gates)
+    def gates(self) -> "RowGates":
+        return RowGates.of(self.stacks.gates, self._experts[-1])
+
+
+class RowGates(NamedTuple):
+    """Gates and what they select: a gate of zero gives zero whatever it is applied to."""
+
+    values: Tensor  # (rows, R)
+    mask: Tensor  # (rows, R): selection.bit_mask of those that are not zero
+
+    @classmethod
+    def of(cls, gates: Tensor, dtype: torch.dtype) -> "RowGates":
+        """Of ids -2, -1, 0 .. T for gates (T, R): zeros for id -1, NaN for those out of range."""
+        values = F.pad(gates, (0, 0, 2, 1), value=float("nan"))
+        values[1] = 0
+        return cls(values, bit_mask(values != 0, dtype))
+
+    def at(self, places: Tensor) -> "RowGates":
+        return RowGates(self.values.index_select(0, places), self.mask.index_select(0, places))
+
+    def __call__(self, s: Tensor) -> Tensor:
+        return select_((s * self.values).to(s.dtype), self.mask)
 
 
 def saves_compact(shape: GroupShape, x: Tensor, slots: Tensor | None) -> bool:
-    """Whether H is saved compact: on a GPU compacting a narrow H costs more than it frees."""
-    return slots is not None and (x.device.type == "cpu" or shape.columns > COMPACT_ABOVE)
+    """Whether H is saved compact: compacting a narrow H costs more than it frees."""
+    return slots is not None and shape.columns > COMPACT_ABOVE
 
 
 def _takes_runs(x: Tensor, save_plain: bool) -> bool:
     return x.device.type == "cpu" and not save_plain
 
 
-def _saved_h(shape, x, saved, gate, save_plain, slots, task_ids) -> Tensor:
+def _saved_h(shape, x, saved, gate: RowGates, save_plain, slots, places) -> Tensor:
     """H (m, R) from what forward saved."""
     if save_plain:
-        return _gated(saved, gate)
+        return gate(saved)
     if not saves_compact(shape, x, slots):
         return saved
-    index = _slot_index(slots, task_ids, saved.shape[1])
+    index = _slot_index(slots, places, saved.shape[1])
     return torch.cat([saved, saved.new_zeros(saved.shape[0], 1)], dim=1).gather(1, index)
 
 
-def _slot_index(slots: Tensor, task_ids: Tensor, width: int) -> Tensor:
+def _places(task_ids: Tensor, gates: Sequence[Tensor]) -> Tensor:
+    """(m,): where the id of a row lies among -2, -1, 0 .. T; -2 and T stand for all beyond."""
+    return task_ids.reshape(-1).clamp(-2, gates[0].shape[0]) + 2
+
+
+def _slot_index(slots: Tensor, places: Tensor, width: int) -> Tensor:
     """(m, R): the slot of every column in its row; one past the last where it has none."""
-    ids = task_ids.reshape(-1)
-    valid = (ids >= 0) & (ids < slots.shape[0])
-    index = slots.index_select(0, torch.where(valid, ids, 0)).long()
-    return torch.where(valid.unsqueeze(1) & (index >= 0), index, width)
-
-
-def _row_gates(gates: Tensor, task_ids: Tensor) -> Tensor:
-    """The gates (m, R) of every row from those of every task (T, R): id -1 gets zeros, an invalid
-    id gets NaN."""
-    return _of_rows(_gate_table(gates), task_ids)
-
-
-def _gate_table(gates: Tensor) -> Tensor:
-    """(T + 3, R): the gates of ids -2, -1, 0 .. T."""
-    table = F.pad(gates, (0, 0, 2, 1), value=float("nan"))
-    table[1] = 0
-    return table
-
-
-def _of_rows(table: Tensor, task_ids: Tensor) -> Tensor:
-    return table.index_select(0, task_ids.reshape(-1).clamp(-2, table.shape[0] - 3) + 2)
-
-
-def _gated(s: Tensor, gate: Tensor) -> Tensor:
-    """gate * s by selection: a gate of zero gives zero whatever s is."""
-    return torch.where(gate != 0, s * gate, 0).to(s.dtype)
+    table = F.pad(torch.where(slots < 0, width, slots), (0, 0, 2, 1), value=width)
+    return table.long().index_select(0, places)
 
 
 def _expand(x: Tensor, weight: Tensor | None, bias: Tensor | None, h: Tensor, b: Tensor) -> Tensor:

@@ -200,21 +200,23 @@ def test_saves_the_input_and_one_rank_tensor():
 
 
 @pytest.mark.parametrize("rows", [50, 400], ids=["dense", "runs"])
-def test_slots_keep_a_rows_own_columns(rows):
-    case = random_case(m=rows, k=24, ranks=[4, 4, 2, 6], ids=torch.arange(rows) * 3 // rows)
-    slots = compact_slots([(case.gates != 0).tolist()], [[4, 4, 2, 6]])
-    assert slots[1] == 16  # 4 + 6, to the next 16
+@pytest.mark.parametrize(
+    ("ranks", "width", "kept"), [([40, 40, 20, 60], 112, 112), ([8, 8, 4, 12], 32, 32)]
+)
+def test_slots_keep_a_rows_own_columns(rows, ranks, width, kept):
+    """Those of many rank columns, H (m, 160): 40 + 60, to the next 16; of few all are kept."""
+    case = random_case(m=rows, k=24, ranks=ranks, ids=torch.arange(rows) * 3 // rows)
+    slots = compact_slots([(case.gates != 0).tolist()], [ranks])
+    assert slots[1] == width
     dy = torch.randn(rows, 17)
     plain = run_with_gradients(torch_backend, case, dy)
     compact = run_with_gradients(partial(torch_backend, slots=slots), case, dy)
     assert all(torch.equal(p, q) for p, q in zip(compact, plain, strict=True))
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         torch_backend(*case.arguments(), slots=slots)
-    assert [tuple(t.shape) for t in kept if t.shape[0] == rows and t.dim() == 2] == [
-        (rows, 24),
-        (rows, 16),
-    ]
+    sizes = [tuple(t.shape) for t in saved if t.shape[0] == rows and t.dim() == 2]
+    assert sizes == [(rows, 24), (rows, kept)]
 
 
 def test_wrong_slots_are_refused():
