@@ -21,7 +21,7 @@ help:
 	@echo "make test       the tests that every change must pass; no GPU"
 	@echo "make test-long  those and the slow ones"
 	@echo "make gpu        build, test, sanitize and measure on this machine's GPU, without network"
-	@echo "                (PART=build|tests|sanitize|bench, OUT=folder)"
+	@echo "                (PART=build|tests|sanitize|bench, OUT=folder, ARCHIVE=folder of the packed results)"
 	@echo "make bench      measure against the peers on this machine's CPU (12 to 20 minutes), and draw"
 	@echo "make build      build the CUDA extension in place, after a change in csrc/"
 	@echo "make lint       ruff check and ruff format --check"
@@ -48,7 +48,7 @@ test-long: $(READY)
 
 # With the interpreter at hand: a GPU machine has its own torch and perhaps no network.
 gpu:
-	$(or $(CKF_PYTHON),$(PYTHON)) benchmarks/gpu.py $(PART) --out $(OUT)
+	$(or $(CKF_PYTHON),$(PYTHON)) benchmarks/gpu.py $(PART) --out $(OUT) $(ARCHIVE:%=--archive %)
 
 bench: $(READY)
 	for name in linear scaling decode step; do \

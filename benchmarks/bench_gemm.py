@@ -1,6 +1,7 @@
 """Base and update in one product: who is fastest, and how far from cuBLAS's base alone?
 
-``python benchmarks/bench_gemm.py [--device cuda] [--out FOLDER] [--quick] [--fresh]``
+``python benchmarks/bench_gemm.py [--device cuda] [--out FOLDER] [--quick] [--fresh]
+[--without NAME ...]``
 
 y = x W^T + H B^T and dx = dS A + dy W, in bfloat16, as plain products: cuBLAS for the base alone
 ("base", the floor), expand first and then cuBLAS with beta = 1 ("addmm"), the Triton kernel and
@@ -9,6 +10,7 @@ Compared with float64 before any is timed. On a CPU only cuBLAS's rivals in torc
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -57,7 +59,9 @@ def operands(case: dict, device: torch.device, seed: int) -> list[torch.Tensor]:
     return [t.to(dtype) for t in made]
 
 
-def providers(case: dict, device: torch.device) -> tuple[dict, dict[str, str]]:
+def providers(
+    case: dict, device: torch.device, without: Sequence[str] = ()
+) -> tuple[dict, dict[str, str]]:
     """Functions of the operands by name, and why others are missing."""
     forward = case["product"] == "y"
 
@@ -85,6 +89,7 @@ def providers(case: dict, device: torch.device) -> tuple[dict, dict[str, str]]:
             hopper.gemm(x, w, None, h, b) if forward else hopper.gemm_dx(x, w, h, b)
         ),
     }
+    refusals |= {name: "left out by --without" for name in without if name in refusals}
     for name, reason in refusals.items():
         if reason is None:
             found[name] = fused[name]
@@ -94,10 +99,10 @@ def providers(case: dict, device: torch.device) -> tuple[dict, dict[str, str]]:
 
 
 def measure(
-    case: dict, device: torch.device, rounds: int, seconds: float
+    case: dict, device: torch.device, rounds: int, seconds: float, without: Sequence[str] = ()
 ) -> tuple[list[dict], dict[str, str]]:
     """(rows, provider to the reason why it has none)."""
-    found, missing = providers(case, device)
+    found, missing = providers(case, device, without)
     first = operands(case, device, 0)
     size = sum(t.numel() * t.element_size() for t in first)
     copies = [first, *(operands(case, device, s) for s in range(1, copies_wanted(device, size)))]
@@ -133,7 +138,9 @@ def measure(
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = arguments(__doc__, "one shape").parse_args(argv)
+    parser = arguments(__doc__, "one shape")
+    parser.add_argument("--without", nargs="+", default=[], choices=("triton", "hopper"))
+    options = parser.parse_args(argv)
     device = chosen_device(options.device)
     settings = {"rounds": 5 if options.quick else 15, "seconds": 1.0 if options.quick else 2.0}
     record = Record("bench_gemm", options.out, environment(device), settings, options.fresh)
@@ -142,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
         if record.done(case):
             continue
         try:
-            rows, missing = measure(case, device, **settings)
+            rows, missing = measure(case, device, **settings, without=options.without)
         except Exception as error:  # costs this case alone
             rows, missing = [], {"case": why_no_figure(error)}
         record.add(case, rows, missing)

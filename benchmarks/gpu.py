@@ -1,18 +1,20 @@
 """Everything a GPU machine is needed for, in one command that needs no network.
 
-``python3 benchmarks/gpu.py [build|tests|sanitize|bench|all] [--out FOLDER] [--minutes N]``
+``python3 benchmarks/gpu.py [build|tests|sanitize|bench|all] [--out FOLDER] [--minutes N]
+[--archive FOLDER]``
 
 Uses the interpreter it is run with. Results go to FOLDER/<gpu>/: environment.json, one log a step
 and summary.json, so that an interrupted run keeps what it has; all of it is packed into
-FOLDER/<gpu>.tar.gz after every step. Every step has a time limit, and together they keep
-to ``--minutes`` (9, so that the whole fits in ten). Outside git CKF_COMMIT names the commit.
+<gpu>.tar.gz as it grows (beside the folder, or in --archive). Every step has a time limit, and
+together they keep to ``--minutes`` (9, so that the whole fits in ten). "all" is build, the tests of
+csrc, the benchmarks (each checks its figures), the Triton tests, compute-sanitizer: what is cut off
+is what can be run again alone. Outside git CKF_COMMIT names the commit.
 Without a GPU it is a rehearsal in build/gpu_rehearsal/: a build where nvcc is, the GPU tests only
 collected, and what a CPU can run.
-Exit status: 0 if every step passed, 1 if one failed, 2 without a GPU or torch.
+Exit status: 0 if no step failed, 1 if one did, 2 without a GPU or torch.
 """
 
 import argparse
-import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -22,14 +24,16 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
-import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 
 STARTED = time.monotonic()  # importing torch takes its share of the time as well
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.gpu_runner import GRACE_SECONDS, Runner  # noqa: E402
+
 REHEARSAL = ROOT / "build" / "gpu_rehearsal"
 PARTS = ("build", "tests", "sanitize", "bench")
 SANITIZER_ERROR = 86
@@ -38,7 +42,21 @@ SANITIZERS = {
     "racecheck": [],
     "initcheck": [],
 }
-# The benchmarks' shares of the time.
+HOPPER_TESTS, CUDA_TESTS = "test_cuda_hopper_gpu.py", "test_cuda_gpu.py"
+TRITON_SANITIZED = "test_cuda_sanitized.py"
+# The most telling first, a process each: one that hangs costs no other its verdict.
+SANITIZED = (
+    ("decode", CUDA_TESTS, "memcheck"),
+    ("hopper", HOPPER_TESTS, "memcheck"),
+    ("triton", TRITON_SANITIZED, "memcheck"),
+    ("decode", CUDA_TESTS, "racecheck"),
+    ("hopper", HOPPER_TESTS, "racecheck"),
+    ("triton", TRITON_SANITIZED, "racecheck"),
+    ("decode", CUDA_TESTS, "initcheck"),
+    ("hopper", HOPPER_TESTS, "initcheck"),
+    ("triton", TRITON_SANITIZED, "initcheck"),
+)
+# The benchmarks' shares of the time, and the seconds below which a share is one for --quick.
 WEIGHTS = {
     "bench_linear": 4,
     "bench_gemm": 1,
@@ -46,13 +64,21 @@ WEIGHTS = {
     "bench_step": 4,
     "bench_scaling": 1,
 }
+FULL_FROM = {
+    "bench_linear": 150,
+    "bench_gemm": 60,
+    "bench_decode": 200,
+    "bench_step": 240,
+    "bench_scaling": 60,
+}
 # Seconds: the most a step may take, and what "all" leaves for the steps after a part.
-LIMITS = {"build": 300, "tests": 240, "sanitize": 60, "bench": 600, "plots": 60}
-SANITIZE_ALONE = 100  # with Triton's cache still empty
-RESERVED = {"build": 240, "tests": 180, "sanitize": 120, "bench": 0}
-GRACE_SECONDS, LEAST_SECONDS = 5, 5  # to write what one has; worth starting a step
+LIMITS = {
+    "build": 300, "cuda_tests": 90, "triton_tests": 300, "sanitize": 100, "bench": 600, "plots": 60,
+}  # fmt: skip
+RESERVED = {"build": 400, "cuda_tests": 360, "bench": 120, "triton_tests": 0, "sanitize": 0}
+LEAST_SANITIZER = 45  # torch starts slowly under one
+TEST_SECONDS = 60  # a test: a kernel that hangs must not take the time of all
 TABLE = "table.json"  # what backend="auto" would choose by
-QUICK_UNDER = 400  # seconds left for all benchmarks: below it they run with --quick
 ARCHS = {(8, 0): "sm_80", (9, 0): "sm_90a", (10, 0): "sm_100"}
 
 
@@ -68,7 +94,7 @@ def output_of(command: list[str]) -> str:
 
 def environment(torch) -> dict:
     """What a reader needs to repeat or to doubt the numbers."""
-    from benchmarks.harness import commit  # imports torch
+    from benchmarks.harness import commit, sources_digest  # imports torch
 
     in_git = (ROOT / ".git").exists()
     versions = {}
@@ -81,6 +107,7 @@ def environment(torch) -> dict:
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "uncommitted": output_of(["git", "status", "--porcelain"]) != "" if in_git else None,
+        "sources": sources_digest(),
         "cuda": torch.version.cuda,
         "nvcc": output_of([find_nvcc() or "nvcc", "--version"]),
         "python": platform.python_version(),
@@ -102,96 +129,6 @@ def environment(torch) -> dict:
     }
 
 
-class Runner:
-    """Runs the steps, keeps their logs and a summary on disk at all times."""
-
-    def __init__(self, folder: Path, has_gpu: bool, seconds: float):
-        self.folder, self.has_gpu = folder, has_gpu
-        self.deadline = time.monotonic() + seconds
-        self.steps: list[dict] = []
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def left(self) -> float:
-        return self.deadline - time.monotonic()
-
-    def skip(self, name: str, why: str) -> None:
-        print(f"-- {name}: SKIPPED, {why}", flush=True)
-        self._add({"step": name, "state": "skipped", "why": why})
-
-    def run(self, name: str, command: list[str], limit: float, **extra_environment: str) -> bool:
-        """True if the command exits with 0 within ``limit`` seconds; its output goes to the screen
-        and to <name>.log."""
-        if limit < LEAST_SECONDS:
-            self.skip(name, "no time left")
-            return False
-        print(f"-- {name} (at most {limit:.0f} s): {' '.join(command)}", flush=True)
-        step = {"step": name, "state": "interrupted", "command": command}
-        self._add(step)
-        start = time.monotonic()
-        status, late = self._execute(name, command, limit, extra_environment)
-        step |= {"seconds": round(time.monotonic() - start, 1), "exit_status": status}
-        step["state"] = "TIMED OUT" if late else "passed" if status == 0 else "FAILED"
-        self._write()
-        if self.has_gpu:
-            pack(self.folder)
-        print(f"-- {name}: {step['state']} in {step['seconds']} s", flush=True)
-        return step["state"] == "passed"
-
-    def _execute(self, name: str, command: list[str], limit: float, extra: dict) -> tuple:
-        """Exit status, and whether the time limit ended it."""
-        late = threading.Event()
-        with (self.folder / f"{name}.log").open("w") as log:
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=os.environ | {"PYTHONUNBUFFERED": "1"} | extra,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                start_new_session=True,  # a sanitizer's or a compiler's children end with it
-            )
-
-            def end() -> None:
-                """Interrupt, so that Python writes what it has; then kill all that is left."""
-                with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                    os.killpg(process.pid, signal.SIGINT)
-                    process.wait(GRACE_SECONDS)
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-
-            def too_late() -> None:
-                late.set()
-                end()
-
-            timer = threading.Timer(limit, too_late)
-            timer.start()
-            try:
-                for line in process.stdout:
-                    print(line, end="", flush=True)
-                    log.write(line)
-                    log.flush()
-                return process.wait(), late.is_set()
-            except BaseException:
-                end()
-                raise
-            finally:
-                timer.cancel()
-
-    def failed(self) -> list[str]:
-        return [s["step"] for s in self.steps if s["state"] not in ("passed", "skipped")]
-
-    def _add(self, step: dict) -> None:
-        self.steps.append(step)
-        self._write()
-
-    def _write(self) -> None:
-        text = json.dumps(self.steps, indent=1) + "\n"
-        temporary = self.folder / "summary.json.tmp"
-        temporary.write_text(text)
-        temporary.replace(self.folder / "summary.json")
-
-
 def limit(runner: Runner, part: str, reserved: float = 0) -> float:
     """Seconds a step of a part may take: its own limit, less if the parts after it need time."""
     return min(LIMITS[part], runner.left() - reserved)
@@ -201,13 +138,34 @@ def pytest_command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
 
 
+def gpu_tests(files: list[str], processes: int = 1) -> list[str]:
+    """pytest on GPU tests, each named as it ends. A kernel that hangs is seen by a thread alone,
+    which ends its process; others go on where there are several."""
+    arguments = ["-v", "-rs", "-m", "gpu"]
+    if importlib.util.find_spec("pytest_timeout") is not None:
+        arguments += [f"--timeout={TEST_SECONDS}", "-o", "timeout_method=thread"]
+    if importlib.util.find_spec("xdist") is not None and processes > 1:
+        arguments += ["-n", str(processes)]
+    return pytest_command(*arguments, *files)
+
+
+def run_tests(runner: Runner, name: str, command: list[str], seconds: float) -> bool:
+    # what xdist knows of a process that hangs, it says after ten seconds
+    return runner.run(name, command, seconds, grace=15, OMP_NUM_THREADS="1")
+
+
 def gpu_test_files() -> list[str]:
     """By file: others may need data-preparation packages that a GPU machine lacks."""
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     return [str(f.relative_to(ROOT)) for f in files if "mark.gpu" in f.read_text()]
 
 
-def part_build(runner: Runner, reserved: float) -> None:
+def named(name: str) -> list[str]:
+    return [file for file in gpu_test_files() if file.endswith(f"/{name}")]
+
+
+def part_build(runner: Runner, reserved: float) -> bool:
+    """Whether the other parts may go on: False where the extension would be an older one."""
     command = [sys.executable, "setup.py", "build_ext"]
     extra = {"CKF_BUILD_CUDA": "1"}
     if runner.has_gpu:
@@ -216,14 +174,17 @@ def part_build(runner: Runner, reserved: float) -> None:
             extra["CKF_CUDA_ARCHS"] = own_arch()
     elif find_nvcc() is None:
         runner.skip("build", "no nvcc in CUDA_HOME, on PATH or in /usr/local/cuda/bin")
-        return
+        return True
     else:  # the tree's own extension stays as it is
         command += ["--build-lib", str(runner.folder / "lib")]
         command += ["--build-temp", str(runner.folder / "temp")]
-    runner.run("build", command, limit(runner, "build", reserved), **extra)
+    built = runner.run("build", command, limit(runner, "build", reserved), **extra)
     log = ROOT / "build" / "cuda_build.log"
     if log.exists():
         shutil.copy(log, runner.folder / "nvcc.log")
+    if not built and runner.has_gpu:
+        print("the build failed: the other parts would test an older one", file=sys.stderr)
+    return built or not runner.has_gpu
 
 
 def find_nvcc() -> str | None:
@@ -238,33 +199,54 @@ def own_arch() -> str | None:
     return ARCHS.get(torch.cuda.get_device_capability(0))
 
 
-def has_extension() -> bool:
-    return any((ROOT / "ckf").glob("_C*.so"))
+def extension_is_current() -> bool:
+    """Whether there is a ckf._C, of the sources as they are."""
+    path = next((ROOT / "ckf").glob("_C*.so"), None)
+    if path is None:
+        return False
+    code = (  # in a process of its own: a loaded library must not be built over
+        "import importlib.util as u, setup; "
+        f"spec = u.spec_from_file_location('_C', {str(path)!r}); "
+        "module = u.module_from_spec(spec); spec.loader.exec_module(module); "
+        "print(module.build_info()['sources'] == setup.sources_hash())"
+    )
+    return output_of([sys.executable, "-c", code]) == "True"
 
 
-def build_if_missing(runner: Runner, reserved: float) -> None:
-    """A fresh machine has no ckf._C, and the CUDA kernels would be left out in silence."""
+def build_if_needed(runner: Runner, reserved: float) -> bool:
+    """A fresh machine has no ckf._C, and the CUDA kernels would be left out in silence; False
+    where it could not be built."""
     tried = any(step["step"] == "build" for step in runner.steps)
-    if runner.has_gpu and not tried and not has_extension() and find_nvcc() is not None:
-        part_build(runner, reserved)
-
-
-def side_by_side() -> list[str]:
-    """Most of the GPU tests' time is Triton compiling on one core: several processes where they
-    can be had."""
-    if importlib.util.find_spec("xdist") is None:
-        return []
-    return ["-n", str(max(1, min(8, (os.cpu_count() or 2) // 2)))]
+    if not runner.has_gpu or tried or find_nvcc() is None or extension_is_current():
+        return True
+    return part_build(runner, reserved)
 
 
 def part_tests(runner: Runner, reserved: float) -> None:
-    build_if_missing(runner, reserved)
     if runner.has_gpu:
-        command = pytest_command("-rs", "-m", "gpu", *side_by_side(), *gpu_test_files())
-        runner.run("tests", command, limit(runner, "tests", reserved))
-        return
+        part_cuda_tests(runner, reserved)
+        part_triton_tests(runner, reserved)
+    else:
+        rehearse_tests(runner, reserved)
+
+
+def part_cuda_tests(runner: Runner, reserved: float) -> None:
+    """csrc's own, those of the WGMMA kernel first and alone."""
+    for name, file, processes in (("hopper", HOPPER_TESTS, 1), ("decode", CUDA_TESTS, 4)):
+        command = gpu_tests(named(file), processes)
+        run_tests(runner, f"tests_{name}", command, limit(runner, "cuda_tests", reserved))
+
+
+def part_triton_tests(runner: Runner, reserved: float) -> None:
+    """All others: most of their time is Triton compiling, a core a process."""
+    files = [f for f in gpu_test_files() if not f.endswith((HOPPER_TESTS, CUDA_TESTS))]
+    command = gpu_tests(files, max(1, min(14, (os.cpu_count() or 2) - 2)))
+    run_tests(runner, "tests_triton", command, limit(runner, "triton_tests", reserved))
+
+
+def rehearse_tests(runner: Runner, reserved: float) -> None:
     command = pytest_command("--collect-only", "-m", "gpu", *gpu_test_files())
-    runner.run("tests_collected", command, limit(runner, "tests", reserved))
+    runner.run("tests_collected", command, limit(runner, "triton_tests", reserved))
     runner.skip("tests", "no GPU: collected, not run")
     for name in (
         "test_cuda_bridge",
@@ -282,47 +264,42 @@ def part_sanitize(runner: Runner, reserved: float) -> None:
         "compute-sanitizer", path="/usr/local/cuda/bin"
     )
     why = "no GPU" if not runner.has_gpu else "compute-sanitizer is not on PATH"
-    if tool is None or not runner.has_gpu:
-        for kernels in ("cuda", "triton"):
-            for name in SANITIZERS:
-                runner.skip(f"sanitize_{kernels}_{name}", why)
-        return
-    build_if_missing(runner, reserved)
-    seconds = LIMITS["sanitize"] if reserved else SANITIZE_ALONE
-    files = gpu_test_files()
-    own = [file for file in files if file.endswith(("test_cuda_gpu.py", "test_cuda_hopper_gpu.py"))]
-    # apart, so that what a tool says of cuBLAS or Triton hides nothing that it says of csrc
-    for kernels, part in {"cuda": own, "triton": [f for f in files if f not in own]}.items():
-        tests = pytest_command("-m", "gpu", "-k", "small", *part)
-        for name, options in SANITIZERS.items():
-            command = [tool, "--tool", name, "--error-exitcode", str(SANITIZER_ERROR)]
-            # Without torch's pool every tensor is an allocation of its own, with borders to overrun
-            runner.run(
-                f"sanitize_{kernels}_{name}",
-                [*command, *options, *tests],
-                min(seconds, runner.left() - reserved),
-                PYTORCH_NO_CUDA_MEMORY_CACHING="1",
-            )
+    for kernels, file, name in SANITIZED:
+        step = f"sanitize_{kernels}_{name}"
+        if tool is None or not runner.has_gpu:
+            runner.skip(step, why)
+            continue
+        command = [tool, "--tool", name, "--error-exitcode", str(SANITIZER_ERROR)]
+        tests = pytest_command("-m", "gpu", "-k", "small", *named(file))
+        # Without torch's pool every tensor is an allocation of its own, with borders to overrun
+        runner.run(
+            step,
+            [*command, *SANITIZERS[name], *tests],
+            limit(runner, "sanitize", reserved),
+            least=LEAST_SANITIZER,
+            PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+        )
 
 
 def part_bench(runner: Runner, reserved: float) -> None:
-    build_if_missing(runner, reserved)
-    quick = not runner.has_gpu or runner.left() < QUICK_UNDER
     found = []
     for name in WEIGHTS:
-        if not (ROOT / "benchmarks" / f"{name}.py").exists():
-            runner.skip(name, f"there is no benchmarks/{name}.py")
-        elif quick and runner.has_gpu and name == "bench_scaling":
-            runner.skip(name, f"under {QUICK_UNDER} s left for all benchmarks")
-        else:
+        if (ROOT / "benchmarks" / f"{name}.py").exists():
             found.append(name)
+        else:
+            runner.skip(name, f"there is no benchmarks/{name}.py")
+    end = reserved + LIMITS["plots"] / 2
     for i, name in enumerate(found):
-        command = [sys.executable, f"benchmarks/{name}.py"]
-        command += ["--device", "cuda" if runner.has_gpu else "cpu", "--out", str(runner.folder)]
         # a share of what is left; what a script does not use goes to those after it
-        share = (runner.left() - LIMITS["plots"] / 2) * WEIGHTS[name]
-        share /= sum(WEIGHTS[other] for other in found[i:])
-        runner.run(name, [*command, *["--quick"] * quick], min(LIMITS["bench"], share))
+        share = (runner.left() - end) * WEIGHTS[name]
+        share = min(LIMITS["bench"], share / sum(WEIGHTS[other] for other in found[i:]))
+        command = [sys.executable, f"benchmarks/{name}.py", "--out", str(runner.folder)]
+        command += ["--device", "cuda" if runner.has_gpu else "cpu"]
+        if not runner.has_gpu or share < FULL_FROM[name]:
+            command += ["--quick"]
+        if name == "bench_gemm" and "tests_hopper" in runner.failed():
+            command += ["--without", "hopper"]  # one that hangs would take the others' figures
+        runner.run(name, command, share, partial=runner.folder / f"{name}.json")
         if name == "bench_linear":
             make_table(runner)
     if importlib.util.find_spec("matplotlib") is None:
@@ -345,33 +322,37 @@ def make_table(runner: Runner) -> None:
         print(f"{TABLE} is in {installed} as well", flush=True)
 
 
-def pack(folder: Path) -> Path:
-    """All files of the folder in one, for machines that give back few."""
-    archive = folder.with_name(f"{folder.name}.tar.gz")
-    temporary = archive.with_name(f"{archive.name}.tmp")
-    with tarfile.open(temporary, "w:gz") as tar:
-        tar.add(folder, folder.name)
-    return temporary.replace(archive)
+STEPS = {
+    "build": part_build,
+    "tests": part_tests,
+    "cuda_tests": part_cuda_tests,
+    "triton_tests": part_triton_tests,
+    "sanitize": part_sanitize,
+    "bench": part_bench,
+}
+ALL = ("build", "cuda_tests", "bench", "triton_tests", "sanitize")
 
 
-def run_parts(runner: Runner, parts: tuple[str, ...]) -> None:
-    steps = {
-        "build": part_build,
-        "tests": part_tests,
-        "sanitize": part_sanitize,
-        "bench": part_bench,
-    }
-    for part in parts:
-        steps[part](runner, RESERVED[part] if len(parts) > 1 else 0)
-        if part == "build" and runner.failed() and runner.has_gpu:
-            print("the build failed: the other parts would test an older one", file=sys.stderr)
-            return
+def run_parts(runner: Runner, part: str) -> None:
+    """One part, or "all"; none after a build that failed."""
+    if part == "build":
+        part_build(runner, 0)
+        return
+    if part == "all":
+        parts = ALL if runner.has_gpu else PARTS  # a rehearsal needs no order
+        reserved = RESERVED if runner.has_gpu else {"tests": 120}
+        ready = part_build(runner, reserved.get("build", 0))
+        for name in parts[1:] if ready else ():
+            STEPS[name](runner, reserved.get(name, 0))
+    elif build_if_needed(runner, 0):
+        STEPS[part](runner, 0)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", nargs="?", default="all", choices=[*PARTS, "all"])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--archive", type=Path, help="where to pack it to; beside the results")
     parser.add_argument("--minutes", type=float, help="for all steps together; 9, rehearsal 20")
     options = parser.parse_args(argv)
     os.environ["PYTHONPATH"] = os.pathsep.join(
@@ -382,30 +363,33 @@ def main(argv: list[str] | None = None) -> int:
     except ImportError as error:
         print(f"no torch for {sys.executable}: {error}", file=sys.stderr)
         return 2
-    sys.path.insert(0, str(ROOT))
     from ckf.kernels.dispatch import device_slug  # needs torch
 
     has_gpu = torch.cuda.is_available()
     found = environment(torch)
     folder = options.out.resolve() / device_slug(found["gpu"]) if has_gpu else REHEARSAL
+    archive = options.archive.resolve() if has_gpu and options.archive else folder.parent
     minutes = options.minutes or (9 if has_gpu else 20)
     spent = time.monotonic() - STARTED
-    runner = Runner(folder, has_gpu, minutes * 60 - GRACE_SECONDS - spent)
+    seconds = minutes * 60 - GRACE_SECONDS - spent
+    runner = Runner(folder, has_gpu, seconds, found["sources"], archive)
     (folder / "environment.json").write_text(json.dumps(found, indent=1) + "\n")
     if not has_gpu:
         print("no GPU: torch.cuda.is_available() is False; this is a rehearsal", file=sys.stderr)
+    if found["commit"] is None:
+        print("no .git here and no CKF_COMMIT: the records will name no commit", file=sys.stderr)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the step that runs as well
     try:
-        run_parts(runner, PARTS if options.part == "all" else (options.part,))
+        run_parts(runner, options.part)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
     finally:
-        archive = pack(folder)
+        packed = runner.pack()
     for step in runner.steps:
         print(f"{step['state']:>11s}  {step['step']}  {step.get('why', '')}".rstrip())
     failed = runner.failed()
     state = f"NOT PASSED: {', '.join(failed)}" if failed else "no failure"
-    print(f"results in {folder}, all of them in {archive}; {state}")
+    print(f"results in {folder}, all of them in {packed}; {state}")
     return 2 if not has_gpu else 1 if failed else 0
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_runner
 
 
 @pytest.fixture
 def runner(tmp_path) -> gpu.Runner:
-    return gpu.Runner(tmp_path / "out", has_gpu=True, seconds=100)
+    return gpu.Runner(tmp_path / "out", has_gpu=True, seconds=100, archive=tmp_path)
 
 
 def summary(runner: gpu.Runner) -> dict[str, str]:
@@ -58,17 +58,52 @@ except KeyboardInterrupt:
     assert log.endswith("written at the end\n")
 
 
-def test_the_deaf_are_killed(runner, monkeypatch):
-    monkeypatch.setattr(gpu, "GRACE_SECONDS", 0.5)
-    monkeypatch.setattr(gpu, "LEAST_SECONDS", 0)
+def test_the_deaf_are_killed(runner):
     code = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
-    assert not runner.run("deaf", python(code), 2)
+    assert not runner.run("deaf", python(code), 2, least=0, grace=0.5)
     assert summary(runner) == {"deaf": "TIMED OUT"}
 
 
 def test_no_time_left(runner):
     assert not runner.run("never", python("print(1)"), 0)
     assert summary(runner) == {"never": "skipped"}
+
+
+def test_a_benchmark_that_is_cut_off_counts_if_it_wrote(runner):
+    path = runner.folder / "bench.json"
+    code = "import sys, time; {}; time.sleep(60)"
+    assert not runner.run("silent", python(code.format("pass")), 5, partial=path)
+    write = f"open({str(path)!r}, 'w').close()"
+    assert not runner.run("bench", python(code.format(write)), 5, partial=path)
+    assert summary(runner) == {"silent": "TIMED OUT", "bench": "partial"}
+    assert runner.failed() == ["silent"]
+
+
+def test_parts_of_the_same_sources_share_a_summary(tmp_path):
+    first = gpu.Runner(tmp_path, True, 100, sources="a")
+    for name in ("build", "tests"):
+        first.run(name, python("pass"), 60)
+    again = gpu.Runner(tmp_path, True, 100, sources="a")
+    again.run("tests", python("raise SystemExit(1)"), 60)
+    again.run("bench", python("pass"), 60)
+    assert summary(again) == {"build": "passed", "tests": "FAILED", "bench": "passed"}
+    changed = gpu.Runner(tmp_path, True, 100, sources="b")
+    changed.run("tests", python("pass"), 60)
+    assert summary(changed) == {"tests": "passed"}
+
+
+def test_a_long_step_is_packed_as_it_goes(runner, monkeypatch):
+    monkeypatch.setattr(gpu_runner, "PACK_EVERY", 0.1)
+    packed = runner.folder.with_name("out.tar.gz")
+    code = f"""
+import os, time
+print("as it goes", flush=True)
+deadline = time.monotonic() + 30
+while not os.path.exists({str(packed)!r}):
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+"""
+    assert runner.run("long", python(code), 60)
 
 
 def test_an_interrupted_run_has_a_summary(runner, monkeypatch):
@@ -88,9 +123,9 @@ class Calls(dict):
     def __init__(self, runner, monkeypatch, extension: bool = True):
         self.runner = runner
         monkeypatch.setattr(runner, "run", self.note)
-        monkeypatch.setattr(gpu, "has_extension", lambda: extension)
+        monkeypatch.setattr(gpu, "extension_is_current", lambda: extension)
 
-    def note(self, name, command, limit, **environment):
+    def note(self, name, command, limit, least=0, grace=None, partial=None, **environment):
         self[name] = {"command": command, "limit": limit, "environment": environment}
         self.runner.steps.append({"step": name, "state": "passed"})
         return True
@@ -111,14 +146,21 @@ def test_all_benchmarks_on_the_gpu(runner, monkeypatch, tree):
     calls = Calls(runner, monkeypatch)
     (tree / "benchmarks" / "bench_decode.py").unlink()
     gpu.part_bench(runner, 0)
-    assert list(calls) == ["bench_linear", "bench_gemm", "bench_step", "plots"]
-    out = ["--device", "cuda", "--out", str(runner.folder)]
+    assert list(calls) == ["bench_linear", "bench_gemm", "bench_step", "bench_scaling", "plots"]
+    out = ["--out", str(runner.folder), "--device", "cuda"]
     assert calls["bench_step"]["command"][2:] == [*out, "--quick"]
-    assert summary(runner)["bench_decode"] == summary(runner)["bench_scaling"] == "skipped"
+    assert summary(runner)["bench_decode"] == "skipped"
     runner.deadline += 1000
     gpu.part_bench(runner, 0)
     assert calls["bench_step"]["command"][2:] == out
-    assert "bench_scaling" in calls
+
+
+def test_a_kernel_that_failed_its_tests_is_not_timed(runner, monkeypatch, tree):
+    calls = Calls(runner, monkeypatch)
+    runner.steps.append({"step": "tests_hopper", "state": "TIMED OUT"})
+    gpu.part_bench(runner, 0)
+    assert calls["bench_gemm"]["command"][-2:] == ["--without", "hopper"]
+    assert "--without" not in calls["bench_linear"]["command"]
 
 
 def test_the_table_comes_before_what_goes_by_it(runner, monkeypatch, tree):
@@ -150,27 +192,45 @@ def test_no_pictures_without_matplotlib(runner, monkeypatch, tree):
     assert "plots" not in calls and summary(runner)["plots"] == "skipped"
 
 
-@pytest.mark.parametrize("part", [gpu.part_tests, gpu.part_sanitize, gpu.part_bench])
+@pytest.mark.parametrize("part", ["tests", "sanitize", "bench"])
 def test_a_fresh_machine_builds_the_extension_once(runner, monkeypatch, tree, part):
     (tree / "tests").mkdir()
     calls = Calls(runner, monkeypatch, extension=False)
     monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: f"/x/{name}")
     monkeypatch.setattr(gpu, "own_arch", lambda: "sm_90a")
     monkeypatch.delenv("CKF_CUDA_ARCHS", raising=False)
-    part(runner, 0)
+    gpu.run_parts(runner, part)
     assert next(iter(calls)) == "build" and len(calls) > 1
     assert calls.pop("build")["environment"] == {"CKF_BUILD_CUDA": "1", "CKF_CUDA_ARCHS": "sm_90a"}
-    part(runner, 0)
+    gpu.run_parts(runner, part)
     assert "build" not in calls
 
 
 def test_no_build_where_it_is_there_or_cannot_be(runner, monkeypatch):
     calls = Calls(runner, monkeypatch)
-    gpu.build_if_missing(runner, 0)
-    monkeypatch.setattr(gpu, "has_extension", lambda: False)
+    assert gpu.build_if_needed(runner, 0)
+    monkeypatch.setattr(gpu, "extension_is_current", lambda: False)
     monkeypatch.setattr(gpu, "find_nvcc", lambda: None)
-    gpu.build_if_missing(runner, 0)
+    assert gpu.build_if_needed(runner, 0)
     assert not calls
+
+
+def test_an_extension_of_other_sources_is_none(monkeypatch, tree):
+    assert not gpu.extension_is_current()
+    (tree / "setup.py").write_text("def sources_hash():\n    return 'new'\n")
+    (tree / "ckf" / "_C.so").touch()
+    monkeypatch.setattr(gpu, "output_of", lambda command: "False")
+    assert not gpu.extension_is_current()
+    built = next((Path(__file__).parents[2] / "ckf").glob("_C*.so"), None)
+    if built is None:
+        pytest.skip("no ckf._C here to ask")
+    monkeypatch.undo()
+    import setup
+
+    real = json.loads(json.dumps(gpu.extension_is_current()))
+    from ckf.kernels import cuda
+
+    assert real == (cuda.build_info()["sources"] == setup.sources_hash())
 
 
 @pytest.mark.parametrize(("asked", "own"), [("sm_80", "sm_90a"), ("", None)])
@@ -182,42 +242,68 @@ def test_archs_that_were_asked_for_are_built(runner, monkeypatch, asked, own):
     assert calls["build"]["environment"] == {"CKF_BUILD_CUDA": "1"}
 
 
-@pytest.mark.parametrize(("found", "cores", "flags"), [(1, 16, "8"), (1, 3, "1"), (None, 16, None)])
+@pytest.mark.parametrize(
+    ("found", "cores", "flags"), [(1, 16, "14"), (1, 3, None), (None, 16, None)]
+)
 def test_gpu_tests_run_side_by_side_where_xdist_is(runner, monkeypatch, found, cores, flags):
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: found)
     monkeypatch.setattr(gpu.os, "cpu_count", lambda: cores)
-    runner.has_gpu = True
     calls = Calls(runner, monkeypatch)
     gpu.part_tests(runner, 0)
-    command = calls["tests"]["command"]
+    assert list(calls) == ["tests_hopper", "tests_decode", "tests_triton"]
+    command = calls["tests_triton"]["command"]
+    assert "-n" not in calls["tests_hopper"]["command"], "one that hangs would hide the others"
     assert ("-n" in command) == (flags is not None)
     assert flags is None or command[command.index("-n") + 1] == flags
+    assert ("timeout_method=thread" in command) == (found is not None)
+    files = [a for call in calls.values() for a in call["command"] if a.startswith("tests/")]
+    assert sorted(files) == sorted(gpu.gpu_test_files())
+    assert all(call["environment"] == {"OMP_NUM_THREADS": "1"} for call in calls.values())
 
 
-@pytest.mark.parametrize(("reserved", "most"), [(0, 100), (20, 60)])
+@pytest.mark.parametrize(("reserved", "most"), [(0, 100), (140, 60)])
 def test_sanitizers_see_every_kernel(runner, monkeypatch, reserved, most):
     calls = Calls(runner, monkeypatch)
-    runner.deadline += 100
+    monkeypatch.setattr(runner, "left", lambda: 200.0)
     monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: f"/x/{name}")
     gpu.part_sanitize(runner, reserved)
-    tools = ("memcheck", "racecheck", "initcheck")
     assert {call["limit"] for call in calls.values()} == {most}
-    assert list(calls) == [f"sanitize_{k}_{tool}" for k in ("cuda", "triton") for tool in tools]
+    kinds, tools = ("decode", "hopper", "triton"), ("memcheck", "racecheck", "initcheck")
+    assert list(calls) == [f"sanitize_{kind}_{tool}" for tool in tools for kind in kinds]
+    of_kind = {"decode": "test_cuda_gpu", "hopper": "hopper_gpu", "triton": "cuda_sanitized"}
     for name, call in calls.items():
         command = call["command"]
-        assert ("tests/kernels/test_cuda_gpu.py" in command) == ("_cuda_" in name)
-        assert ("tests/kernels/test_cuda_sanitized.py" in command) == ("_triton_" in name)
+        kind, tool = name.split("_")[1:]
+        assert command[-1] == next(f for f in gpu.gpu_test_files() if of_kind[kind] in f)
+        assert command[command.index("--tool") + 1] == tool
         assert command[command.index("-k") + 1] == "small"
 
 
+def test_all_of_it_in_order(runner, monkeypatch, tree):
+    """What a second call can do alone comes last."""
+    asked = []
+    for name in gpu.STEPS:
+        note = lambda r, reserved, n=name: asked.append((n, reserved))  # noqa: E731
+        monkeypatch.setitem(gpu.STEPS, name, note)
+    monkeypatch.setattr(gpu, "part_build", lambda r, reserved: True)
+    gpu.run_parts(runner, "all")
+    names = ["cuda_tests", "bench", "triton_tests", "sanitize"]
+    assert asked == [(name, gpu.RESERVED[name]) for name in names]
+
+
 def test_a_failed_build_stops_the_rest(runner, monkeypatch):
-    monkeypatch.setattr(
-        runner, "run", lambda *a, **k: runner.steps.append({"step": "build", "state": "FAILED"})
-    )
+    def fails(*arguments, **options):
+        runner.steps.append({"step": "build", "state": "FAILED"})
+        return False
+
+    monkeypatch.setattr(runner, "run", fails)
     monkeypatch.setattr(gpu, "own_arch", lambda: None)
-    gpu.run_parts(runner, gpu.PARTS)
-    assert runner.failed() == ["build"]
-    assert len(runner.steps) == 1
+    monkeypatch.setattr(gpu, "find_nvcc", lambda: "/x/nvcc")
+    monkeypatch.setattr(gpu, "extension_is_current", lambda: False)
+    for part in ("all", "tests"):
+        runner.steps.clear()
+        gpu.run_parts(runner, part)
+        assert [step["step"] for step in runner.steps] == ["build"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal is for machines without a GPU")
@@ -226,7 +312,7 @@ def test_rehearsal(monkeypatch, tmp_path, capsys):
     assert gpu.main(["sanitize", "--out", str(tmp_path / "never")]) == 2
     assert not (tmp_path / "never").exists(), "a rehearsal is no record"
     steps = json.loads((tmp_path / "summary.json").read_text())
-    assert [step["why"] for step in steps] == ["no GPU"] * 6
+    assert [step["why"] for step in steps] == ["no GPU"] * 9
     assert json.loads((tmp_path / "environment.json").read_text())["gpu"] is None
     said = capsys.readouterr()
     assert "this is a rehearsal" in said.err
@@ -239,7 +325,7 @@ def test_rehearsal(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_results_are_packed_whatever_happens(monkeypatch, tmp_path, error):
-    def broken(runner, parts):
+    def broken(runner, part):
         assert runner.left() < 60 - 7, "importing counts"
         (runner.folder / "kept.log").touch()
         raise error
