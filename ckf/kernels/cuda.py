@@ -150,6 +150,11 @@ class DecodeGroup:
                 launch(*arguments, _raw_stream(self.index))
         torch.autograd.graph.increment_version([y for y in ys if not y.is_inference()])
 
+    def kept(self) -> list[Tensor]:
+        """The tensors whose memory it reads."""
+        a, bs, gates = self._tensors
+        return [a, *bs, gates]
+
     def _prepare(self):
         extension, reason = _load_extension()
         if extension is None:

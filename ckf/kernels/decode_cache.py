@@ -4,15 +4,39 @@ One new token a row is so little work that stacking the experts again would cost
 update itself.
 """
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ckf.kernels.group import GroupShape
 
+# What is made: tensors, lists of them, or objects whose ``kept()`` gives them.
 Make = Callable[[GroupShape, Any, Any, Any, torch.dtype], Any]
+
+
+class _Steps:
+    """Counts the steps of every optimizer in the process: fused ones change parameters in place
+    without their version counters showing it."""
+
+    def __init__(self) -> None:
+        self.count, self._watched, self._lock = 0, False, threading.Lock()
+
+    def watch(self) -> None:
+        with self._lock:
+            if not self._watched:
+                register_optimizer_step_post_hook(self._stepped)
+                self._watched = True
+
+    def _stepped(self, *_) -> None:
+        self.count += 1
+
+
+_STEPS = _Steps()
 
 
 @dataclass(frozen=True)
@@ -27,18 +51,33 @@ class _Made:
         stream = torch.cuda.current_stream()
         return cls(stream.cuda_stream, stream.record_event())
 
-    def wait(self) -> None:
+    def wait(self, made: Any) -> None:
+        """Before the current stream reads what was made; its memory is not given out again before
+        that stream is done with it."""
         stream = torch.cuda.current_stream()
         if stream.cuda_stream != self.stream:
             stream.wait_event(self.event)
+            for tensor in _tensors(made):
+                tensor.record_stream(stream)
+
+
+def _tensors(made: Any) -> Iterator[Tensor]:
+    if isinstance(made, Tensor):
+        yield made
+    elif isinstance(made, list | tuple):
+        for part in made:
+            yield from _tensors(part)
+    else:
+        yield from _tensors(made.kept())
 
 
 class DecodeCache:
     """What one backend made of the experts of a group, made anew where an adapter or gate changed.
 
-    Changes in place are seen by the tensors' version counters, replaced tensors by their addresses.
-    A change through ``parameter.data`` shows in neither: ``clear`` after one. A CUDA graph captured
-    with what is kept replays the adapters of that moment.
+    Changes in place are seen by the tensors' version counters, replaced tensors by their addresses,
+    steps of optimizers by a hook on all of them. A change through ``parameter.data``, or by a step
+    replayed in a CUDA graph, shows in none: ``clear`` after one. A CUDA graph captured with what is
+    kept replays the adapters of that moment.
     """
 
     def __init__(self) -> None:
@@ -55,7 +94,8 @@ class DecodeCache:
         tensors = (*gates, *a, *b)
         if any(t.is_inference() for t in tensors):  # they count no versions
             return make(shape, gates, a, b, dtype)
-        key = (dtype, *((t.data_ptr(), t._version, t.shape) for t in tensors))
+        _STEPS.watch()
+        key = (dtype, _STEPS.count, *((t.data_ptr(), t._version, t.shape) for t in tensors))
         capturing = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
         kept = self._kept.get(make)
         if kept is None or kept[0] != key:
@@ -65,7 +105,7 @@ class DecodeCache:
                 self._kept[make] = (key, made, where, tuple(t.detach() for t in tensors))
             return made
         if kept[2] is not None and not capturing:
-            kept[2].wait()
+            kept[2].wait(kept[1])
         if capturing and not any(made is kept[1] for made in self._captured):
             self._captured.append(kept[1])
         return kept[1]

@@ -51,7 +51,7 @@ def dropout_mask(
     words = _philox_words(m, -(-k // LANES), seed, torch.device(device))
     if sys.byteorder == "big":  # the low half first
         words = (words >> 16) | (words << 16)
-    # int16 has no unsigned order: flipping the top bit of lane and threshold gives it that of uint16
+    # a flipped top bit, in lane and threshold, gives int16 the order of uint16
     lanes = words.bitwise_xor_(0x80008000).to(torch.int32).view(torch.int16)  # (m, blocks * LANES)
     return (lanes >= dropout_threshold(p) - 2**15)[:, :k]
 

@@ -89,7 +89,7 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """left @ right, accumulated and returned in ``dtype``."""
     if left.dtype == dtype:
         return left @ right
-    if left.is_cuda and dtype == torch.float32:
+    if left.is_cuda and dtype == torch.float32 and left.dtype.itemsize == 2:
         return torch.mm(left, right, out_dtype=dtype)
     return left.to(dtype) @ right.to(dtype)
 

@@ -175,6 +175,10 @@ class _DecodeExperts:
         if a[0].device.type != "cpu":  # at once: other streams wait for this moment (DecodeCache)
             self.gates  # noqa: B018
 
+    def kept(self) -> list[Tensor]:
+        """On a GPU."""
+        return [self.stacks.a, *self.stacks.b, self.stacks.gates, *self.gates]
+
     @cached_property
     def stacks(self) -> Stacks:
         return Stacks.of(*self._experts)

@@ -53,6 +53,7 @@ def forward_pass(
     """
     assert plan in PLANS, plan
     rows = _rows(x)
+    biases = [None if bias is None else bias.contiguous() for bias in biases]
     with torch.cuda.device_of(x):
         stacks = stack(shape, gates, a, b, x.dtype)
         compact = not save_plain and saves_compact(shape, x, slots)

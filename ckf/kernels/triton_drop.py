@@ -47,9 +47,11 @@ def drop(x: Tensor, seed: Tensor, p: float) -> Tensor:
     """x with elements dropped and the others scaled, (m, k), contiguous.
 
     Args:
-        x: (m, k) of DTYPES, rows strided; ``seed``: one int64 on x's device; ``p``: of dropping.
+        x: (m, k) of DTYPES; ``seed``: one int64 on x's device; ``p``: of dropping.
     """
     m, k = x.shape
+    if x.stride(1) != 1:
+        x = x.contiguous()
     y = torch.empty(m, k, dtype=x.dtype, device=x.device)
     if 0 in (m, k):
         return y

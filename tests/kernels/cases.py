@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ckf.kernels import ops
 from ckf.kernels.reference import multi_lora_reference
+from ckf.kernels.slots import compact_slots
 
 
 @dataclass
@@ -105,6 +107,19 @@ def on_gpu(case: Case, dtype: torch.dtype) -> Case:
     case.b = [t.detach().cuda().requires_grad_() for t in case.b]
     case.gates, case.task_ids = gates, case.task_ids.cuda()
     return case
+
+
+def slots_on_gpu(ranks: list[int], plan: str = "expand"):
+    """``multi_lora_linear`` on the Triton kernels by a plan, with the slots of hard gates."""
+    live = [[e in (0, 1 + t) for e in range(len(ranks))] for t in range(len(ranks) - 1)]
+    slots, width = compact_slots([live], [ranks])
+    slots = slots.cuda()
+
+    def run(x, weight, bias, a, b, gates, ids, dropout_p, seed):
+        group = (x, [weight], [bias], [a], [b], [gates], ids, dropout_p, seed)
+        return ops.run_group(*group, f"triton:{plan}", slots, width)[0]
+
+    return run
 
 
 def run_with_gradients(function, case: Case, dy: Tensor) -> list[Tensor]:

@@ -75,15 +75,20 @@ def test_drop_draws_the_mask(m, k, row, dtype):
     keep = dropout_mask(m, k, 0.3, 2**40 + 5)
     expected = torch.where(keep, x * dropout_scale(0.3), 0)
     assert torch.equal(drop(x, torch.tensor([2**40 + 5]), 0.3), expected)
+    across = x.t().contiguous().t()
+    assert torch.equal(drop(across, torch.tensor([2**40 + 5]), 0.3), expected)
     assert drop(x[:0], torch.tensor([1]), 0.3).shape == (0, k)
 
 
+@pytest.mark.parametrize("layout", ["rows", "columns", "expanded"])
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
-def test_dense_products_with_the_mask_of_the_kernel(dtype, soft):
+def test_dense_products_with_the_mask_of_the_kernel(dtype, soft, layout):
     """As on a GPU: the same bits as with the mask of torch."""
     case = cast(random_case(m=24, k=40, n=17, dropout_p=0.4, soft=soft), dtype)
-    dy = torch.randn(24, 17)
+    dy, x = torch.randn(24, 17), case.x.detach()
+    strided = {"rows": x, "columns": x.t().contiguous().t(), "expanded": x[:1].expand(24, 40)}
+    case.x = strided[layout].requires_grad_()
 
     def run(*arguments):
         return multi_lora_linear(*arguments, backend="torch")

@@ -106,6 +106,15 @@ def test_plans_match_reference(plan, dropout_p, ranks):
     assert_as_good_as_reference(triton_with(plan), cast(case, torch.float16))
 
 
+@pytest.mark.parametrize("plan", ["expand", "addmm", "gemm"])
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_bias_may_be_strided(plan, compact):
+    ranks = [4, 4, 2, 6] if not compact else [64, 64, 64, 8]
+    case = random_case(m=24, ranks=ranks)
+    case.bias = torch.stack([case.bias, torch.full_like(case.bias, 1e3)], dim=1)[:, 0]
+    assert_within_rounding(triton_with(plan, compact), case)
+
+
 @pytest.mark.parametrize("compact", [False, True])
 def test_gemm_plan_runs_the_fused_product(compact):
     case = cast(random_case(m=40, k=48, n=32, ranks=[8] * 4, dropout_p=0.1), torch.float16)

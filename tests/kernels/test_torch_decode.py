@@ -1,5 +1,7 @@
 """A few rows without gradients on the torch backend: the same results from stacks that are kept."""
 
+import copy
+
 import pytest
 import torch
 
@@ -147,12 +149,20 @@ def test_another_stream_waits_for_all_that_was_made(monkeypatch):
             self.waited.append(event)
 
     one, other = Stream(1), Stream(2)
+    recorded = []
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda t, stream: recorded.append((t, stream))
+    )
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: one)
     place = decode_cache._Made.here()
-    place.wait()
+    place.wait(made)
+    assert not recorded
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: other)
-    place.wait()
+    place.wait(made)
     assert (one.waited, other.waited) == ([], ["event of 1"])
+    owned = [made.stacks.a, *made.stacks.b, made.stacks.gates, made.gates.values, made.gates.mask]
+    assert all(stream is other for _, stream in recorded)
+    assert [id(t) for t, _ in recorded] == [id(t) for t in owned], "their memory could be reused"
 
 
 def test_wrong_ids_are_refused_here_too():
@@ -189,6 +199,25 @@ def test_a_model_keeps_stacks_only_in_eval_mode():
         fresh = torch.cat([model.train()(input_ids=ids, task_ids=["a", "b"]).logits])
     assert kept() == 0 and not torch.equal(before[0], after[0])
     torch.testing.assert_close(after, fresh)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_is_seen_in_eval_mode(fused):
+    """A fused step changes parameters in place and leaves their version counters alone."""
+    model = ckf.patch_model(tiny_model("llama"), ["a", "b"], r=4).eval()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.05, fused=fused)
+    ids, tasks = torch.arange(6).view(2, 3), ["a", "b"]
+    seen = []
+    for _ in range(2):
+        model(input_ids=ids, labels=ids, task_ids=tasks).loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            kept = model(input_ids=ids, task_ids=tasks).logits
+            fresh = copy.deepcopy(model)(input_ids=ids, task_ids=tasks).logits
+        assert torch.equal(kept, fresh)
+        seen.append(kept)
+    assert not torch.equal(*seen)
 
 
 def test_loading_adapters_forgets_what_was_kept(tmp_path):

@@ -8,6 +8,7 @@ import torch
 
 from ckf.kernels import group, multi_lora_linear, ops
 from ckf.kernels.group import GroupShape
+from ckf.kernels.reference import multi_lora_reference
 from ckf.kernels.slots import compact_slots
 from ckf.kernels.stacks import Stacks
 from tests.kernels.cases import (
@@ -15,6 +16,7 @@ from tests.kernels.cases import (
     on_gpu,
     random_case,
     run_with_gradients,
+    slots_on_gpu,
 )
 
 pytestmark = pytest.mark.gpu
@@ -28,20 +30,51 @@ def assert_right(case, function=triton_backend):
         assert_as_good_as_reference(function, case)
 
 
-def compact_backend(ranks, plan="expand"):
-    """The Triton backend with the slots of hard gates, on the GPU once, by a plan."""
-    live = [[e in (0, 1 + t) for e in range(len(ranks))] for t in range(len(ranks) - 1)]
-    slots, width = compact_slots([live], [ranks])
-    slots = slots.cuda()
-
-    def run(x, weight, bias, a, b, gates, ids, dropout_p, seed):
-        group = (x, [weight], [bias], [a], [b], [gates], ids, dropout_p, seed)
-        return ops.run_group(*group, f"triton:{plan}", slots, width)[0]
-
-    return run
-
-
 NARROW, WIDE, UNEVEN = [16] * 5, [16] * 65, [64, 3, 40, 0, 128, 17]
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("plan", ["expand", "addmm", "gemm"])
+@pytest.mark.parametrize("slotted", [True, False], ids=["gather", "dense"])
+def test_linears_that_share_x_in_one_call(slotted, plan, dropout_p):
+    """q, k and v, as every patched model calls them: B, slots and H of each at an offset."""
+    m, k, widths, rank, tasks = 1500, 512, (768, 256, 256), 16, 4
+    case = random_case(m=m, k=k, n=sum(widths), tasks=tasks, ranks=[rank] * (tasks + 1))
+    case.dropout_p = dropout_p
+    case = on_gpu(case, torch.bfloat16)
+    case.b = [torch.randn(n, rank, device="cuda") for n in widths for _ in range(tasks + 1)]
+    case.a = [torch.randn(rank, k, device="cuda") / k**0.5 for _ in case.b]
+    case.a, case.b = (
+        [t.to(torch.bfloat16).requires_grad_() for t in own] for own in (case.a, case.b)
+    )
+    live = (case.gates != 0).tolist()
+    slots = (None, 0)
+    if slotted:
+        slots = compact_slots([live] * 3, [[rank] * (tasks + 1)] * 3)
+        slots = (slots[0].cuda(), slots[1])
+
+    def split(tensors):
+        return [tensors[i : i + tasks + 1] for i in range(0, len(tensors), tasks + 1)]
+
+    def ours(x, weight, bias, a, b, gates, ids, p, seed):
+        base = list(weight.split(widths)), list(bias.split(widths))
+        group = (x, *base, split(a), split(b), [gates] * 3, ids, p, seed)
+        return torch.cat(ops.run_group(*group, f"triton:{plan}", *slots), dim=1)
+
+    def reference(x, weight, bias, a, b, gates, ids, p, seed):
+        parts = zip(weight.split(widths), bias.split(widths), split(a), split(b), strict=True)
+        return torch.cat(
+            [multi_lora_reference(x, *part, gates, ids, p, seed) for part in parts], dim=1
+        )
+
+    dy = torch.randn(m, sum(widths), device="cuda")
+    found = run_with_gradients(ours, case, dy)
+    exact = run_with_gradients(reference, case.to(torch.float64), dy.double())
+    plain = run_with_gradients(reference, case, dy)
+    assert len(found) == 2 + len(case.a) + len(case.b)
+    for one, e, p in zip(found, exact, plain, strict=True):
+        allowed = 2 * (p.double() - e).norm() + 4 * torch.finfo(one.dtype).eps * e.norm()
+        assert (one.double() - e).norm() <= allowed
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["runs", "mixed"])
@@ -56,7 +89,7 @@ def test_compact_matches_reference(m, k, n, ranks, dtype, plan, dropout_p, mixed
     if mixed:
         ids = ids[torch.randperm(m, generator=torch.Generator().manual_seed(0))]
     case = random_case(m=m, k=k, n=n, tasks=tasks, ranks=ranks, dropout_p=dropout_p, ids=ids)
-    assert_right(on_gpu(case, dtype), compact_backend(ranks, plan))
+    assert_right(on_gpu(case, dtype), slots_on_gpu(ranks, plan))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -67,7 +100,7 @@ def test_compact_gives_the_same_bits_100_times(plan, ranks, dtype):
     case = random_case(m=6000, k=512, n=768, tasks=tasks, ranks=ranks, dropout_p=0.1)
     case = on_gpu(case, dtype)
     dy = torch.randn(6000, 768, device="cuda")
-    function = compact_backend(ranks, plan)
+    function = slots_on_gpu(ranks, plan)
     first = run_with_gradients(function, case, dy)
     assert all(t.isfinite().all() for t in first)
     for _ in range(99):
@@ -80,7 +113,7 @@ def test_compact_invalid_ids_become_nan_rows(ranks):
     ids = torch.randint(-1, len(ranks) - 1, (200,))
     ids[[3, 70, 199]] = torch.tensor([len(ranks) - 1, -2, 2**40])
     case = random_case(m=200, k=64, n=64, tasks=len(ranks) - 1, ranks=ranks, ids=ids)
-    function = compact_backend(ranks)
+    function = slots_on_gpu(ranks)
     y, dx, *_ = run_with_gradients(
         function, on_gpu(case, torch.bfloat16), torch.ones(200, 64, device="cuda")
     )
@@ -96,7 +129,7 @@ def test_compact_in_a_cuda_graph_follows_ids_and_seed_without_sync(ranks):
     case = on_gpu(case, torch.bfloat16)
     case.seed = torch.tensor([5], device="cuda")
     dy = torch.randn(1024, 384, device="cuda")
-    function = compact_backend(ranks)
+    function = slots_on_gpu(ranks)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
