@@ -185,24 +185,55 @@ class _Names:
         return request[name]
 
 
-def load_run(folder: str | Path, device: str | None = None) -> Run:
+def load_run(
+    folder: str | Path,
+    device: str | None = None,
+    model: str | None = None,
+    overrides: Sequence[str] = (),
+) -> Run:
     """Open a finished run from its folder alone.
 
+    Args:
+        model: where its language model lies by now, or another name of it.
+        overrides: ``evaluate.key=value``, such as a smaller ``evaluate.batch_tokens``.
+
     Raises:
-        ValueError: no run there, or files that are missing or do not fit.
+        ValueError: no run there, files that are missing or do not fit, or a setting that a finished
+            run has for good.
     """
     folder = _run_folder(folder)
     if not (folder / ABOUT).is_file():
         raise ValueError(
             f"{folder} was not trained to the end; go on with: ckf train {folder}/{CONFIG}"
         )
-    config = load_config(folder / CONFIG)
+    config = opened_config(folder, overrides)
+    if model is not None:
+        config = replace(config, model=replace(config.model, name=model))
+    config = with_absolute_model(config)
+    try:
+        locate_model(config.model.name)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; where the run's model lies elsewhere, say so: --model FOLDER, or "
+            "load_run(..., model=FOLDER)"
+        ) from error
     data = load_prepared(folder / "data")
     vectors = _read_vectors(folder / VECTORS)
     assembly = assemble(config, data, vectors, pick_device(device))
     load_trained(assembly, folder)
     assembly.model.eval()
     return Run(folder, assembly)
+
+
+def opened_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """A run's settings with ``evaluate.key=value`` in place of its own; ValueError for others."""
+    for override in overrides:
+        if not override.startswith("evaluate."):
+            raise ValueError(
+                f"--set {override!r}: of a finished run only evaluate.* may change, for example "
+                "evaluate.batch_tokens=1024; train another run for the rest"
+            )
+    return load_config(folder / CONFIG, list(overrides))
 
 
 def train_run(

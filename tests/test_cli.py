@@ -203,6 +203,18 @@ def test_a_folder_that_is_no_run_is_one_message(fails, tmp_path, command):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_evaluate_and_export_take_the_model_from_elsewhere(small_model, run_copy, fails, tmp_path):
+    file = run_copy / "config.yaml"
+    file.write_text(file.read_text().replace(str(small_model), str(tmp_path / "gone")))
+    for command in ("evaluate", "export"):
+        assert "gone" in fails(command, run_copy)
+    cheap = ["--set", "evaluate.untrained=false", "--set", "evaluate.bootstrap=2"]
+    assert main(["evaluate", str(run_copy), "--model", str(small_model), *cheap]) == 0
+    assert "untrained" not in json.loads((run_copy / "metrics.json").read_text())
+    assert main(["export", str(run_copy), "--model", str(small_model), "--task", "ctr"]) == 0
+    assert "train.steps" in fails("evaluate", run_copy, "--set", "train.steps=3")
+
+
 def test_exporting_an_unknown_task_names_the_known(fails, run_copy):
     message = fails("export", run_copy, "--task", "clicks")
     assert "'clicks'" in message and "review_rating" in message

@@ -238,5 +238,25 @@ def test_damaged_files_are_named(run_copy, name, words):
         load_run(run_copy).evaluate(quiet)
 
 
+def test_a_run_opens_where_its_model_lies_elsewhere(small_run, small_model, run_copy, tmp_path):
+    file = run_copy / "config.yaml"
+    saved = file.read_text().replace(str(small_model), str(tmp_path / "gone"))
+    file.write_text(saved)
+    with pytest.raises(ValueError, match="gone', but there is no such folder; .*--model FOLDER"):
+        load_run(run_copy)
+    run = load_run(run_copy, model=str(small_model))
+    for request, reply in zip(REQUESTS, run.predict(REQUESTS), strict=True):
+        assert_same_reply(reply, small_run.predict([request])[0])
+    assert file.read_text() == saved
+
+
+def test_an_opened_run_takes_other_settings_of_its_evaluation_alone(run_copy):
+    run = load_run(run_copy, overrides=["evaluate.batch_tokens=64"])
+    assert run.config.evaluate.batch_tokens == 64 and run.config.evaluate.bootstrap == 20
+    for wrong in ("train.steps=3", "evaluate=3"):
+        with pytest.raises(ValueError, match=f"'{wrong}': of a finished run only evaluate"):
+            load_run(run_copy, overrides=[wrong])
+
+
 def test_load_run_is_a_name_of_the_package(run_copy):
     assert ckf.load_run(run_copy).config.name == "small"
