@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -81,9 +82,9 @@ class Run:
         written = [i for i, q in enumerate(questions) if q.task == "explain"]
         if scored:
             prompts = [self._encode(questions[i], i) for i in scored]
-            logits = scorer.answer_logits(prompts, users[scored], histories[scored])
-            for i, row in zip(scored, logits, strict=True):
-                replies[i] = self._reply(questions[i], row)
+            logits = scorer.word_logits(prompts, users[scored], histories[scored])
+            for i, values in zip(scored, logits, strict=True):
+                replies[i] = self._reply(questions[i], values)
         if written:
             longest = self.config.prompt.max_answer_tokens
             chosen = [questions[i] for i in written]
@@ -92,15 +93,17 @@ class Run:
                 replies[i] = {"text": text}
         return replies
 
+    @cached_property
+    def _names(self) -> "_Names":
+        return _Names(self.assembly.data, self.assembly.tasks)
+
     def _encode(self, question: Question, number: int) -> Encoded:
         try:
             return self.assembly.batcher.encoder.encode(question, self.assembly.uses_vectors)
         except ValueError as error:
             raise ValueError(f"request {number}: {error}") from error
 
-    def _reply(self, question: Question, logits: np.ndarray) -> dict:
-        words = self.assembly.batcher.encoder.answer_tokens(question.task)[1]
-        values = logits[[words[w] for w in ANSWERS[question.task]]].astype(np.float64)
+    def _reply(self, question: Question, values: np.ndarray) -> dict:
         if question.task == "ctr":
             score = float(values[0] - values[1])
             return {"score": score, "probability": float(1 / (1 + np.exp(-score)))}
@@ -113,7 +116,7 @@ class Run:
         return {"rating": float(expected_stars(values))}
 
     def _questions(self, requests) -> tuple[list[Question], np.ndarray, np.ndarray]:
-        book = _Names(self.assembly.data, self.assembly.tasks)
+        book = self._names
         questions, users, histories = [], [], []
         for number, request in enumerate(requests):
             question, user, history = book.question(request, f"request {number}")
@@ -166,8 +169,9 @@ class _Names:
                 "of item ids the user liked (it may be empty)"
             )
         else:
-            rows = np.flatnonzero((self.data.user == user) & (self.data.label == 1))
-            items = self.data.item[rows][-width:].tolist()
+            ends = np.array([user, user + 1], self.data.user.dtype)  # else all would be converted
+            own = slice(*np.searchsorted(self.data.user, ends))  # rows lie sorted by user
+            items = self.data.item[own][self.data.label[own] == 1][-width:].tolist()
         return np.array([-1] * (width - len(items)) + list(items), np.int64)
 
     def _item(self, name, where: str) -> int:

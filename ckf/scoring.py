@@ -50,9 +50,7 @@ class Scorer:
     @torch.no_grad()
     def answers(self, prompts: Sequence[Encoded], users, histories) -> Answers:
         """One-token answers of prompts (N) of one task; users (N,), histories (N, h)."""
-        task = prompts[0].task if prompts else "ctr"
-        words = self.assembly.batcher.encoder.answer_tokens(task)[1]
-        index = torch.tensor([words[w] for w in ANSWERS[task]])
+        index = self._words(prompts[0].task if prompts else "ctr")
         logits = np.zeros((len(prompts), len(index)), np.float64)
         total, greedy = np.zeros(len(prompts)), np.full(len(prompts), -1)
         for rows, batch in self._batches(prompts, users, histories):
@@ -64,14 +62,19 @@ class Scorer:
         return Answers(logits, total, greedy)
 
     @torch.no_grad()
-    def answer_logits(self, prompts: Sequence[Encoded], users, histories) -> np.ndarray:
-        """Logits over the whole vocabulary (N, vocabulary) where the answer begins, any tasks."""
-        rows_out: list[np.ndarray] = [np.empty(0)] * len(prompts)
+    def word_logits(self, prompts: Sequence[Encoded], users, histories) -> list[np.ndarray]:
+        """Logits over the answer words of each prompt, in the order of ANSWERS; of any tasks."""
+        found: list[np.ndarray] = [np.empty(0)] * len(prompts)
+        words = {task: self._words(task) for task in {p.task for p in prompts}}
         for rows, batch in self._batches(prompts, users, histories):
-            out = self.model.answer_logits(batch).cpu().numpy()
-            for row, values in zip(rows, out, strict=True):
-                rows_out[row] = values
-        return np.stack(rows_out)
+            out = self.model.answer_logits(batch)  # (b, vocabulary)
+            tasks = np.array([prompts[row].task for row in rows])
+            for task in sorted(set(tasks)):
+                places = np.flatnonzero(tasks == task)
+                picked = out[torch.from_numpy(places)[:, None], words[task]]  # (places, words)
+                for row, own in zip(rows[places], picked.double().cpu().numpy(), strict=True):
+                    found[row] = own
+        return found
 
     @torch.no_grad()
     def losses(self, prompts: Sequence[Encoded], users, histories) -> np.ndarray:
@@ -104,6 +107,11 @@ class Scorer:
                 texts[row] = text.strip().split("\n")[0].strip()
         return texts
 
+    def _words(self, task: str) -> Tensor:
+        """Tokens (words,) of a task's answer words, in the order of ANSWERS."""
+        words = self.assembly.batcher.encoder.answer_tokens(task)[1]
+        return torch.tensor([words[w] for w in ANSWERS[task]])
+
     def _batches(self, prompts, users, histories) -> Iterator[tuple[np.ndarray, dict]]:
         """Row indices and their batch; sorted by length, at most batch_tokens tokens each."""
         users, histories = np.asarray(users), np.asarray(histories)
@@ -129,9 +137,7 @@ class PriorScorer(Scorer):
     @torch.no_grad()
     def answers(self, prompts: Sequence[Encoded], users, histories) -> Answers:
         """As ``Scorer.answers``, over the answer words alone."""
-        task = prompts[0].task if prompts else "ctr"
-        words = self.assembly.batcher.encoder.answer_tokens(task)[1]
-        index = torch.tensor([words[w] for w in ANSWERS[task]])
+        index = self._words(prompts[0].task if prompts else "ctr")
         logits = np.full((len(prompts), len(index)), -np.inf)
         for rows, batch in self._batches(prompts, users, histories):
             column = (batch["prior_tokens"].cpu().unsqueeze(1) == index).int().argmax(1)

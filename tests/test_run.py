@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ckf
-from ckf.run import load_run, train_run
+from ckf.run import Run, load_run, train_run
 from tests.ckf_fixtures import STEPS, quiet, read_log, settings, small_config
 
 # ---- predict
@@ -77,6 +77,37 @@ def test_a_known_user_is_asked_with_all_liked_items(small_run):
     assert_same_reply(plain, small_run.predict([REQUESTS[0] | {"history": history}])[0])
     other = small_run.predict([REQUESTS[0] | {"history": history[:1]}])[0]
     assert abs(other["score"] - plain["score"]) > 1e-4
+
+
+def test_a_request_looks_at_the_rows_of_its_user_alone(small_run, monkeypatch):
+    """A shop has millions of rows and users: neither is gone through for every request."""
+    run = Run(small_run.folder, small_run.assembly)
+    data, plain = run.assembly.data, small_run.predict(REQUESTS)
+    run.predict(REQUESTS[:1])
+
+    class Touched(np.ndarray):
+        def __getitem__(self, rows):
+            seen.append(len(np.arange(len(self))[rows]))
+            return np.asarray(self)[rows]
+
+        def __eq__(self, _other):
+            raise AssertionError("all rows compared")
+
+    seen: list[int] = []
+    monkeypatch.setattr(data, "user_ids", None)  # read once, when the first request came
+    monkeypatch.setattr(data, "user", data.user.view(Touched))
+    monkeypatch.setattr(data, "label", data.label.view(Touched))
+    for reply, expected in zip(run.predict(REQUESTS), plain, strict=True):
+        assert_same_reply(reply, expected)
+    assert seen == [16] * 5  # five known users of 16 rows each
+
+
+def test_no_request_keeps_logits_over_the_vocabulary(small_run, monkeypatch):
+    kept = []
+    plain = Run._reply
+    monkeypatch.setattr(Run, "_reply", lambda *a: kept.append(a[2].shape) or plain(*a))
+    small_run.predict(REQUESTS)
+    assert kept == [(2,), (26,), (5,), (2,), (5,), (26,)]
 
 
 @pytest.mark.parametrize(
