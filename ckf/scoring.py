@@ -88,8 +88,14 @@ class Scorer:
     def texts(
         self, questions: Sequence[Question], users, histories, max_new_tokens: int
     ) -> list[str]:
-        """Greedy answers in words, to questions of any tasks."""
+        """Greedy answers in words, to questions of any tasks, whatever the base is set to."""
         encoder = self.assembly.batcher.encoder
+        # penalties and the like, which generate() takes from the base where nobody says otherwise
+        own = self.model.backbone.generation_config.to_dict()
+        settings = {k: None for k, v in own.items() if v is not None and k != "transformers_version"}
+        settings |= {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
+        settings |= {"use_cache": True, "max_new_tokens": max_new_tokens}
+        settings |= {"eos_token_id": encoder.end, "pad_token_id": encoder.filler}
         prompts = [encoder.encode(q, self.vectors) for q in questions]
         texts = [""] * len(prompts)
         for rows, batch in self._batches(prompts, users, histories):
@@ -97,10 +103,7 @@ class Scorer:
                 inputs_embeds=self.model.embed(batch),
                 attention_mask=batch["attention_mask"],
                 task_ids=batch["task_ids"],
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                eos_token_id=encoder.end,
-                pad_token_id=encoder.filler,
+                **settings,
             )
             decoded = self.assembly.tokenizer.batch_decode(tokens, skip_special_tokens=True)
             for row, text in zip(rows, decoded, strict=True):
