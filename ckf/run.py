@@ -24,7 +24,7 @@ from transformers import set_seed
 
 from ckf.assembly import Assembly, assemble
 from ckf.backbone import locate_model, pick_device
-from ckf.batches import expected_stars
+from ckf.batches import Example, expected_stars
 from ckf.cf import CFVectors, fit_cf
 from ckf.config import RunConfig, load_config, write_config
 from ckf.data.prepared import PreparedData, load_prepared
@@ -292,12 +292,25 @@ def train_or_load(
         log(f"{folder} is trained already; --overwrite trains it anew")
         load_trained(assembly, folder)
     else:
+        check_prompts(assembly)
         seconds["train"] = train(assembly, folder, device)["seconds"]
         about = _about(assembly.config, assembly, device, trainable, seconds)
         if is_main_process():
             write_json(about, folder / ABOUT)
     assembly.model.eval()
     return Run(folder, assembly)
+
+
+def check_prompts(assembly: Assembly) -> None:
+    """ValueError, before training, where a prompt of a task or of a list has no room."""
+    maker, encoder = assembly.maker, assembly.batcher.encoder
+    for task in assembly.tasks:
+        lists = assembly.config.data.test_lists if task == "topk" else [None]
+        for split, name in [("train", None), *(("test", name) for name in lists)]:
+            rows, places = maker.rows_and_places(task, split, name)
+            if len(rows):
+                example = Example(task, int(rows[0]), int(places[0]))
+                encoder.encode(maker.question(example, split, name), assembly.uses_vectors)
 
 
 def with_absolute_model(config: RunConfig) -> RunConfig:

@@ -232,6 +232,16 @@ def test_a_prompt_longer_than_the_models_window_is_named(small_model, prepared, 
         train_run(config, tmp_path / "run", prepared=str(prepared), log=quiet)
 
 
+def test_a_prompt_without_room_is_named_before_training(
+    small_model, prepared, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("ckf.run.train", None)
+    tasks = {"topk": {"train": 40, "valid": 10, "test": 12}}
+    config = small_config(small_model, tasks=tasks, prompt__max_tokens=60)
+    with pytest.raises(ValueError, match="topk prompt needs .* prompt.max_tokens is 60"):
+        train_run(config, tmp_path / "run", prepared=str(prepared), device="cpu", log=quiet)
+
+
 def test_prepared_data_lacking_a_task_are_named(small_model, small_run, raw_data, tmp_path):
     from ckf.data.prepare import prepare
 

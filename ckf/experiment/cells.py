@@ -297,6 +297,10 @@ def reduced(config: RunConfig, seed_count: int) -> tuple[RunConfig, int, list[st
         test_rows = least(f"{task} test rows", rows.test, limit)
         valid_rows = least(f"{task} valid rows", rows.valid, limit)
         tasks[task] = replace(rows, train=train_rows, valid=valid_rows, test=test_rows)
+    first, listed = config.data.test_lists[0], config.data.train_list
+    if "topk" in tasks and config.prompt.rank_by == "letters" and listed != first:
+        cut.append(f"train lists {first} instead of {listed}")
+        listed = first  # no letter that only lists which are left out would need
     if seed_count > 1:
         cut.append(f"1 seed instead of {seed_count}")
     small = replace(
@@ -305,7 +309,7 @@ def reduced(config: RunConfig, seed_count: int) -> tuple[RunConfig, int, list[st
         tasks=tasks,
         lora=replace(config.lora, r=rank, lora_alpha=alpha, ranks=None),
         prompt=replace(config.prompt, history_titles=titles),
-        data=replace(config.data, test_lists=config.data.test_lists[:1]),
+        data=replace(config.data, train_list=listed, test_lists=[first]),
         train=replace(
             train, steps=steps, batch_size=batch, accumulation=1, lr=1e-3, vector_lr=3e-3,
             workers=0, save_every=25, log_every=10, packing="auto", curriculum_middle=0.1,
@@ -314,5 +318,5 @@ def reduced(config: RunConfig, seed_count: int) -> tuple[RunConfig, int, list[st
         evaluate=replace(config.evaluate, batch_tokens=2048),
     )  # fmt: skip
     if len(config.data.test_lists) > 1:
-        cut.append(f"candidate list {config.data.test_lists[0]} only")
+        cut.append(f"candidate list {first} only")
     return small, 1, cut
