@@ -148,7 +148,7 @@ def _prepare(options) -> None:
 
 def _evaluate(options) -> None:
     if options.baselines:
-        _print_baselines(Path(options.run))
+        _print_baselines(Path(options.run), options.set)
         return
     from ckf.run import load_run
 
@@ -166,22 +166,24 @@ def _evaluate_and_report(run) -> None:
     print(f"report: {write_report(run.folder)}")
 
 
-def _print_baselines(folder: Path) -> None:
+def _print_baselines(folder: Path, overrides: list[str]) -> None:
     import json
 
     from ckf.baselines import evaluate_baselines
     from ckf.cf import CFVectors
-    from ckf.config import load_config
     from ckf.data.prepared import load_prepared
+    from ckf.run import VECTORS, opened_config
 
-    config = load_config(folder / "config.yaml")
-    vectors = folder / "cf.safetensors"
+    config = opened_config(folder, overrides)
+    vectors = folder / VECTORS
     found = evaluate_baselines(
         load_prepared(folder / "data"),
         "test",
         list(config.tasks),
         CFVectors.load(vectors) if vectors.exists() else None,
         config.data.test_lists,
+        config.evaluate.bootstrap,
+        config.seed,
     )
     print(json.dumps(found, indent=1))
 

@@ -14,7 +14,6 @@ from typing import Any
 from ckf.cf import CFConfig
 from ckf.data.config import LISTS, TASKS, DataConfig, TaskRows
 
-BINARY_TASKS = ("ctr", "topk", "rating", "review_rating")  # answered by one token
 VECTOR_MAPS = ("meta", "constant", "mlp", "linear", "none")
 MATCHES = ("none", "score", "prior")
 MAX_LETTERS = 26

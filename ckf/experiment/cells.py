@@ -25,18 +25,18 @@ class Cell:
     change: Change
 
 
-def lora_budget(config: RunConfig) -> int:
-    """Rank of all LoRAs of the config together."""
+def lora_budget(config: RunConfig, tasks: Sequence[str] | None = None) -> int:
+    """Rank of all LoRAs of the config together, or of the shared one and those of ``tasks``."""
     lora = config.lora
     if not lora.per_task:
         return lora.r
     shared = lora.r if lora.shared_r is None else lora.shared_r
-    return shared + sum((lora.ranks or {}).get(task, lora.r) for task in config.tasks)
+    return shared + sum((lora.ranks or {}).get(task, lora.r) for task in tasks or config.tasks)
 
 
-def _one_lora(config: RunConfig) -> RunConfig:
-    """One LoRA for all tasks with the parameters of all LoRAs together."""
-    rank = lora_budget(config)
+def _one_lora(config: RunConfig, tasks: Sequence[str] | None = None) -> RunConfig:
+    """One LoRA for all tasks with the parameters of all LoRAs together: ``lora_budget``."""
+    rank = lora_budget(config, tasks)
     lora = replace(
         config.lora,
         r=rank,
@@ -116,19 +116,13 @@ def _single(task: str) -> Change:
     """
 
     def change(config: RunConfig) -> RunConfig:
-        lora = config.lora
-        shared = lora.r if lora.shared_r is None else lora.shared_r
-        rank = shared + (lora.ranks or {}).get(task, lora.r)
         sizes = {t: rows.train or 1 for t, rows in config.tasks.items()}
         weights = {t: size ** (1 / config.train.temperature) for t, size in sizes.items()}
         share = weights[task] / sum(weights.values())
         steps = max(1, round(config.train.steps * share))
-        alone = replace(
-            lora, r=rank, lora_alpha=_same_scaling(config, rank), per_task=False, gate="hard",
-            ranks=None, shared_r=None, shared_modules=None, task_modules=None,
-        )  # fmt: skip
         train = replace(config.train, steps=steps)
-        return replace(config, tasks={task: config.tasks[task]}, lora=alone, train=train)
+        alone = _one_lora(_multi_lora(config), [task])
+        return replace(alone, tasks={task: config.tasks[task]}, train=train)
 
     return change
 
