@@ -139,15 +139,16 @@ class PromptEncoder:
         history = list(question.history)[-shown:] if shown else []
         limits = _Limits(title=10**9, review=10**9)
         answer = self._answer(question)
+        review = self._text(question.review, keep=False) if question.review else []
         while True:
-            tokens, slots = self._render(question, history, vectors, limits)
+            tokens, slots = self._render(question, history, review, vectors, limits)
             excess = len(tokens) + len(answer) - self.config.max_tokens
             if excess <= 0:
                 return Encoded(question.task, tokens, slots, answer)
             if history:
-                history = history[1:]
+                history = history[self._titles_in_excess(history, excess) :]
             elif limits.review > _MIN_REVIEW and question.review:
-                length = min(limits.review, len(self._text(question.review)))
+                length = min(limits.review, len(review))
                 limits.review = max(_MIN_REVIEW, length - excess)
             elif limits.title > _MIN_TITLE:
                 limits.title = max(_MIN_TITLE, min(limits.title, 64) // 2)
@@ -158,7 +159,18 @@ class PromptEncoder:
                     "candidates"
                 )
 
-    def _render(self, question, history, vectors: bool, limits) -> tuple[list[int], list]:
+    def _titles_in_excess(self, history: list[int], excess: int) -> int:
+        """How many of the oldest titles hold ``excess`` tokens; all where they do not suffice."""
+        comma, held = len(self._text(",")), 0
+        for count, item in enumerate(history[:-1], 1):
+            held += len(self._title(item)) + comma
+            if held >= excess:
+                return count
+        return len(history)
+
+    def _render(
+        self, question, history, review: list[int], vectors: bool, limits
+    ) -> tuple[list[int], list]:
         name = question.task
         if name == "topk" and self.config.rank_by == "title":
             name = "topk_title"
@@ -173,7 +185,7 @@ class PromptEncoder:
             elif piece == "<history>":
                 self._write_history(out, history, limits)
             elif piece == "<review>":
-                out.add(self._text(question.review)[: limits.review])
+                out.add(review[: limits.review])
             elif piece == "<candidates>":
                 for letter, item in zip(ANSWERS["topk"], question.candidates, strict=False):
                     out.add(self._text(f"\n{letter}."))
@@ -229,11 +241,12 @@ class PromptEncoder:
         return self._titles[item]
 
     def _text(self, text: str, keep: bool = True) -> list[int]:
+        """Tokens of a piece of a prompt. keep: for the next prompt."""
         if text in self._cache:
             return self._cache[text]
         # a review that spells out a control token gets its letters, not the token
         tokens = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-        if keep and len(text) < 200:
+        if keep:
             self._cache[text] = tokens
         return tokens
 

@@ -127,6 +127,36 @@ def test_a_tokenizer_without_single_tokens_for_the_answers_is_an_error():
         encoder(make_tokenizer(merges=False)).encode(question("ctr"), vectors=False)
 
 
+def test_reviews_are_read_once_and_not_kept(monkeypatch):
+    read = []
+    plain = TOKENIZER.encode
+    monkeypatch.setattr(
+        TOKENIZER, "encode", lambda text, **k: read.append(text) or plain(text, **k)
+    )
+    prompts = encoder(max_tokens=80)
+    reviews = [f"I hate album number {n}, it sounds awful. " * (1 + n % 9) for n in range(50)]
+    for review in reviews:
+        prompts.encode(question("review_rating", review=review), vectors=True)
+    assert [text for text in read if text in reviews] == reviews
+    assert len(prompts._cache) < 20
+
+
+def test_a_long_history_is_shortened_in_one_go(monkeypatch):
+    drawn = []
+    plain = PromptEncoder._render
+    monkeypatch.setattr(PromptEncoder, "_render", lambda *a: drawn.append(a[2]) or plain(*a))
+    asked = question("ctr", history=[n % 10 for n in range(200)])
+    whole = encoder(history_titles=200).encode(asked, vectors=True)
+    for room in (60, 100, 400, whole.length - 1):
+        drawn.clear()
+        tight = encoder(history_titles=200, max_tokens=room).encode(asked, vectors=True)
+        kept = drawn[-1]
+        assert len(drawn) == 2 and kept == asked.history[200 - len(kept) :]
+        longer = asked.history[200 - len(kept) - 1 :]
+        more = encoder(history_titles=200).encode(question("ctr", history=longer), vectors=True)
+        assert tight.length <= room < more.length
+
+
 def test_free_answers_end_and_are_cut_to_length():
     prompts = encoder(max_answer_tokens=5)
     whole = encoder().encode(question("explain"), vectors=False).answer
