@@ -92,7 +92,8 @@ class Scorer:
         encoder = self.assembly.batcher.encoder
         # penalties and the like, which generate() takes from the base where nobody says otherwise
         own = self.model.backbone.generation_config.to_dict()
-        settings = {k: None for k, v in own.items() if v is not None and k != "transformers_version"}
+        own.pop("transformers_version", None)
+        settings = {name: None for name, value in own.items() if value is not None}
         settings |= {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
         settings |= {"use_cache": True, "max_new_tokens": max_new_tokens}
         settings |= {"eos_token_id": encoder.end, "pad_token_id": encoder.filler}
