@@ -148,10 +148,10 @@ def _vector_parts(config: RunConfig, data, vectors, backbone, encoder: PromptEnc
     shuffle = settings.shuffle_users
     lookup = ShuffledUsers(vectors, data, config.seed) if shuffle else VectorLookup(vectors)
     scores = MatchScores(vectors, data) if settings.match != "none" else None
-    table = backbone.get_input_embeddings().weight
+    embedding = backbone.get_input_embeddings()
     metanet = MetaNetwork(
         lookup.dim,
-        table.shape[1],
+        embedding.weight.shape[1],
         embedding_scale(backbone),
         settings.kind,
         settings.hidden,
@@ -159,7 +159,8 @@ def _vector_parts(config: RunConfig, data, vectors, backbone, encoder: PromptEnc
     ).to(backbone.device)
     if scores is not None and "ctr" in config.tasks:
         words = encoder.answer_tokens("ctr")[1]
-        metanet.start_matches_at(table[words["Yes"]].float(), table[words["No"]].float())
+        answers = torch.tensor([words["Yes"], words["No"]], device=embedding.weight.device)
+        metanet.start_matches_at(*embedding(answers).float())
     return lookup, scores, metanet
 
 

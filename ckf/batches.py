@@ -43,11 +43,19 @@ class QuestionMaker:
 
     def examples(self, task: str, split: str, list_name: str | None = None) -> list[Example]:
         """Every prepared row of a task and split; top-K rows with their place in a list."""
+        rows, places = self.rows_and_places(task, split, list_name)
+        return [Example(task, r, p) for r, p in zip(rows.tolist(), places.tolist(), strict=True)]
+
+    def rows_and_places(
+        self, task: str, split: str, list_name: str | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The rows (N,) of ``examples`` and their places (N,) in a list, -1 where there is none."""
+        rows = self.data.rows(task, split)
         if task != "topk":
-            return [Example(task, int(row)) for row in self.data.rows(task, split)]
-        rows = set(self.data.rows(task, split).tolist())
+            return rows, np.full(len(rows), -1)
         listed = self.candidates(split, list_name).rows
-        return [Example(task, int(r), i) for i, r in enumerate(listed) if int(r) in rows]
+        places = np.flatnonzero(np.isin(listed, rows))
+        return listed[places], places
 
     def candidates(self, split: str, list_name: str | None = None):
         default = self.config.data.train_list if split == "train" else self._main_list()

@@ -47,6 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="evaluate a run again from its folder alone")
     evaluate.add_argument("run")
     evaluate.add_argument("--baselines", action="store_true", help="the trivial rows only")
+    _add_model(evaluate)
+    _add_set(evaluate, "e.g. evaluate.batch_tokens=1024")
     _add_device(evaluate)
     evaluate.set_defaults(command=_evaluate)
 
@@ -61,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run")
     export.add_argument("--out", help="target folder (default RUN/export)")
     export.add_argument("--task", action="append", help="a task (default all); may be repeated")
+    _add_model(export)
     export.set_defaults(command=_export)
 
     _add_experiment(commands)
@@ -93,9 +96,15 @@ def _add_experiment(commands) -> None:
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help="the raw data: a folder or file (default: data.path)")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. train.steps=20"
-    )
+    _add_set(parser, "e.g. train.steps=20")
+
+
+def _add_set(parser: argparse.ArgumentParser, example: str) -> None:
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=example)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="the run's language model, where it lies elsewhere by now")
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
@@ -139,11 +148,11 @@ def _prepare(options) -> None:
 
 def _evaluate(options) -> None:
     if options.baselines:
-        _print_baselines(Path(options.run))
+        _print_baselines(Path(options.run), options.set)
         return
     from ckf.run import load_run
 
-    _evaluate_and_report(load_run(options.run, options.device))
+    _evaluate_and_report(load_run(options.run, options.device, options.model, options.set))
 
 
 def _evaluate_and_report(run) -> None:
@@ -157,22 +166,24 @@ def _evaluate_and_report(run) -> None:
     print(f"report: {write_report(run.folder)}")
 
 
-def _print_baselines(folder: Path) -> None:
+def _print_baselines(folder: Path, overrides: list[str]) -> None:
     import json
 
     from ckf.baselines import evaluate_baselines
     from ckf.cf import CFVectors
-    from ckf.config import load_config
     from ckf.data.prepared import load_prepared
+    from ckf.run import VECTORS, opened_config
 
-    config = load_config(folder / "config.yaml")
-    vectors = folder / "cf.safetensors"
+    config = opened_config(folder, overrides)
+    vectors = folder / VECTORS
     found = evaluate_baselines(
         load_prepared(folder / "data"),
         "test",
         list(config.tasks),
         CFVectors.load(vectors) if vectors.exists() else None,
         config.data.test_lists,
+        config.evaluate.bootstrap,
+        config.seed,
     )
     print(json.dumps(found, indent=1))
 
@@ -209,7 +220,7 @@ def _export(options) -> None:
     from ckf.export import export_peft, serving_command
     from ckf.run import load_run
 
-    run = load_run(options.run, "cpu")
+    run = load_run(options.run, "cpu", options.model)
     out = Path(options.out) if options.out else run.folder / "export"
     backbone, folders, rank = run.assembly.model.backbone, {}, 0
     for task in options.task or run.assembly.tasks:

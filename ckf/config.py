@@ -14,7 +14,6 @@ from typing import Any
 from ckf.cf import CFConfig
 from ckf.data.config import LISTS, TASKS, DataConfig, TaskRows
 
-BINARY_TASKS = ("ctr", "topk", "rating", "review_rating")  # answered by one token
 VECTOR_MAPS = ("meta", "constant", "mlp", "linear", "none")
 MATCHES = ("none", "score", "prior")
 MAX_LETTERS = 26
@@ -270,7 +269,7 @@ class RunConfig:
         return None
 
     def _check_lists(self) -> None:
-        """Every candidate needs its letter, where letters name them."""
+        """Every candidate needs its letter, one that training shows, where letters name them."""
         if "topk" not in self.tasks or self.prompt.rank_by != "letters":
             return
         for name in (self.data.train_list, *self.data.test_lists):
@@ -280,6 +279,16 @@ class RunConfig:
                     f"the list {name} has {size} candidates, but letters name at most "
                     f"{MAX_LETTERS}; set prompt.rank_by: title, or choose a shorter list in "
                     "data.train_list and data.test_lists"
+                )
+        shown = LISTS[self.data.train_list][0] + 1
+        for name in self.data.test_lists:
+            size = LISTS[name][0] + 1
+            if size > shown:
+                raise ValueError(
+                    f"data.test_lists has {name} with {size} candidates, but training on "
+                    f"{self.data.train_list} shows {shown}, so {size - shown} of the letters would "
+                    f"never be an answer; set data.train_list: {name}, leave {name} out of "
+                    "data.test_lists, or set prompt.rank_by: title"
                 )
 
 

@@ -9,6 +9,7 @@ from ckf.metanet import MetaNetwork
 from ckf.patch import patch_state
 
 _HEAD_ROWS = 16384
+_SCALED_TOKENS = 2048  # that tell what the embedding module makes of its table
 
 
 class CKFModel(nn.Module):
@@ -124,6 +125,15 @@ def _in_float32(head: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> Tenso
     return logits if bias is None else logits + bias
 
 
+@torch.no_grad()
 def embedding_scale(backbone: PreTrainedModel) -> float:
-    """Standard deviation of the token embeddings, the scale at which mapped vectors start."""
-    return float(backbone.get_input_embeddings().weight.detach().float().std())
+    """Standard deviation of the token embeddings, the scale at which mapped vectors start.
+
+    Of what the model's module gives: Gemma's multiplies its table by sqrt(width) on the way.
+    """
+    module = backbone.get_input_embeddings()
+    scale = float(module.weight.float().std())
+    step = -(-len(module.weight) // _SCALED_TOKENS)
+    tokens = torch.arange(0, len(module.weight), step, device=module.weight.device)
+    stored, given = module.weight[tokens].float(), module(tokens).float()
+    return scale if torch.equal(stored, given) else scale * float(given.std() / stored.std())

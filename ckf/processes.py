@@ -3,8 +3,12 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
+
+# The others wait while one prepares data and fits CF vectors; torch gives up after 10 to 30 minutes
+WAIT = timedelta(hours=24)
 
 
 def process_count() -> int:
@@ -28,5 +32,5 @@ def main_process_first(device: torch.device) -> Iterator[None]:
         return
     from accelerate import PartialState
 
-    with PartialState(cpu=device.type == "cpu").main_process_first():
+    with PartialState(cpu=device.type == "cpu", timeout=WAIT).main_process_first():
         yield

@@ -56,6 +56,7 @@ _FIRST_MATCH = -2
 _FIELD = re.compile(r"(<\w+>)")
 _VECTOR_ONLY = re.compile(r"\[\[(.*?)\]\]", re.DOTALL)
 _MIN_TITLE, _MIN_REVIEW = 4, 16  # tokens that a cut leaves
+_BEFORE = ("x\n", "x", ":")  # one of them does not merge with what follows
 
 
 @dataclass
@@ -116,13 +117,15 @@ class PromptEncoder:
     ) -> None:
         self.tokenizer, self.titles, self.config = tokenizer, titles, config
         self.matches = matches
-        self._cache: dict[str, list[int]] = {}
+        self._cache: dict[tuple[str, bool], list[int]] = {}
         self._titles: dict[int, list[int]] = {}
         self._answers: dict[str, tuple[list[int], dict[str, int]]] = {}
         known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)  # an id of 0 is as good as any
         self.filler = next(token for token in known if token is not None)
         self.end = self.filler if tokenizer.eos_token_id is None else tokenizer.eos_token_id
         self.start = tokenizer("").input_ids[:1]  # a BOS token where the model wants one
+        # Llama-2's kind puts a space before every text; only the first of a prompt shall have it
+        self.adds_space = self._tokens("\nx") != self._tokens("\n") + self._tokens("x")
 
     def answer_tokens(self, task: str) -> tuple[list[int], dict[str, int]]:
         """Tokens that lead to the answer, and the answer words' tokens, one each.
@@ -139,15 +142,16 @@ class PromptEncoder:
         history = list(question.history)[-shown:] if shown else []
         limits = _Limits(title=10**9, review=10**9)
         answer = self._answer(question)
+        review = self._text(question.review, keep=False) if question.review else []
         while True:
-            tokens, slots = self._render(question, history, vectors, limits)
+            tokens, slots = self._render(question, history, review, vectors, limits)
             excess = len(tokens) + len(answer) - self.config.max_tokens
             if excess <= 0:
                 return Encoded(question.task, tokens, slots, answer)
             if history:
-                history = history[1:]
+                history = history[self._titles_in_excess(history, excess) :]
             elif limits.review > _MIN_REVIEW and question.review:
-                length = min(limits.review, len(self._text(question.review)))
+                length = min(limits.review, len(review))
                 limits.review = max(_MIN_REVIEW, length - excess)
             elif limits.title > _MIN_TITLE:
                 limits.title = max(_MIN_TITLE, min(limits.title, 64) // 2)
@@ -158,14 +162,25 @@ class PromptEncoder:
                     "candidates"
                 )
 
-    def _render(self, question, history, vectors: bool, limits) -> tuple[list[int], list]:
+    def _titles_in_excess(self, history: list[int], excess: int) -> int:
+        """How many of the oldest titles hold ``excess`` tokens; all where they do not suffice."""
+        comma, held = len(self._text(",")), 0
+        for count, item in enumerate(history[:-1], 1):
+            held += len(self._title(item)) + comma
+            if held >= excess:
+                return count
+        return len(history)
+
+    def _render(
+        self, question, history, review: list[int], vectors: bool, limits
+    ) -> tuple[list[int], list]:
         name = question.task
         if name == "topk" and self.config.rank_by == "title":
             name = "topk_title"
         template = TEMPLATES[name].replace("{item}", self.config.item_word)
         template = _VECTOR_ONLY.sub(r"\1" if vectors else "", template)
         out = _Writer(self.filler, list(self.start))
-        for piece in _FIELD.split(template):
+        for number, piece in enumerate(_FIELD.split(template)):
             if piece == "<user>":
                 out.slot(USER_SLOT)
             elif piece == "<item>":
@@ -173,13 +188,13 @@ class PromptEncoder:
             elif piece == "<history>":
                 self._write_history(out, history, limits)
             elif piece == "<review>":
-                out.add(self._text(question.review)[: limits.review])
+                out.add(review[: limits.review])
             elif piece == "<candidates>":
                 for letter, item in zip(ANSWERS["topk"], question.candidates, strict=False):
                     out.add(self._text(f"\n{letter}."))
                     self._write_item(out, item, vectors, limits)
             else:
-                out.add(self._text(piece))
+                out.add(self._text(piece, first=number == 0))
         if name != "explain" and name != "topk_title":
             out.add(self.answer_tokens(question.task)[0])
         return out.tokens, out.slots
@@ -228,14 +243,28 @@ class PromptEncoder:
             self._titles[item] = self._text(f' "{self.titles[item]}"', keep=False)
         return self._titles[item]
 
-    def _text(self, text: str, keep: bool = True) -> list[int]:
-        if text in self._cache:
-            return self._cache[text]
-        # a review that spells out a control token gets its letters, not the token
-        tokens = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-        if keep and len(text) < 200:
-            self._cache[text] = tokens
+    def _text(self, text: str, keep: bool = True, first: bool = False) -> list[int]:
+        """Tokens of a piece of a prompt. keep: for the next prompt; first: nothing is before it."""
+        if (text, first) in self._cache:
+            return self._cache[text, first]
+        inside = self.adds_space and not first
+        tokens = self._tokens_inside(text) if inside else self._tokens(text)
+        if keep:
+            self._cache[text, first] = tokens
         return tokens
+
+    def _tokens_inside(self, text: str) -> list[int]:
+        """Tokens of a text that stands behind another: encoded with it, which is then taken off."""
+        for before in _BEFORE:
+            lead = self._tokens(before)
+            tokens = self._tokens(before + text)
+            if tokens[: len(lead)] == lead:
+                return tokens[len(lead) :]
+        return self._tokens(text)
+
+    def _tokens(self, text: str) -> list[int]:
+        # a review that spells out a control token gets its letters, not the token
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
 @dataclass

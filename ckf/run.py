@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +24,14 @@ from transformers import set_seed
 
 from ckf.assembly import Assembly, assemble
 from ckf.backbone import locate_model, pick_device
-from ckf.batches import expected_stars
+from ckf.batches import Example, expected_stars
 from ckf.cf import CFVectors, fit_cf
 from ckf.config import RunConfig, load_config, write_config
 from ckf.data.prepared import PreparedData, load_prepared
 from ckf.evaluate import evaluate_run, write_json
 from ckf.processes import is_main_process, main_process_first
-from ckf.prompts import ANSWERS, Encoded, Question
+from ckf.prompts import Encoded, Question
+from ckf.requests import Names
 from ckf.scoring import Scorer
 from ckf.train import METANET_FILE, load_trained, train
 
@@ -81,9 +83,9 @@ class Run:
         written = [i for i, q in enumerate(questions) if q.task == "explain"]
         if scored:
             prompts = [self._encode(questions[i], i) for i in scored]
-            logits = scorer.answer_logits(prompts, users[scored], histories[scored])
-            for i, row in zip(scored, logits, strict=True):
-                replies[i] = self._reply(questions[i], row)
+            logits = scorer.word_logits(prompts, users[scored], histories[scored])
+            for i, values in zip(scored, logits, strict=True):
+                replies[i] = self._reply(questions[i], values)
         if written:
             longest = self.config.prompt.max_answer_tokens
             chosen = [questions[i] for i in written]
@@ -92,15 +94,17 @@ class Run:
                 replies[i] = {"text": text}
         return replies
 
+    @cached_property
+    def _names(self) -> Names:
+        return Names(self.assembly.data, self.assembly.tasks)
+
     def _encode(self, question: Question, number: int) -> Encoded:
         try:
             return self.assembly.batcher.encoder.encode(question, self.assembly.uses_vectors)
         except ValueError as error:
             raise ValueError(f"request {number}: {error}") from error
 
-    def _reply(self, question: Question, logits: np.ndarray) -> dict:
-        words = self.assembly.batcher.encoder.answer_tokens(question.task)[1]
-        values = logits[[words[w] for w in ANSWERS[question.task]]].astype(np.float64)
+    def _reply(self, question: Question, values: np.ndarray) -> dict:
         if question.task == "ctr":
             score = float(values[0] - values[1])
             return {"score": score, "probability": float(1 / (1 + np.exp(-score)))}
@@ -113,7 +117,7 @@ class Run:
         return {"rating": float(expected_stars(values))}
 
     def _questions(self, requests) -> tuple[list[Question], np.ndarray, np.ndarray]:
-        book = _Names(self.assembly.data, self.assembly.tasks)
+        book = self._names
         questions, users, histories = [], [], []
         for number, request in enumerate(requests):
             question, user, history = book.question(request, f"request {number}")
@@ -128,81 +132,55 @@ class Run:
         return questions, np.array(users, np.int64), np.array(histories, np.int64)
 
 
-class _Names:
-    """Raw ids to indices, with errors that name the request."""
-
-    def __init__(self, data: PreparedData, tasks: Sequence[str]) -> None:
-        self.data, self.tasks = data, tasks
-        self.users = {name: i for i, name in enumerate(data.user_ids)}
-        self.items = {name: i for i, name in enumerate(data.item_ids)}
-
-    def question(self, request: dict, where: str) -> tuple[Question, int, np.ndarray]:
-        task = self._field(request, "task", where)
-        if task not in self.tasks:
-            raise ValueError(f"{where}: task is {task!r}; this run knows {', '.join(self.tasks)}")
-        user = self.users.get(str(self._field(request, "user", where)), -1)
-        history = self._history(request, user, where)
-        question = Question(task, [int(i) for i in history if i >= 0])
-        if task == "topk":
-            names = self._field(request, "candidates", where)
-            question.candidates = [self._item(n, where) for n in names]
-            if not 2 <= len(names) <= len(ANSWERS["topk"]):
-                raise ValueError(
-                    f"{where}: {len(names)} candidates; expected 2 to {len(ANSWERS['topk'])}"
-                )
-        else:
-            question.item = self._item(self._field(request, "item", where), where)
-        if task == "review_rating":
-            question.review = str(self._field(request, "review", where))
-        return question, user, history
-
-    def _history(self, request: dict, user: int, where: str) -> np.ndarray:
-        width = self.data.history.shape[1]
-        if "history" in request:
-            items = [self._item(n, where) for n in request["history"]][-width:]
-        elif user < 0:
-            raise ValueError(
-                f'{where}: user {request["user"]!r} is not in the data; give "history", a list '
-                "of item ids the user liked (it may be empty)"
-            )
-        else:
-            rows = np.flatnonzero((self.data.user == user) & (self.data.label == 1))
-            items = self.data.item[rows][-width:].tolist()
-        return np.array([-1] * (width - len(items)) + list(items), np.int64)
-
-    def _item(self, name, where: str) -> int:
-        if str(name) not in self.items:
-            raise ValueError(
-                f"{where}: item {name!r} is not in the data; the run knows {len(self.items)} "
-                f"items, such as {self.data.item_ids[0]!r}"
-            )
-        return self.items[str(name)]
-
-    @staticmethod
-    def _field(request: dict, name: str, where: str):
-        if not isinstance(request, dict) or name not in request:
-            raise ValueError(f"{where} lacks {name!r}: {request!r}")
-        return request[name]
-
-
-def load_run(folder: str | Path, device: str | None = None) -> Run:
+def load_run(
+    folder: str | Path,
+    device: str | None = None,
+    model: str | None = None,
+    overrides: Sequence[str] = (),
+) -> Run:
     """Open a finished run from its folder alone.
 
+    Args:
+        model: where its language model lies by now, or another name of it.
+        overrides: ``evaluate.key=value``, such as a smaller ``evaluate.batch_tokens``.
+
     Raises:
-        ValueError: no run there, or files that are missing or do not fit.
+        ValueError: no run there, files that are missing or do not fit, or a setting that a finished
+            run has for good.
     """
     folder = _run_folder(folder)
     if not (folder / ABOUT).is_file():
         raise ValueError(
             f"{folder} was not trained to the end; go on with: ckf train {folder}/{CONFIG}"
         )
-    config = load_config(folder / CONFIG)
+    config = opened_config(folder, overrides)
+    if model is not None:
+        config = replace(config, model=replace(config.model, name=model))
+    config = with_absolute_model(config)
+    try:
+        locate_model(config.model.name)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; where the run's model lies elsewhere, say so: --model FOLDER, or "
+            "load_run(..., model=FOLDER)"
+        ) from error
     data = load_prepared(folder / "data")
     vectors = _read_vectors(folder / VECTORS)
     assembly = assemble(config, data, vectors, pick_device(device))
     load_trained(assembly, folder)
     assembly.model.eval()
     return Run(folder, assembly)
+
+
+def opened_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """A run's settings with ``evaluate.key=value`` in place of its own; ValueError for others."""
+    for override in overrides:
+        if not override.startswith("evaluate."):
+            raise ValueError(
+                f"--set {override!r}: of a finished run only evaluate.* may change, for example "
+                "evaluate.batch_tokens=1024; train another run for the rest"
+            )
+    return load_config(folder / CONFIG, list(overrides))
 
 
 def train_run(
@@ -257,12 +235,25 @@ def train_or_load(
         log(f"{folder} is trained already; --overwrite trains it anew")
         load_trained(assembly, folder)
     else:
+        check_prompts(assembly)
         seconds["train"] = train(assembly, folder, device)["seconds"]
         about = _about(assembly.config, assembly, device, trainable, seconds)
         if is_main_process():
             write_json(about, folder / ABOUT)
     assembly.model.eval()
     return Run(folder, assembly)
+
+
+def check_prompts(assembly: Assembly) -> None:
+    """ValueError, before training, where a prompt of a task or of a list has no room."""
+    maker, encoder = assembly.maker, assembly.batcher.encoder
+    for task in assembly.tasks:
+        lists = assembly.config.data.test_lists if task == "topk" else [None]
+        for split, name in [("train", None), *(("test", name) for name in lists)]:
+            rows, places = maker.rows_and_places(task, split, name)
+            if len(rows):
+                example = Example(task, int(rows[0]), int(places[0]))
+                encoder.encode(maker.question(example, split, name), assembly.uses_vectors)
 
 
 def with_absolute_model(config: RunConfig) -> RunConfig:

@@ -50,9 +50,7 @@ class Scorer:
     @torch.no_grad()
     def answers(self, prompts: Sequence[Encoded], users, histories) -> Answers:
         """One-token answers of prompts (N) of one task; users (N,), histories (N, h)."""
-        task = prompts[0].task if prompts else "ctr"
-        words = self.assembly.batcher.encoder.answer_tokens(task)[1]
-        index = torch.tensor([words[w] for w in ANSWERS[task]])
+        index = self._words(prompts[0].task if prompts else "ctr")
         logits = np.zeros((len(prompts), len(index)), np.float64)
         total, greedy = np.zeros(len(prompts)), np.full(len(prompts), -1)
         for rows, batch in self._batches(prompts, users, histories):
@@ -64,14 +62,19 @@ class Scorer:
         return Answers(logits, total, greedy)
 
     @torch.no_grad()
-    def answer_logits(self, prompts: Sequence[Encoded], users, histories) -> np.ndarray:
-        """Logits over the whole vocabulary (N, vocabulary) where the answer begins, any tasks."""
-        rows_out: list[np.ndarray] = [np.empty(0)] * len(prompts)
+    def word_logits(self, prompts: Sequence[Encoded], users, histories) -> list[np.ndarray]:
+        """Logits over the answer words of each prompt, in the order of ANSWERS; of any tasks."""
+        found: list[np.ndarray] = [np.empty(0)] * len(prompts)
+        words = {task: self._words(task) for task in {p.task for p in prompts}}
         for rows, batch in self._batches(prompts, users, histories):
-            out = self.model.answer_logits(batch).cpu().numpy()
-            for row, values in zip(rows, out, strict=True):
-                rows_out[row] = values
-        return np.stack(rows_out)
+            out = self.model.answer_logits(batch)  # (b, vocabulary)
+            tasks = np.array([prompts[row].task for row in rows])
+            for task in sorted(set(tasks)):
+                places = np.flatnonzero(tasks == task)
+                picked = out[torch.from_numpy(places)[:, None], words[task]]  # (places, words)
+                for row, own in zip(rows[places], picked.double().cpu().numpy(), strict=True):
+                    found[row] = own
+        return found
 
     @torch.no_grad()
     def losses(self, prompts: Sequence[Encoded], users, histories) -> np.ndarray:
@@ -85,8 +88,15 @@ class Scorer:
     def texts(
         self, questions: Sequence[Question], users, histories, max_new_tokens: int
     ) -> list[str]:
-        """Greedy answers in words, to questions of any tasks."""
+        """Greedy answers in words, to questions of any tasks, whatever the base is set to."""
         encoder = self.assembly.batcher.encoder
+        # penalties and the like, which generate() takes from the base where nobody says otherwise
+        own = self.model.backbone.generation_config.to_dict()
+        own.pop("transformers_version", None)
+        settings = {name: None for name, value in own.items() if value is not None}
+        settings |= {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
+        settings |= {"use_cache": True, "max_new_tokens": max_new_tokens}
+        settings |= {"eos_token_id": encoder.end, "pad_token_id": encoder.filler}
         prompts = [encoder.encode(q, self.vectors) for q in questions]
         texts = [""] * len(prompts)
         for rows, batch in self._batches(prompts, users, histories):
@@ -94,15 +104,17 @@ class Scorer:
                 inputs_embeds=self.model.embed(batch),
                 attention_mask=batch["attention_mask"],
                 task_ids=batch["task_ids"],
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                eos_token_id=encoder.end,
-                pad_token_id=encoder.filler,
+                **settings,
             )
             decoded = self.assembly.tokenizer.batch_decode(tokens, skip_special_tokens=True)
             for row, text in zip(rows, decoded, strict=True):
                 texts[row] = text.strip().split("\n")[0].strip()
         return texts
+
+    def _words(self, task: str) -> Tensor:
+        """Tokens (words,) of a task's answer words, in the order of ANSWERS."""
+        words = self.assembly.batcher.encoder.answer_tokens(task)[1]
+        return torch.tensor([words[w] for w in ANSWERS[task]])
 
     def _batches(self, prompts, users, histories) -> Iterator[tuple[np.ndarray, dict]]:
         """Row indices and their batch; sorted by length, at most batch_tokens tokens each."""
@@ -129,9 +141,7 @@ class PriorScorer(Scorer):
     @torch.no_grad()
     def answers(self, prompts: Sequence[Encoded], users, histories) -> Answers:
         """As ``Scorer.answers``, over the answer words alone."""
-        task = prompts[0].task if prompts else "ctr"
-        words = self.assembly.batcher.encoder.answer_tokens(task)[1]
-        index = torch.tensor([words[w] for w in ANSWERS[task]])
+        index = self._words(prompts[0].task if prompts else "ctr")
         logits = np.full((len(prompts), len(index)), -np.inf)
         for rows, batch in self._batches(prompts, users, histories):
             column = (batch["prior_tokens"].cpu().unsqueeze(1) == index).int().argmax(1)

@@ -46,41 +46,51 @@ def text_share(config: TrainConfig, progress: float) -> float:
 
 
 class TrainStream(Dataset):
-    """The whole run as one list: entry p is row p % batch of step p // batch, whatever resumed."""
+    """The whole run as one list: entry p is row p % batch of step p // batch, whatever resumed.
+
+    It travels to loader processes, so it holds what makes batches: arrays, and no model.
+    """
 
     def __init__(self, assembly: Assembly) -> None:
-        self.assembly, config = assembly, assembly.config
-        train = config.train
+        self.config, self.batcher = assembly.config, assembly.batcher
+        self.tasks, self.uses_vectors = assembly.tasks, assembly.uses_vectors
+        train = self.config.train
         self.per_step = train.batch_size * train.accumulation * process_count()
-        self.examples = {t: assembly.maker.examples(t, "train") for t in assembly.tasks}
-        empty = [t for t, rows in self.examples.items() if not rows]
+        self.rows = {t: assembly.maker.rows_and_places(t, "train") for t in self.tasks}
+        sizes = {t: len(rows) for t, (rows, _) in self.rows.items()}
+        empty = [t for t, size in sizes.items() if not size]
         if empty:
             raise ValueError(
                 f"no train rows for {', '.join(empty)}; leave the task out of the config, or give "
                 "data that has them"
             )
-        sizes = {t: len(rows) for t, rows in self.examples.items()}
         batches = train.steps * train.accumulation * process_count()
-        self.order = task_order(sizes, train.batch_size, batches, train.temperature, config.seed)
+        seed = self.config.seed
+        order = task_order(sizes, train.batch_size, batches, train.temperature, seed)
+        ids = {task: place for place, task in enumerate(self.tasks)}
+        self.order = np.array([(ids[task], index) for task, index in order])  # (positions, 2)
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __getitem__(self, position: int) -> tuple[Example, bool]:
         """The example and whether it is shown in the vector form."""
-        task, index = self.order[position]
-        config = self.assembly.config
-        share = text_share(config.train, position / len(self.order))
-        as_text = is_drawn(config.seed, position, share)
-        return self.examples[task][index], self.assembly.uses_vectors and not as_text
+        number, index = self.order[position].tolist()
+        task = self.tasks[number]
+        rows, places = self.rows[task]
+        share = text_share(self.config.train, position / len(self.order))
+        as_text = is_drawn(self.config.seed, position, share)
+        return Example(
+            task, int(rows[index]), int(places[index])
+        ), self.uses_vectors and not as_text
 
     def collate(self, entries: list[tuple[Example, bool]]) -> dict:
         """Rows of one task next to each other, as one batch; the rows themselves as "entries"."""
-        entries = sorted(entries, key=lambda e: self.assembly.tasks.index(e[0].task))
-        batcher = self.assembly.batcher
+        entries = sorted(entries, key=lambda e: self.tasks.index(e[0].task))
+        batcher = self.batcher
         prompts = [batcher.encode(example, "train", vectors) for example, vectors in entries]
         examples = [example for example, _ in entries]
-        seed, share = self.assembly.config.seed + 1, self.assembly.config.train.fold_share
+        seed, share = self.config.seed + 1, self.config.train.fold_share
         folded = np.array([is_drawn(seed, example.row, share) for example in examples])
         return batcher.batch(examples, prompts, folded) | {"entries": entries}
 

@@ -120,6 +120,8 @@ def test_a_new_user_has_the_items_part(data, blended):
     expected = blended.blend.items + blended.blend.scalars[1]
     assert torch.equal(blended.score(stranger, items), expected)
     history = np.full((data.n_items, 3), -1)
+    with pytest.raises(ValueError, match="blend.*without history"):
+        blended.score(stranger, items, history)
     matches = MatchScores(blended, data)
     unknown = matches(np.full(data.n_items, -1), history, items)
     assert torch.equal(unknown, matches(stranger, history, items))

@@ -57,7 +57,7 @@ def test_train_evaluate_report_and_export(config_file, raw_data, tmp_path, capsy
 
     capsys.readouterr()
     assert main(["evaluate", str(out), "--baselines"]) == 0
-    assert set(json.loads(capsys.readouterr().out)) == set(TASKS)
+    assert json.loads(capsys.readouterr().out) == first["baselines"]
 
     (out / "report.html").unlink()
     assert main(["report", str(out)]) == 0 and (out / "report.html").exists()
@@ -201,6 +201,18 @@ def test_a_run_with_other_settings_is_left_alone(config_file, fails, run_copy):
 def test_a_folder_that_is_no_run_is_one_message(fails, tmp_path, command):
     assert str(tmp_path) in fails(command, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_evaluate_and_export_take_the_model_from_elsewhere(small_model, run_copy, fails, tmp_path):
+    file = run_copy / "config.yaml"
+    file.write_text(file.read_text().replace(str(small_model), str(tmp_path / "gone")))
+    for command in ("evaluate", "export"):
+        assert "gone" in fails(command, run_copy)
+    cheap = ["--set", "evaluate.untrained=false", "--set", "evaluate.bootstrap=2"]
+    assert main(["evaluate", str(run_copy), "--model", str(small_model), *cheap]) == 0
+    assert "untrained" not in json.loads((run_copy / "metrics.json").read_text())
+    assert main(["export", str(run_copy), "--model", str(small_model), "--task", "ctr"]) == 0
+    assert "train.steps" in fails("evaluate", run_copy, "--set", "train.steps=3")
 
 
 def test_exporting_an_unknown_task_names_the_known(fails, run_copy):

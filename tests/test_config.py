@@ -177,6 +177,15 @@ def test_letters_name_at_most_26_candidates():
         build(**changes, tasks={"ctr": None})  # nobody reads the lists
 
 
+def test_letters_that_training_never_shows_are_an_error():
+    changes = {"data__test_lists": ["uniform9", "uniform19"]}
+    with pytest.raises(ValueError, match="uniform9 shows 10, so 10 of.*train_list: uniform19"):
+        build(**changes)
+    build(**changes, data__train_list="uniform19")
+    build(**changes, prompt__rank_by="title")
+    build(**changes, tasks={"ctr": None})
+
+
 def test_overrides_reach_into_groups(file):
     config = load_config(
         file, ["train.steps=3", "train.lr=1e-4", "data.split.test=0.3", "tasks.ctr.train=null"]

@@ -170,6 +170,21 @@ def test_4_histories_are_in_the_order_of_time_and_strictly_earlier(small_run, ra
     assert seen > 100 and out_of_id_order > 30
 
 
+def test_5_texts_are_greedy_whatever_the_base_is_set_to(small_run, monkeypatch):
+    """Chat models bring penalties and beams in generation_config.json."""
+    parts = small_run.assembly
+    plain = Evaluator(parts).task("explain").predictions["prediction"]
+    batch = {"input_ids": torch.arange(10, 30).view(2, 10), "task_ids": torch.tensor([3, 3])}
+    drawn = parts.model.backbone.generate(**batch, max_new_tokens=9)
+    own = {"repetition_penalty": 1.3, "num_beams": 3, "no_repeat_ngram_size": 2, "max_length": 7}
+    own |= {"suppress_tokens": [*range(20, 300)], "return_dict_in_generate": True}
+    for name, value in own.items():
+        monkeypatch.setattr(parts.model.backbone.generation_config, name, value)
+    changed = parts.model.backbone.generate(**batch, max_new_tokens=9).sequences
+    assert not torch.equal(changed, drawn)  # these settings do count, where nobody says otherwise
+    assert Evaluator(parts).task("explain").predictions["prediction"] == plain
+
+
 def test_5_evaluation_does_not_sample(small_run, monkeypatch):
     parts = small_run.assembly
     settings = parts.model.backbone.generation_config

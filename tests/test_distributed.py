@@ -20,7 +20,7 @@ MOVES = [{0, 1, 2}, {0, 1}, {0, 2}, {0, 1}, {2}]
 ONE = {"shared", *TASKS}
 
 
-def launch(*arguments, timeout=240):
+def launch(*arguments, timeout=240, folder=None):
     """torchrun with two processes; what they said, in an error, where they failed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -31,6 +31,7 @@ def launch(*arguments, timeout=240):
     paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     with subprocess.Popen(
         command,
+        cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -213,3 +214,15 @@ def test_ckf_train_in_two_processes(small_model, prepared, tmp_path):
     assert lines[-1]["text_share"] < 0.01
     assert (folder / "run.json").exists() and (folder / "metanet.safetensors").exists()
     assert {f.name for f in (folder / "checkpoints").iterdir()} == {"checkpoint-2", "checkpoint-4"}
+
+
+def test_processes_wait_for_hours_while_one_prepares(tmp_path):
+    (tmp_path / "wait.py").write_text(
+        "import torch, torch.distributed as dist\n"
+        "from ckf.processes import main_process_first\n"
+        "with main_process_first(torch.device('cpu')):\n"
+        "    group = dist.group.WORLD._get_backend(torch.device('cpu'))\n"
+        "    open(f'rank{dist.get_rank()}', 'w').write(str(group.options._timeout))\n"
+    )
+    launch("wait", folder=tmp_path)
+    assert [(tmp_path / f"rank{k}").read_text() for k in (0, 1)] == ["1 day, 0:00:00"] * 2

@@ -195,6 +195,7 @@ def test_ranking_by_title_trains_and_evaluates(small_model, prepared, tmp_path):
 def test_the_first_of_several_lists_stands_at_the_top(small_model, raw_data, tmp_path):
     config = small_config(
         small_model, data__test_lists=["uniform19", "uniform9"], train__steps=1,
+        data__train_list="uniform19",
         tasks={"topk": {"train": 20, "valid": 5, "test": 12}}, prompt__max_tokens=256,
     )  # fmt: skip
     run = train_run(config, tmp_path / "run", str(raw_data), device="cpu", log=quiet)
@@ -208,6 +209,7 @@ def test_the_first_of_several_lists_stands_at_the_top(small_model, raw_data, tmp
         run_with(
             small_model, run.folder / "data", tmp_path / "other", prompt__rank_by="title",
             tasks={"topk": None}, data__test_lists=["uniform9", "popular99"],
+            data__train_list="uniform19",
         )  # fmt: skip
     assert not (tmp_path / "other").exists()
 

@@ -25,6 +25,7 @@ from ckf.experiment.parts import counted, limited
 from ckf.patch import patched_layers
 from ckf.presence import TaskPresence
 from tests.ckf_fixtures import TASKS, small_config
+from tests.prepared_data import prepared
 
 CPU = torch.device("cpu")
 COLLM = Path(__file__).parent.parent / "configs" / "ml-1m-collm.yaml"
@@ -238,6 +239,8 @@ def test_every_cell_of_the_shipped_config_is_valid():
         for cell in chosen_cells("full", one):
             cell_config(one, cell, 2)
     assert seeds == 1 and len(cut) > 5
+    assert (small.data.train_list, small.data.test_lists) == ("uniform9", ["uniform9"])
+    assert {"candidate list uniform9 only", "train lists uniform9 instead of uniform19"} <= {*cut}
     assert small.lora.lora_alpha / small.lora.r == config.lora.lora_alpha / config.lora.r
 
 
@@ -257,6 +260,27 @@ def test_limited_data_have_the_rows_asked_for_and_keep_the_rest(small_run, base)
     assert len(data.rows("ctr", "train")) == 80
     assert (small.rows("topk", "test") == data.rows("topk", "test")).all()
     assert (limited(data, tasks, 0).rows("ctr", "test") == small.rows("ctr", "test")).all()
+    assert small._candidates == data._candidates
+
+
+def test_train_lists_that_are_lacking_are_cut_from_longer_ones():
+    """As in a folder prepared for a config whose train lists the reduced experiment cuts."""
+    rng, ones = np.random.default_rng(0), np.ones(2000, int)
+    data = prepared(np.arange(2000), rng.integers(0, 99, 2000), ones, 0 * ones, n_items=99)
+    items = np.stack([rng.permutation(99)[:20] for _ in ones]).astype(np.int32)
+    lists = {"rows": np.arange(2000), "items": items, "positive": rng.integers(0, 20, 2000)}
+    data = replace(data, _candidates={f"train.uniform19.{k}": v for k, v in lists.items()})
+    small = limited(data, {}, 0)
+    assert small.candidates("train", "uniform19").items is items
+    made = small.candidates("train", "uniform9")
+    assert made.items.shape == (2000, 10) and made.items.dtype == np.int32
+    every = np.arange(2000)
+    assert (made.items[every, made.positive] == items[every, lists["positive"]]).all()
+    for short, whole in zip(made.items, items, strict=True):
+        assert [i for i in whole if i in set(short.tolist())] == short.tolist()
+    assert np.bincount(made.positive, minlength=10).min() > 150  # every letter about as often
+    with pytest.raises(ValueError, match="'uniform99'"):
+        small.candidates("train", "uniform99")
 
 
 @pytest.mark.parametrize(

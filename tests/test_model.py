@@ -4,13 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, GemmaConfig
 
 import ckf
-from ckf.assembly import _choose_packing
+from ckf.assembly import _choose_packing, assemble
 from ckf.batches import Collator
 from ckf.model import embedding_scale
 from ckf.packing import packs_rows_right
-from tests.ckf_fixtures import TASKS
+from tests.ckf_fixtures import TASKS, small_config
 from tests.tiny import tiny_model
 
 NEAR = {"rtol": 2e-4, "atol": 2e-5}
@@ -176,6 +177,26 @@ def test_the_model_needs_a_patched_backbone(assembly):
 def test_the_scale_of_embeddings(assembly):
     weight = assembly.model.backbone.get_input_embeddings().weight
     assert embedding_scale(assembly.model.backbone) == pytest.approx(float(weight.std()))
+
+
+def test_vectors_start_at_what_the_embedding_module_gives(small_run):
+    """Gemma's multiplies its table by sqrt(width)."""
+    parts = small_run.assembly
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = GemmaConfig(vocab_size=len(parts.tokenizer), **sizes, **heads)
+    backbone = AutoModelForCausalLM.from_config(config)
+    given = backbone.get_input_embeddings()(torch.arange(len(parts.tokenizer))).detach()
+    assert given.std() > 7 * backbone.get_input_embeddings().weight.std()
+    assert embedding_scale(backbone) == pytest.approx(float(given.std()), rel=1e-3)
+    settings = small_config(parts.config.model.name, metanet__match="score")
+    loaded = (backbone, parts.tokenizer)
+    made = assemble(settings, parts.data, parts.vectors, torch.device("cpu"), loaded)
+    words = made.batcher.encoder.answer_tokens("ctr")[1]
+    yes, no = given[words["Yes"]], given[words["No"]]
+    matches = made.model.metanet.matches(torch.tensor([[1.0], [-1.0]]))
+    assert_close(matches.detach(), torch.stack([yes, no]))
 
 
 @pytest.mark.parametrize("family, right", [("llama", True), ("qwen3", True), ("opt", False)])

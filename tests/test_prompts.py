@@ -127,6 +127,78 @@ def test_a_tokenizer_without_single_tokens_for_the_answers_is_an_error():
         encoder(make_tokenizer(merges=False)).encode(question("ctr"), vectors=False)
 
 
+def spaced_tokenizer(kind):
+    """Like Llama-2's (two ways of writing it) or RoBERTa's: a space before every text."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made, alphabet = Tokenizer(models.BPE(unk_token="<unk>")), []
+    if kind == "metaspace":
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+        made.decoder = decoders.Metaspace(prepend_scheme="always")
+    elif kind == "prepend":
+        steps = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        made.normalizer = normalizers.Sequence(steps)
+        made.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")
+        made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse()])
+    else:
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        made.decoder, alphabet = decoders.ByteLevel(), pre_tokenizers.ByteLevel.alphabet()
+    answers = " ".join(word for words in ANSWERS.values() for word in words)
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=["<pad>", "<eos>", "<unk>"], initial_alphabet=alphabet,
+        show_progress=False,
+    )  # fmt: skip
+    texts = [answers] * 9 + [*TEMPLATES.values(), *TITLES, 'x:"I love this, album."'] * 3
+    made.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>")
+
+
+@pytest.mark.parametrize("kind", ["metaspace", "prepend", "bytes"])
+@pytest.mark.parametrize("task", TASKS)
+def test_no_space_stands_where_the_tokenizer_puts_one_before_every_text(kind, task):
+    tokenizer = spaced_tokenizer(kind)
+    prompts = encoder(tokenizer)
+    assert prompts.adds_space and not encoder().adds_space
+    encoded = prompts.encode(question(task), vectors=False)
+    expected = TOKENIZER.decode(encoder().encode(question(task), vectors=False).tokens)
+    assert tokenizer.decode(encoded.tokens).lstrip(" ") == expected
+    first = tokenizer.encode("A user", add_special_tokens=False)
+    assert encoded.tokens[: len(first)] == first  # as the model knows the start of a text
+    answer = tokenizer.decode(encoded.answer).removesuffix("<eos>").strip()
+    assert answer == question(task).answer and (task == "explain" or len(encoded.answer) == 1)
+
+
+def test_reviews_are_read_once_and_not_kept(monkeypatch):
+    read = []
+    plain = TOKENIZER.encode
+    monkeypatch.setattr(
+        TOKENIZER, "encode", lambda text, **k: read.append(text) or plain(text, **k)
+    )
+    prompts = encoder(max_tokens=80)
+    reviews = [f"I hate album number {n}, it sounds awful. " * (1 + n % 9) for n in range(50)]
+    for review in reviews:
+        prompts.encode(question("review_rating", review=review), vectors=True)
+    assert [text for text in read if text in reviews] == reviews
+    assert len(prompts._cache) < 20
+
+
+def test_a_long_history_is_shortened_in_one_go(monkeypatch):
+    drawn = []
+    plain = PromptEncoder._render
+    monkeypatch.setattr(PromptEncoder, "_render", lambda *a: drawn.append(a[2]) or plain(*a))
+    asked = question("ctr", history=[n % 10 for n in range(200)])
+    whole = encoder(history_titles=200).encode(asked, vectors=True)
+    for room in (60, 100, 400, whole.length - 1):
+        drawn.clear()
+        tight = encoder(history_titles=200, max_tokens=room).encode(asked, vectors=True)
+        kept = drawn[-1]
+        assert len(drawn) == 2 and kept == asked.history[200 - len(kept) :]
+        longer = asked.history[200 - len(kept) - 1 :]
+        more = encoder(history_titles=200).encode(question("ctr", history=longer), vectors=True)
+        assert tight.length <= room < more.length
+
+
 def test_free_answers_end_and_are_cut_to_length():
     prompts = encoder(max_answer_tokens=5)
     whole = encoder().encode(question("explain"), vectors=False).answer

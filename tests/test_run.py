@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ckf
-from ckf.run import load_run, train_run
+from ckf.run import Run, load_run, train_run
 from tests.ckf_fixtures import STEPS, quiet, read_log, settings, small_config
 
 # ---- predict
@@ -77,6 +77,37 @@ def test_a_known_user_is_asked_with_all_liked_items(small_run):
     assert_same_reply(plain, small_run.predict([REQUESTS[0] | {"history": history}])[0])
     other = small_run.predict([REQUESTS[0] | {"history": history[:1]}])[0]
     assert abs(other["score"] - plain["score"]) > 1e-4
+
+
+def test_a_request_looks_at_the_rows_of_its_user_alone(small_run, monkeypatch):
+    """A shop has millions of rows and users: neither is gone through for every request."""
+    run = Run(small_run.folder, small_run.assembly)
+    data, plain = run.assembly.data, small_run.predict(REQUESTS)
+    run.predict(REQUESTS[:1])
+
+    class Touched(np.ndarray):
+        def __getitem__(self, rows):
+            seen.append(len(np.arange(len(self))[rows]))
+            return np.asarray(self)[rows]
+
+        def __eq__(self, _other):
+            raise AssertionError("all rows compared")
+
+    seen: list[int] = []
+    monkeypatch.setattr(data, "user_ids", None)  # read once, when the first request came
+    monkeypatch.setattr(data, "user", data.user.view(Touched))
+    monkeypatch.setattr(data, "label", data.label.view(Touched))
+    for reply, expected in zip(run.predict(REQUESTS), plain, strict=True):
+        assert_same_reply(reply, expected)
+    assert seen == [16] * 5  # five known users of 16 rows each
+
+
+def test_no_request_keeps_logits_over_the_vocabulary(small_run, monkeypatch):
+    kept = []
+    plain = Run._reply
+    monkeypatch.setattr(Run, "_reply", lambda *a: kept.append(a[2].shape) or plain(*a))
+    small_run.predict(REQUESTS)
+    assert kept == [(2,), (26,), (5,), (2,), (5,), (26,)]
 
 
 @pytest.mark.parametrize(
@@ -201,6 +232,16 @@ def test_a_prompt_longer_than_the_models_window_is_named(small_model, prepared, 
         train_run(config, tmp_path / "run", prepared=str(prepared), log=quiet)
 
 
+def test_a_prompt_without_room_is_named_before_training(
+    small_model, prepared, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("ckf.run.train", None)
+    tasks = {"topk": {"train": 40, "valid": 10, "test": 12}}
+    config = small_config(small_model, tasks=tasks, prompt__max_tokens=60)
+    with pytest.raises(ValueError, match="topk prompt needs .* prompt.max_tokens is 60"):
+        train_run(config, tmp_path / "run", prepared=str(prepared), device="cpu", log=quiet)
+
+
 def test_prepared_data_lacking_a_task_are_named(small_model, small_run, raw_data, tmp_path):
     from ckf.data.prepare import prepare
 
@@ -236,6 +277,26 @@ def test_damaged_files_are_named(run_copy, name, words):
     os.truncate(file, len("name:") if name == "config.yaml" else file.stat().st_size // 2)
     with pytest.raises(ValueError, match=words):
         load_run(run_copy).evaluate(quiet)
+
+
+def test_a_run_opens_where_its_model_lies_elsewhere(small_run, small_model, run_copy, tmp_path):
+    file = run_copy / "config.yaml"
+    saved = file.read_text().replace(str(small_model), str(tmp_path / "gone"))
+    file.write_text(saved)
+    with pytest.raises(ValueError, match="gone', but there is no such folder; .*--model FOLDER"):
+        load_run(run_copy)
+    run = load_run(run_copy, model=str(small_model))
+    for request, reply in zip(REQUESTS, run.predict(REQUESTS), strict=True):
+        assert_same_reply(reply, small_run.predict([request])[0])
+    assert file.read_text() == saved
+
+
+def test_an_opened_run_takes_other_settings_of_its_evaluation_alone(run_copy):
+    run = load_run(run_copy, overrides=["evaluate.batch_tokens=64"])
+    assert run.config.evaluate.batch_tokens == 64 and run.config.evaluate.bootstrap == 20
+    for wrong in ("train.steps=3", "evaluate=3"):
+        with pytest.raises(ValueError, match=f"'{wrong}': of a finished run only evaluate"):
+            load_run(run_copy, overrides=[wrong])
 
 
 def test_load_run_is_a_name_of_the_package(run_copy):

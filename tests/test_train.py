@@ -1,14 +1,18 @@
 """Training: what is shown when, what is kept, and going on after an interruption."""
 
+import io
 import json
+import pickle
 import shutil
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+import ckf.batches
 import ckf.train
 from ckf.config import TrainConfig
 from ckf.run import train_run
@@ -101,13 +105,24 @@ def test_a_batch_has_the_rows_of_a_task_next_to_each_other(long_stream):
 
 
 def test_a_task_without_train_rows_is_an_error(small_run, monkeypatch):
-    maker = small_run.assembly.maker
-    plain = maker.examples
-    monkeypatch.setattr(
-        maker, "examples", lambda t, s, n=None: [] if t == "rating" else plain(t, s, n)
-    )
+    data = small_run.assembly.data
+    monkeypatch.setitem(data._rows, "rating.train", np.zeros(0, np.int64))
     with pytest.raises(ValueError, match="no train rows for rating; leave the task out"):
         TrainStream(small_run.assembly)
+
+
+def test_what_travels_to_loader_processes_has_no_model_and_no_object_a_row(small_run):
+    """Started by spawn or forkserver, each would get a copy of the language model."""
+    kinds = Counter()
+
+    class Watched(pickle.Pickler):
+        def reducer_override(self, thing):
+            kinds.update([type(thing)])
+            return NotImplemented
+
+    Watched(io.BytesIO()).dump(TrainStream(small_run.assembly))
+    assert kinds[ckf.batches.Collator] and kinds[ckf.batches.Example] == 0
+    assert not [kind for kind in kinds if issubclass(kind, torch.nn.Module | torch.nn.Parameter)]
 
 
 # ---- a whole training

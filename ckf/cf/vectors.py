@@ -76,14 +76,19 @@ class CFVectors:
 
         user_idx and item_idx: ints, arrays or tensors that broadcast, such as (P, 1) with (P, C).
         With ``history``, item indices padded with -1, of shape user_idx.shape + (H,), users without
-        train rows are folded in; a blend leaves them at the items' part. Trained on labels, the
-        score is a logit; on ratings, a rating.
-        Raises ValueError for standardised vectors, whose products mean nothing.
+        train rows are folded in. Trained on labels, the score is a logit; on ratings, a rating.
+        Raises ValueError for standardised vectors, whose products mean nothing, and for a history
+        beside a blend, which leaves such users at the items' part.
         """
         if self.score_form == "none":
             raise ValueError(
                 "these vectors are standardised and have no score: call score() on the vectors "
                 "before standardised()"
+            )
+        if history is not None and self.blend is not None:
+            raise ValueError(
+                "these vectors have a blend, whose score folds nobody in: call score() without "
+                "history; users without train rows get the items' part"
             )
         user_idx, item_idx = _index(user_idx), _index(item_idx)
         users = self.users[user_idx]  # (..., d)

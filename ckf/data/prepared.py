@@ -308,6 +308,8 @@ def _check_rows(path: Path, arrays: dict[str, np.ndarray], users: int, items: in
     if extra := sorted({*arrays} - {*_ROW_TYPES}):
         raise _damaged(path, f"it also holds {extra[0]}")
     _check_indices(path, "user", arrays["user"], users, np.int32)
+    if (np.diff(arrays["user"]) < 0).any():
+        raise _damaged(path, "its rows are not sorted by user")
     _check_indices(path, "item", arrays["item"], items, np.int32)
     _check_indices(path, "history", arrays["history"], items, np.int32, low=-1)
     for name, low, high in (("label", -1, 1), ("split", 0, 2), ("not_cold", -1, 1)):

@@ -25,18 +25,18 @@ class Cell:
     change: Change
 
 
-def lora_budget(config: RunConfig) -> int:
-    """Rank of all LoRAs of the config together."""
+def lora_budget(config: RunConfig, tasks: Sequence[str] | None = None) -> int:
+    """Rank of all LoRAs of the config together, or of the shared one and those of ``tasks``."""
     lora = config.lora
     if not lora.per_task:
         return lora.r
     shared = lora.r if lora.shared_r is None else lora.shared_r
-    return shared + sum((lora.ranks or {}).get(task, lora.r) for task in config.tasks)
+    return shared + sum((lora.ranks or {}).get(task, lora.r) for task in tasks or config.tasks)
 
 
-def _one_lora(config: RunConfig) -> RunConfig:
-    """One LoRA for all tasks with the parameters of all LoRAs together."""
-    rank = lora_budget(config)
+def _one_lora(config: RunConfig, tasks: Sequence[str] | None = None) -> RunConfig:
+    """One LoRA for all tasks with the parameters of all LoRAs together: ``lora_budget``."""
+    rank = lora_budget(config, tasks)
     lora = replace(
         config.lora,
         r=rank,
@@ -116,19 +116,13 @@ def _single(task: str) -> Change:
     """
 
     def change(config: RunConfig) -> RunConfig:
-        lora = config.lora
-        shared = lora.r if lora.shared_r is None else lora.shared_r
-        rank = shared + (lora.ranks or {}).get(task, lora.r)
         sizes = {t: rows.train or 1 for t, rows in config.tasks.items()}
         weights = {t: size ** (1 / config.train.temperature) for t, size in sizes.items()}
         share = weights[task] / sum(weights.values())
         steps = max(1, round(config.train.steps * share))
-        alone = replace(
-            lora, r=rank, lora_alpha=_same_scaling(config, rank), per_task=False, gate="hard",
-            ranks=None, shared_r=None, shared_modules=None, task_modules=None,
-        )  # fmt: skip
         train = replace(config.train, steps=steps)
-        return replace(config, tasks={task: config.tasks[task]}, lora=alone, train=train)
+        alone = _one_lora(_multi_lora(config), [task])
+        return replace(alone, tasks={task: config.tasks[task]}, train=train)
 
     return change
 
@@ -297,6 +291,10 @@ def reduced(config: RunConfig, seed_count: int) -> tuple[RunConfig, int, list[st
         test_rows = least(f"{task} test rows", rows.test, limit)
         valid_rows = least(f"{task} valid rows", rows.valid, limit)
         tasks[task] = replace(rows, train=train_rows, valid=valid_rows, test=test_rows)
+    first, listed = config.data.test_lists[0], config.data.train_list
+    if "topk" in tasks and config.prompt.rank_by == "letters" and listed != first:
+        cut.append(f"train lists {first} instead of {listed}")
+        listed = first  # no letter that only lists which are left out would need
     if seed_count > 1:
         cut.append(f"1 seed instead of {seed_count}")
     small = replace(
@@ -305,7 +303,7 @@ def reduced(config: RunConfig, seed_count: int) -> tuple[RunConfig, int, list[st
         tasks=tasks,
         lora=replace(config.lora, r=rank, lora_alpha=alpha, ranks=None),
         prompt=replace(config.prompt, history_titles=titles),
-        data=replace(config.data, test_lists=config.data.test_lists[:1]),
+        data=replace(config.data, train_list=listed, test_lists=[first]),
         train=replace(
             train, steps=steps, batch_size=batch, accumulation=1, lr=1e-3, vector_lr=3e-3,
             workers=0, save_every=25, log_every=10, packing="auto", curriculum_middle=0.1,
@@ -314,5 +312,5 @@ def reduced(config: RunConfig, seed_count: int) -> tuple[RunConfig, int, list[st
         evaluate=replace(config.evaluate, batch_tokens=2048),
     )  # fmt: skip
     if len(config.data.test_lists) > 1:
-        cut.append(f"candidate list {config.data.test_lists[0]} only")
+        cut.append(f"candidate list {first} only")
     return small, 1, cut

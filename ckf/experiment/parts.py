@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from ckf.assembly import Loaded, load_base
 from ckf.cf import CFVectors, fit_cf
 from ckf.config import RunConfig, TaskRows
+from ckf.data.config import LISTS
 from ckf.data.prepared import MANIFEST, PreparedData, file_sha256, load_prepared
 
 Log = Callable[[str], None]
@@ -53,7 +54,8 @@ def shared_data(
 def limited(data: PreparedData, tasks: dict[str, TaskRows], seed: int) -> PreparedData:
     """The data with at most the rows per task and split that ``tasks`` asks for, drawn by the seed.
 
-    For the reduced experiment on data prepared in full: one prepared folder serves both.
+    For the reduced experiment on data prepared in full: one prepared folder serves both. So train
+    lists that the folder lacks are cut from longer ones.
     """
     rows = dict(data._rows)
     for place, (task, wanted) in enumerate(sorted(tasks.items())):
@@ -62,7 +64,26 @@ def limited(data: PreparedData, tasks: dict[str, TaskRows], seed: int) -> Prepar
             if count is not None and count < len(own):
                 rng = np.random.default_rng([seed, place, number])
                 rows[f"{task}.{split}"] = np.sort(rng.choice(own, count, replace=False))
-    return replace(data, _rows=rows)
+    return replace(data, _rows=rows, _candidates=data._candidates | _shorter_lists(data))
+
+
+def _shorter_lists(data: PreparedData) -> dict[str, np.ndarray]:
+    """Uniform train lists that the data lack, cut from the longest that they have."""
+    sizes = {name: count for name, (count, kind) in LISTS.items() if kind == "uniform"}
+    there = [name for name in sizes if f"train.{name}.rows" in data._candidates]
+    made = {}
+    for name in sorted({*sizes} - {*there}):
+        longer = max(there, key=sizes.__getitem__, default=name)
+        if sizes[longer] <= sizes[name]:
+            continue
+        lists = data.candidates("train", longer)
+        lot = np.random.default_rng(sizes[name]).random(lists.items.shape)
+        np.put_along_axis(lot, lists.positive[:, None], -1, axis=1)  # the positive always stays
+        kept = np.sort(np.argsort(lot, axis=1)[:, : sizes[name] + 1], axis=1)  # (P, C)
+        made[f"train.{name}.rows"] = lists.rows
+        made[f"train.{name}.items"] = np.take_along_axis(lists.items, kept, axis=1)
+        made[f"train.{name}.positive"] = (kept == lists.positive[:, None]).argmax(1)
+    return made
 
 
 def counted(config: RunConfig, data: PreparedData) -> RunConfig:

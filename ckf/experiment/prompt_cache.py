@@ -104,6 +104,8 @@ def cache_key(data: PreparedData, maker: QuestionMaker, encoder: PromptEncoder) 
         "data": data.manifest["files"],
         "rows": rows,
     }
+    if encoder.adds_space:  # not said of the others, whose prompts lie in older folders too
+        about["pieces"] = "encoded behind another"
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 

@@ -17,7 +17,6 @@ from ckf.config import RunConfig
 from ckf.data.prepared import Candidates, PreparedData
 from ckf.match import MatchScores
 from ckf.metrics import (
-    Statistic,
     auc_statistic,
     mean_statistic,
     ranking_metrics,
@@ -121,7 +120,7 @@ def prior_scores(
     for task in tasks:
         rows = data.rows(task, split)
         if task == "topk":
-            lists = _lists(config, data, split, rows)
+            lists = _lists(config, data, split)
             every, items = np.repeat(lists.rows, lists.items.shape[1]), lists.items.flatten()
         else:
             every, items = rows, data.item[rows]
@@ -137,9 +136,10 @@ def prior_scores(
     return found
 
 
-def _lists(config, data, split, rows) -> Candidates:
-    lists = data.candidates(split, config.data.test_lists[0])
-    places = np.flatnonzero(np.isin(lists.rows, rows))
+def _lists(config, data, split) -> Candidates:
+    name = config.data.test_lists[0]
+    lists = data.candidates(split, name)
+    _, places = QuestionMaker(data, config).rows_and_places("topk", split, name)
     return Candidates(lists.rows[places], lists.items[places], lists.positive[places])
 
 
@@ -151,7 +151,7 @@ def _of_task(config, data, split, task, rows, model) -> dict[str, TaskScores]:
         scores = rating_predictions(data, rows)
         return {k: TaskScores(task, rows, {"prediction": v}) for k, v in scores.items()}
     if task == "topk":
-        own = _lists(config, data, split, rows)
+        own = _lists(config, data, split)
         scores = topk_scores(data, own, model)
         return {
             k: TaskScores(task, own.rows, {"scores": np.asarray(v), "positive": own.positive})
@@ -167,6 +167,3 @@ def same_rows(a: TaskScores, b: TaskScores) -> None:
             f"two cells answered different {a.task} rows ({len(a.rows)} and {len(b.rows)}), so "
             "they cannot be compared; give another --out, and run all cells on the same data"
         )
-
-
-Statistics = dict[str, Statistic]

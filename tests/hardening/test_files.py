@@ -313,6 +313,7 @@ def test_arrays_of_another_kind_are_refused(folder):
         {"user": valid["user"].astype(np.int64)},
         {"time": valid["time"][:-1]},
         {"history": valid["history"][:, 0].copy()},
+        {"user": valid["user"][::-1].copy()},  # a user's rows are found by their order
         {"extra": valid["time"]},
     ):
         save_file(valid | change, file)
