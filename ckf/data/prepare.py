@@ -37,7 +37,7 @@ from ckf.data.prepared import (
     read_manifest,
 )
 from ckf.data.readers import READERS, read_source
-from ckf.data.splits import TRAIN, assign_splits, histories
+from ckf.data.splits import TRAIN, assign_splits, split_histories
 from ckf.data.store import write_arrays, write_manifest, write_names, write_texts
 
 
@@ -203,7 +203,9 @@ def _write(
             "time": rows.time,
             "split": split,
             "not_cold": rows.not_cold,
-            "history": histories(rows.user, rows.time, rows.item, rows.label == 1, config.history),
+            "history": split_histories(
+                rows.user, rows.time, rows.item, rows.label == 1, split, config.history
+            ),
         },
     )
     chosen = select_rows(tasks, rows, split, Texts(folder / TEXTS), config, seed)

@@ -73,6 +73,23 @@ def test_nothing_leaks(data):
         assert set(past) <= set(data.item[earlier & (data.label == 1)])
 
 
+def test_a_given_split_in_no_order_of_time_leaks_no_test_rows(tmp_path):
+    split = np.random.default_rng(0).choice(SPLITS, len(EVENTS))
+    lines = [
+        json.dumps(dict(zip(("u", "i", "r", "t", "s"), (*event, name), strict=True)))
+        for event, name in zip(EVENTS, split, strict=True)
+    ]
+    samples.write(tmp_path / "raw" / "mine.jsonl", "\n".join(lines))
+    columns = {"user": "u", "item": "i", "rating": "r", "time": "t", "split": "s"}
+    given = {"format": "table", "columns": columns, "split": "given"}
+    data = samples.prepared(tmp_path / "raw", tmp_path / "out", **given)
+    of = {(u, i): s for u, i, s in zip(data.user, data.item, data.split, strict=True)}
+    row, place = np.nonzero(data.history >= 0)
+    pairs = zip(data.user[row], data.history[row, place], strict=True)
+    shown = np.array([of[pair] for pair in pairs])
+    assert set(shown) == {0, 1, 2} and (shown <= data.split[row]).all()
+
+
 def test_eligible_rows(data):
     for task in ("ctr", "rating", "review_rating"):
         assert sum(len(data.rows(task, name)) for name in SPLITS) == len(data)
