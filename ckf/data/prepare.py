@@ -239,8 +239,9 @@ def select_rows(
 
     Which rows a task can use: ctr those with a label, topk the liked ones, rating those whose
     rating rounds to 1..5, review_rating the same with a text, explain those whose text has a
-    sentence to explain with. DataError if a split of a task comes out empty unasked, or if stars
-    are asked for and more than 1% of the ratings are none.
+    sentence to explain with. DataError if a split of a task comes out empty unasked, if stars are
+    asked for and more than 1% of the ratings are none, or if ctr has one label alone to train or
+    test on.
     """
     rated = (rows.rating >= 0.5) & (rows.rating < 5.5)  # NaN: False
     if {"rating", "review_rating"} & tasks.keys():
@@ -258,6 +259,8 @@ def select_rows(
         for value, name in enumerate(SPLITS):
             ids = np.flatnonzero(can[task] & (split == value))
             count = getattr(wanted, name)
+            if task == "ctr" and name in ("train", "test") and count != 0 and len(ids):
+                _check_both_labels(rows.label[ids], name, config)
             rng = np.random.default_rng([seed, zlib.crc32(f"{task}.{name}".encode())])
             if task == "explain":
                 ids = _explainable(ids, count, texts, config, rng)
@@ -281,6 +284,15 @@ def _check_stars(rating: np.ndarray, stars: int, config: DataConfig) -> None:
             f"{outside:,} of {len(rating):,} do not round to 1..5, which the tasks rating and "
             "review_rating answer with: bring the file's ratings to 1..5 (from 1..10: halve them) "
             "and set data.like_threshold on that scale, or leave these tasks out"
+        )
+
+
+def _check_both_labels(labels: np.ndarray, split: str, config: DataConfig) -> None:
+    if labels.min() == labels.max():
+        raise DataError(
+            f"task 'ctr' needs both labels, but all {len(labels):,} rows of split {split!r} of "
+            f"{config.name} have label {labels[0]}: use topk for clicks alone; with ratings, set "
+            "data.like_threshold between them"
         )
 
 

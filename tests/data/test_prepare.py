@@ -123,6 +123,19 @@ def test_one_rating_in_a_hundred_may_be_odd(tmp_path):
     assert sum(len(data.rows("rating", name)) for name in SPLITS) == len(EVENTS) - 6
 
 
+@pytest.mark.parametrize("threshold", [0.5, 6])
+def test_clicks_of_one_label_are_no_ctr(threshold, raw, tmp_path):
+    alike = {"format": "amazon", "like_threshold": threshold}
+    label = int(threshold < 1)
+    said = rf"both labels, but all \d+ rows of split 'train' .* label {label}: use topk for clicks"
+    with pytest.raises(DataError, match=said):
+        samples.prepared(raw, tmp_path / "out", ["ctr"], **alike)
+    with pytest.raises(DataError, match="rows of split 'test' of sample have label"):
+        samples.prepared(raw, tmp_path / "out", {"ctr": TaskRows(0, 0, None)}, **alike)
+    other = {"ctr": TaskRows(0, 0, 0), ("topk" if label else "rating"): TaskRows()}
+    samples.prepared(raw, tmp_path / "out", other, **alike)
+
+
 def test_the_scale_and_the_share_liked_are_said(raw, tmp_path):
     said = []
     config = DataConfig("sample", "amazon", like_threshold=3)

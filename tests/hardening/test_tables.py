@@ -154,7 +154,7 @@ def test_parquet_has_bytes_and_dates(tmp_path):
 
     day, one = datetime.date(2020, 1, 2), datetime.timedelta(days=1)
     rows = [
-        {"who": b"u%d" % (k % 6), "what": f"i{k}", "stars": 5 - k % 2, "when": day + k * one}
+        {"who": b"u%d" % (k % 6), "what": f"i{k}", "stars": 4 - k % 2, "when": day + k * one}
         for k in range(60)
     ]
     (tmp_path / "raw").mkdir()
