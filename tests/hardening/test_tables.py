@@ -102,6 +102,10 @@ def test_line_ends_and_byte_order_marks(ends, tmp_path):
         ({"who": "\u3000 "}, "the user id is empty"),
         ({"name": ["a"]}, "the title is ['a']; expected a string"),
         ({"words": {"a": 1}}, "the text is {'a': 1}; expected a string"),
+        ({"name": True}, "the title is True; expected a string"),
+        ({"words": False}, "the text is False; expected a string"),
+        ({"name": float("inf")}, "the title is inf; expected a string"),
+        ({"words": float("-inf")}, "the text is -inf; expected a string"),
         ({"stars": float("inf")}, "rating inf is not finite"),
         ({"stars": "1e999"}, "rating '1e999' is not finite"),
         ({"stars": 10**400}, "is not a number"),
@@ -131,6 +135,12 @@ def test_values_that_are_none_are_broken_lines(change, reason, tmp_path):
 def test_odd_values_are_kept(change, user, time, tmp_path):
     data = read(jsonl_file(tmp_path / "raw", **change), tmp_path / "out")
     assert len(data) == 60 and time in data.time and (user or "u5") in data.user_ids
+
+
+def test_nan_is_no_title_and_no_text(tmp_path):
+    raw = jsonl_file(tmp_path / "raw", name=float("nan"), words=float("nan"))
+    data = read(raw, tmp_path / "out")
+    assert len(data) == 60 and not any(data.titles) and not data.has_text.any()
 
 
 def test_titles_in_another_encoding_are_broken_lines(tmp_path):
