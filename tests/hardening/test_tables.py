@@ -1,5 +1,6 @@
 """Tables, names and paths that are not what they should be: one clear answer to each."""
 
+import csv
 import gzip
 import json
 import os
@@ -66,6 +67,19 @@ def test_a_record_over_several_lines_counts_once(tmp_path):
     data = read(csv_file(tmp_path / "raw", HEAD, good, *ROWS), tmp_path / "out")
     assert data.manifest["counts"]["lines"] == len(data) == 61
     assert "one two three" in [data.text(row) for row in range(61)]
+
+
+def test_a_field_may_be_as_long_as_a_line(tmp_path):
+    """Python's csv refuses fields above 131,072 characters unless told otherwise."""
+    before = csv.field_size_limit()
+    words = b"so good. " * 20_000
+    raw = csv_file(tmp_path / "raw", HEAD, b'u9,i1,5,7,N,"' + words + b'"\n', *ROWS)
+    data = read(raw, tmp_path / "out", max_text_chars=10**6)
+    assert data.manifest["counts"]["broken_lines"] == 0 and csv.field_size_limit() == before
+    assert max(len(data.text(row)) for row in range(61)) == len(words.strip())
+    with pytest.raises(DataError, match="mine.csv:2: more than 150,000 bytes"):
+        read(raw, tmp_path / "no", max_line_bytes=150_000)
+    assert csv.field_size_limit() == before
 
 
 def test_quotes_of_a_header_and_of_movies(tmp_path):
