@@ -251,11 +251,15 @@ def regression_features(
 ) -> np.ndarray:
     """(N, 5): item mean, user mean, log popularity, user activity, release year.
 
-    leave_out: take the row's own label out of its means, which would give it away.
+    leave_out: the rows are all train rows; take the labels of a row's pair of user and item, which
+    would give its own away, out of its means.
     """
     user, item = data.user[rows], data.item[rows]
-    own = 1.0 if leave_out else 0.0
-    label = own * data.label[rows]
+    own, label = 0.0, 0.0
+    if leave_out:
+        pair = pair_numbers(data, rows)
+        own = np.bincount(pair).astype(np.float64)[pair]
+        label = np.bincount(pair, data.label[rows])[pair]
 
     def mean(total: np.ndarray, count: np.ndarray, prior: float) -> np.ndarray:
         return (total - label + prior * means.mean) / (count - own + prior)
@@ -270,6 +274,13 @@ def regression_features(
         ],
         axis=1,
     )
+
+
+def pair_numbers(data: PreparedData, rows: np.ndarray) -> np.ndarray:
+    """(N,) int64: the number of each row's pair of user and item, in order of first appearance."""
+    keys = data.user[rows].astype(np.int64) * data.n_items + data.item[rows]
+    _, first, place = np.unique(keys, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[place]
 
 
 def release_years(data: PreparedData) -> np.ndarray:

@@ -7,7 +7,7 @@ per resample, computed for many resamples at once. The point value has all weigh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -131,8 +131,7 @@ def bootstrap_over_users(
     """
     users = np.asarray(users)
     value = float(statistic(np.ones((1, len(users))))[0]) if len(users) else float("nan")
-    draws = [statistic(weights) for weights in _resamples(users, n, seed)]
-    return _interval(value, np.concatenate(draws) if draws else np.empty(0))
+    return _interval(value, bootstrap_draws([statistic], users, n, seed)[0])
 
 
 def paired_bootstrap(
@@ -146,12 +145,27 @@ def paired_bootstrap(
     users = np.asarray(users)
     ones = np.ones((1, len(users)))
     value = float(statistic_a(ones)[0] - statistic_b(ones)[0]) if len(users) else float("nan")
-    draws = [statistic_a(w) - statistic_b(w) for w in _resamples(users, n, seed)]
-    difference = np.concatenate(draws) if draws else np.empty(0)
-    difference = difference[np.isfinite(difference)]
-    tail = min((difference <= 0).sum(), (difference >= 0).sum())
-    p = min(1.0, 2.0 * (tail + 1) / (len(difference) + 1))
-    return _interval(value, difference) | {"p": float(p) if np.isfinite(value) else None}
+    a, b = bootstrap_draws([statistic_a, statistic_b], users, n, seed)
+    return paired_figures(value, a - b)
+
+
+def paired_figures(value: float, differences: np.ndarray) -> dict[str, float | None]:
+    """{"value", "low", "high", "p"} as ``paired_bootstrap``, from the differences of resamples."""
+    differences = differences[np.isfinite(differences)]
+    tail = min((differences <= 0).sum(), (differences >= 0).sum())
+    p = min(1.0, 2.0 * (tail + 1) / (len(differences) + 1))
+    return _interval(value, differences) | {"p": float(p) if np.isfinite(value) else None}
+
+
+def bootstrap_draws(
+    statistics: Sequence[Statistic], users: ArrayLike, n: int = 1000, seed: int = 0
+) -> np.ndarray:
+    """(S, n): each statistic on the same n resamples of users (N,), empty without rows.
+
+    More resamples begin with the fewer ones of the same seed.
+    """
+    draws = [[s(weights) for s in statistics] for weights in _resamples(np.asarray(users), n, seed)]
+    return np.concatenate(draws, axis=1) if draws else np.empty((len(statistics), 0))
 
 
 def ctr_metrics(

@@ -11,10 +11,14 @@ import torch
 import yaml
 
 import ckf.experiment.runner
+from ckf.cf import CFConfig, fit_cf
 from ckf.cli import main
+from ckf.data.prepared import load_prepared
 from ckf.evaluate import Evaluator
 from ckf.experiment import make_experiment, run_experiment
+from ckf.experiment.parts import shared_vectors
 from ckf.experiment.report import read_experiment, write_pages, write_record
+from ckf.experiment.runner import _Runner
 from ckf.experiment.scores import read_scores, same_rows, write_scores
 from ckf.experiment.summary import summary
 from ckf.metrics import auc
@@ -221,6 +225,27 @@ def test_cf_models_stand_beside_by_themselves(small_model, raw_data, tmp_path):
     assert set(found["cf"]) == {"mf-blend", "mf", "lightgcn"}
     own, alone = (found["baselines"][n]["figures"]["ctr"]["auc"]["value"] for n in ("cf", "cf-mf"))
     assert own != alone
+
+
+def test_the_cf_row_is_the_configs_own_model(finished, small_model, tmp_path, monkeypatch):
+    """Another LightGCN among the cells must not take the place of the config's."""
+    fitted = []
+
+    def quick_fit(cf, data, log):
+        fitted.append((cf.kind, cf.dim))
+        return fit_cf(CFConfig(dim=2, epochs=1), data, log)
+
+    monkeypatch.setattr("ckf.experiment.parts.fit_cf", quick_fit)
+    config = quick(small_model, cf={"kind": "lightgcn", "dim": 4, "beside": ["lightgcn", "mf"]})
+    experiment = make_experiment(config, tmp_path, "ckf,ckf-lightgcn", 1)
+    data = load_prepared(finished.out / "data")
+    files = _Runner(experiment, data, data, None, quiet).vector_files()
+    widths = [8, 16, 32, 64, 128, 256]
+    assert [name for name, _ in fitted] == ["lightgcn", "lightgcn", "mf"]  # none of them twice
+    assert fitted[0][1] == 4 and fitted[1][1] == widths
+    assert list(files) == ["lightgcn", "lightgcn-2", "mf"]
+    own = shared_vectors(config, tmp_path, data, quiet)
+    assert files["lightgcn"] == own and len(set(files.values())) == 3
 
 
 def test_a_cell_with_a_prior_stands_beside_the_prior(small_model, raw_data, tmp_path):

@@ -3,9 +3,13 @@
 import numpy as np
 import pytest
 
+from ckf.experiment import statistics
+from ckf.experiment.cells import CELLS, COMPARISONS
+from ckf.experiment.figures import _Measure
+from ckf.experiment.scores import TaskScores
 from ckf.experiment.slices import slices
-from ckf.experiment.statistics import difference, figure, holm, mean_over_seeds, spread
-from ckf.metrics import auc_statistic, mean_statistic
+from ckf.experiment.statistics import figure, holm, mean_over_seeds, sampled, spread
+from ckf.metrics import auc_statistic, mean_statistic, paired_bootstrap
 from tests.prepared_data import prepared
 
 stats = pytest.importorskip("scipy.stats")  # comes with scikit-learn
@@ -14,6 +18,12 @@ USERS = np.arange(400)  # one row each, so that users are independent draws
 
 def values(shift=0.0, seed=0):
     return np.random.default_rng(seed).normal(shift, 1.0, len(USERS))
+
+
+def difference(a, b, users, samples):
+    """a - b of one metric, given as one statistic per seed."""
+    sides = [sampled({"m": side}, users, samples)["m"] for side in (a, b)]
+    return statistics.difference(*sides)
 
 
 def test_a_mean_over_seeds_is_the_mean_of_the_statistics():
@@ -104,6 +114,58 @@ def test_holm_by_hand():
     assert holm([0.9, 0.8]) == [1.0, 1.0]
     assert holm([None, 0.02, None]) == [None, 0.02, None]
     assert holm([]) == []
+
+
+def everything(seeds=2, users=60):
+    """CTR scores of every cell and baseline; all but "text" order each user's two rows."""
+    user, label = np.repeat(np.arange(users), 2), np.tile([0, 1], users)
+    data = prepared(user, np.zeros(2 * users), label, np.full(2 * users, 2))
+    names = {name for a, b, _ in COMPARISONS for name in (a, b)}
+    assert {name for name in names if name[0] != "="} <= set(CELLS)
+    rng = np.random.default_rng(0)
+    rows = np.arange(len(user))
+
+    def runs(name):
+        told = 0.1 if name == "text" else 2.0
+        noise = rng.normal(size=(1 if name[0] == "=" else seeds, len(user)))
+        return [{"ctr": TaskScores("ctr", rows, {"score": told * label + x})} for x in noise]
+
+    return data, {name: runs(name) for name in sorted(names)}
+
+
+def test_a_clear_difference_is_decided_among_all_comparisons():
+    """p has a floor; times the number of comparisons it must still be below 0.05."""
+    data, scores = everything()
+    found = _Measure(data, samples=1000, seed=0).comparisons(scores)
+    family = [e for e in found if e["metric"] == "auc"]
+    assert len(family) == len(COMPARISONS) and 2 * len(family) / 1001 > 0.05
+    clear = next(e for e in family if (e["a"], e["b"]) == ("linear", "text"))
+    assert clear["low"] > 0 and clear["p_holm"] < 0.011
+    assert min(e["p"] for e in family) == 2 / (200 * len(family) + 1)
+
+
+def test_few_comparisons_or_none_keep_the_samples_of_the_config():
+    assert statistics.paired_samples(1000, 5) == 1000
+    assert statistics.paired_samples(0, 28) == 0  # evaluate.bootstrap: 0
+
+
+def test_the_draws_of_a_cell_are_made_once_and_give_the_paired_bootstrap(monkeypatch):
+    data, scores = everything()
+    calls = []
+
+    def counted(*args):
+        calls.append(1)
+        return sampled(*args)
+
+    monkeypatch.setattr("ckf.experiment.figures.sampled", counted)
+    samples = 200 * len(COMPARISONS)
+    found = _Measure(data, samples, seed=3).comparisons(scores)
+    assert len(calls) == len(scores)
+    for entry in (e for e in found if (e["a"], e["b"]) == ("ckf", "cf")):
+        sides = [[s["ctr"].statistics(data) for s in scores[name]] for name in ("ckf", "=cf")]
+        means = [mean_over_seeds([s[entry["metric"]] for s in side]) for side in sides]
+        alone = paired_bootstrap(*means, data.user, samples, 3)
+        assert {k: entry[k] for k in alone} == alone
 
 
 def test_slices_by_hand():

@@ -5,8 +5,9 @@
 user part: mean of the user's train labels; item part: mean of the item's, log popularity, year. A
 logistic regression finds the weights on train rows. For a train row the means leave its own label
 out, and p . q comes from a model fitted without the row's fold; otherwise the regression, and the
-language model after it, would trust vectors that know the answer. Those scores of train pairs are
-kept: training sees what it will meet on new rows.
+language model after it, would trust vectors that know the answer. Rows of one pair of user and item
+tell of one another: they are left out together. Those scores of train pairs are kept: training sees
+what it will meet on new rows.
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ckf.baselines import ITEM_PRIOR, USER_PRIOR, TrainMeans, regression_features, release_years
+from ckf.baselines import (
+    ITEM_PRIOR,
+    USER_PRIOR,
+    TrainMeans,
+    pair_numbers,
+    regression_features,
+    release_years,
+)
 
 if TYPE_CHECKING:
     from ckf.cf.vectors import CFVectors
@@ -35,7 +43,7 @@ class Blend:
     """users (U,) and items (I,): what is added to ``weight`` x p . q; zero where nothing is known.
 
     pairs (L,): user * n_items + item of the train rows, ascending; pair_scores (L,): their scores
-    from without the row. scalars (2,): weight and bias.
+    from without the pair. scalars (2,): weight and bias.
     """
 
     users: Tensor
@@ -89,7 +97,8 @@ def fit_blend(
             "needs: set cf.blend to 0"
         )
     means, year = TrainMeans.of(data, "label"), release_years(data)
-    fold = np.random.default_rng([seed, 0xB1E2D]).permutation(len(train)) % folds
+    pair = pair_numbers(data, train)
+    fold = np.random.default_rng([seed, 0xB1E2D]).permutation(pair.max() + 1)[pair] % folds
     dots = np.zeros(len(train))
     for number in range(folds):
         rows = train[fold == number]

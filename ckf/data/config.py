@@ -54,7 +54,8 @@ class SplitConfig:
     valid; users with fewer than three rows are train. In both a user's rows of one second stay
     together in the later split, and a user without an earlier row left to train on is train
     altogether. `global_time`: the same shares over all rows, cut at two points in time (rows with
-    the time of a cut fall before it). `given`: the source says it.
+    the time of a cut fall before it). `given`: the source says it; histories of train rows hold no
+    rows of valid or test, of valid rows none of test, in whatever order of time these are.
     """
 
     kind: str = "per_user_time"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import threading
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -207,12 +208,26 @@ def csv_records(
         row, before = [], 0
         while row is not None:
             try:
-                row = next(reader, None)
+                row = _next_record(reader, limits)
             except csv.Error as error:  # the reader goes on at the next line
                 row = error
             if row is not None:
                 numbers, before, held = range(before + 1, reader.line_num + 1), reader.line_num, 0
                 yield numbers, row
+
+
+def _next_record(reader: Iterator[list[str]], limits: Limits) -> list[str] | None:
+    """The next record, None at the end. csv's own limit of a field (131,072) holds for the process:
+    it is raised for the time of a record only."""
+    with _FIELD_LIMIT:
+        before = csv.field_size_limit(min(limits.line + 2, 2**31 - 1))  # a C long
+        try:
+            return next(reader, None)
+        finally:
+            csv.field_size_limit(before)
+
+
+_FIELD_LIMIT = threading.Lock()  # two threads must not restore each other's
 
 
 class guarded:

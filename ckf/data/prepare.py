@@ -37,7 +37,7 @@ from ckf.data.prepared import (
     read_manifest,
 )
 from ckf.data.readers import READERS, read_source
-from ckf.data.splits import TRAIN, assign_splits, histories
+from ckf.data.splits import TRAIN, assign_splits, split_histories
 from ckf.data.store import write_arrays, write_manifest, write_names, write_texts
 
 
@@ -189,6 +189,7 @@ def _write(
         raw = read_source(config, files, file)
     rows = clean(raw, config, log)
     del raw
+    _log_ratings(rows, config, log)
     split = assign_splits(rows.user, rows.time, rows.split, config.split)
     write_texts(folder, spool, rows)
     spool.unlink()
@@ -203,7 +204,9 @@ def _write(
             "time": rows.time,
             "split": split,
             "not_cold": rows.not_cold,
-            "history": histories(rows.user, rows.time, rows.item, rows.label == 1, config.history),
+            "history": split_histories(
+                rows.user, rows.time, rows.item, rows.label == 1, split, config.history
+            ),
         },
     )
     chosen = select_rows(tasks, rows, split, Texts(folder / TEXTS), config, seed)
@@ -212,6 +215,16 @@ def _write(
     lists = candidate_lists(config, chosen, rows, split, seed)
     write_arrays(folder / CANDIDATES, lists)
     write_manifest(folder, settings, _counts(rows, split, chosen))
+
+
+def _log_ratings(rows: Interactions, config: DataConfig, log: Callable[[str], None]) -> None:
+    rating = rows.rating[~np.isnan(rows.rating)]
+    if len(rating):
+        liked = (rows.label == 1).sum() / (rows.label >= 0).sum()
+        log(
+            f"ratings from {rating.min():g} to {rating.max():g}; {liked:.0%} of the rows are liked "
+            f"(data.like_threshold {config.like_threshold:g})"
+        )
 
 
 def select_rows(
@@ -226,9 +239,13 @@ def select_rows(
 
     Which rows a task can use: ctr those with a label, topk the liked ones, rating those whose
     rating rounds to 1..5, review_rating the same with a text, explain those whose text has a
-    sentence to explain with. DataError if a split of a task comes out empty unasked.
+    sentence to explain with. DataError if a split of a task comes out empty unasked, if stars are
+    asked for and more than 1% of the ratings are none, or if ctr has one label alone to train or
+    test on.
     """
     rated = (rows.rating >= 0.5) & (rows.rating < 5.5)  # NaN: False
+    if {"rating", "review_rating"} & tasks.keys():
+        _check_stars(rows.rating[~np.isnan(rows.rating)], rated.sum(), config)
     has_text = rows.text_bytes > 0
     can = {
         "ctr": rows.label >= 0,
@@ -242,6 +259,8 @@ def select_rows(
         for value, name in enumerate(SPLITS):
             ids = np.flatnonzero(can[task] & (split == value))
             count = getattr(wanted, name)
+            if task == "ctr" and name in ("train", "test") and count != 0 and len(ids):
+                _check_both_labels(rows.label[ids], name, config)
             rng = np.random.default_rng([seed, zlib.crc32(f"{task}.{name}".encode())])
             if task == "explain":
                 ids = _explainable(ids, count, texts, config, rng)
@@ -256,6 +275,28 @@ def select_rows(
     return chosen
 
 
+def _check_stars(rating: np.ndarray, stars: int, config: DataConfig) -> None:
+    """DataError for ratings (N,) on another scale: rows outside 1..5 would be left out unseen."""
+    outside = len(rating) - stars
+    if outside > _MOST_OUTSIDE * len(rating):
+        raise DataError(
+            f"ratings of {config.name} go from {rating.min():g} to {rating.max():g}, and "
+            f"{outside:,} of {len(rating):,} do not round to 1..5, which the tasks rating and "
+            "review_rating answer with: bring the file's ratings to 1..5 (from 1..10: halve them) "
+            "and set data.like_threshold on that scale, or leave these tasks out"
+        )
+
+
+def _check_both_labels(labels: np.ndarray, split: str, config: DataConfig) -> None:
+    if labels.min() == labels.max():
+        raise DataError(
+            f"task 'ctr' needs both labels, but all {len(labels):,} rows of split {split!r} of "
+            f"{config.name} have label {labels[0]}: use topk for clicks alone; with ratings, set "
+            "data.like_threshold between them"
+        )
+
+
+_MOST_OUTSIDE = 0.01  # of the ratings; above it the scale is another one
 _NEEDS = {
     "ctr": "it needs labels or ratings",
     "topk": "it needs liked rows (label 1, or a rating from data.like_threshold up)",

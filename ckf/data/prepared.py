@@ -24,8 +24,9 @@ from safetensors.numpy import load_file
 from ckf.data.errors import DataError
 from ckf.data.explain import explanation_of
 
-# 2: rows of one user and second stay in one split. 3: train lists know train rows alone.
-FORMAT_VERSION = 3
+# 2: rows of one user and second stay in one split. 3: train lists know train rows alone. 4: so do
+# histories of train rows, whatever the order of a given split.
+FORMAT_VERSION = 4
 MANIFEST = "manifest.json"
 INTERACTIONS = "interactions.safetensors"
 TEXTS = "texts.safetensors"
@@ -108,8 +109,8 @@ class PreparedData:
     """A prepared data set; row ids are indices into the (N,) arrays.
 
     Rows are sorted by (user, time, input order). `history` holds the last H liked items of the
-    row's user strictly earlier in time than the row, whatever their split, oldest first, padded on
-    the left with -1. Splits: 0 train, 1 valid, 2 test.
+    row's user strictly earlier in time than the row, of its own and earlier splits alone, oldest
+    first, padded on the left with -1. Splits: 0 train, 1 valid, 2 test.
     """
 
     folder: Path

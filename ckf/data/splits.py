@@ -73,6 +73,26 @@ def user_runs(user: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return start, np.diff(np.r_[start, len(user)])
 
 
+def split_histories(
+    user: np.ndarray,
+    time: np.ndarray,
+    item: np.ndarray,
+    liked: np.ndarray,
+    split: np.ndarray,
+    length: int,
+) -> np.ndarray:
+    """`histories` in which a row sees rows of its own and earlier splits alone.
+
+    In a split in order of time that is every earlier row; a given one may have test rows before
+    train rows, and what they like must not reach training.
+    """
+    out = np.full((len(user), length), -1, dtype=np.int32)
+    for value in range(len(SPLITS)):
+        own = split == value
+        out[own] = histories(user, time, item, liked & (split <= value), length)[own]
+    return out
+
+
 def histories(
     user: np.ndarray, time: np.ndarray, item: np.ndarray, liked: np.ndarray, length: int
 ) -> np.ndarray:

@@ -188,7 +188,9 @@ def _id(value, what: str) -> str:
 
 
 def _words(value, what: str) -> str:
-    if isinstance(value, list | dict):
+    if isinstance(value, float) and math.isnan(value):  # how pandas says that there is none
+        value = None
+    if isinstance(value, bool | list | dict) or value in (math.inf, -math.inf):
         raise Broken(f"the {what} is {show(value)}; expected a string")
     try:
         words = value.decode() if isinstance(value, bytes) else str("" if value is None else value)

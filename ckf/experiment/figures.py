@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,7 +25,14 @@ from ckf.experiment.scores import (
     same_rows,
 )
 from ckf.experiment.slices import slices
-from ckf.experiment.statistics import difference, figure, holm
+from ckf.experiment.statistics import (
+    Sampled,
+    difference,
+    figure,
+    holm,
+    paired_samples,
+    sampled,
+)
 
 SeedScores = list[dict[str, TaskScores]]  # one per seed
 
@@ -124,13 +132,26 @@ class _Measure:
 
     def comparisons(self, scores: Mapping[str, SeedScores]) -> list[dict]:
         """Paired differences of `COMPARISONS` where both sides are there, p adjusted by Holm."""
-        found = []
-        for a, b, claim in COMPARISONS:
-            if a not in scores or b not in scores:
-                continue
-            for task in scores[a][0]:
-                if task in scores[b][0]:
-                    found += self._compare(a, b, claim, task, scores)
+        tests = [
+            (a, b, claim, task)
+            for a, b, claim in COMPARISONS
+            if a in scores and b in scores
+            for task in scores[a][0]
+            if task in scores[b][0]
+        ]
+        counts = Counter(task for *_, task in tests)  # the same for every metric of a task
+        found, drawn = [], {}
+        for a, b, claim, task in tests:
+            left, right = ([s[task] for s in scores[side]] for side in (a, b))
+            for other in [*left[1:], *right]:
+                same_rows(left[0], other)
+            for name, seeds in ((a, left), (b, right)):
+                if (name, task) not in drawn:
+                    drawn[name, task] = self._sampled(seeds, counts[task])
+            names = {"a": a.lstrip("="), "b": b.lstrip("="), "claim": claim, "task": task}
+            for metric, ours in drawn[a, task].items():
+                pair = difference(ours, drawn[b, task][metric])
+                found.append(names | {"metric": metric} | pair)
         families: dict[tuple, list[dict]] = {}
         for entry in found:
             families.setdefault((entry["task"], entry["metric"]), []).append(entry)
@@ -139,19 +160,11 @@ class _Measure:
                 entry["p_holm"] = p
         return found
 
-    def _compare(self, a: str, b: str, claim: str, task: str, scores) -> list[dict]:
-        left, right = ([s[task] for s in scores[side]] for side in (a, b))
-        for other in [*left[1:], *right]:
-            same_rows(left[0], other)
-        users = self.data.user[left[0].rows]
-        ours, theirs = ([s.statistics(self.data) for s in side] for side in (left, right))
-        return [
-            {"a": a.lstrip("="), "b": b.lstrip("="), "claim": claim, "task": task, "metric": name}
-            | difference(
-                [s[name] for s in ours], [s[name] for s in theirs], users, self.samples, self.seed
-            )
-            for name in ours[0]
-        ]
+    def _sampled(self, seeds: list[TaskScores], comparisons: int) -> dict[str, Sampled]:
+        parts = [s.statistics(self.data) for s in seeds]
+        metrics = {name: [part[name] for part in parts] for name in parts[0]}
+        samples = paired_samples(self.samples, comparisons)
+        return sampled(metrics, self.data.user[seeds[0].rows], samples, self.seed)
 
 
 def _of_runs(experiment: Experiment, cell, results: list[dict]) -> dict:

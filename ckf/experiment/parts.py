@@ -97,7 +97,8 @@ def counted(config: RunConfig, data: PreparedData) -> RunConfig:
 
 def shared_vectors(config: RunConfig, out: Path, data: PreparedData, log: Log) -> Path:
     """The file of the CF vectors of these settings, fitted where it is not there yet."""
-    settings = json.dumps({**asdict(config.cf), "seed": config.seed}, sort_keys=True)
+    own = asdict(config.cf) | {"beside": [], "seed": config.seed}  # other models change nothing
+    settings = json.dumps(own, sort_keys=True)
     settings += json.dumps(data.manifest["files"], sort_keys=True)
     key = hashlib.sha256(settings.encode()).hexdigest()[:16]
     file = out / "cf" / f"{config.cf.kind}-{key}.safetensors"

@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -158,20 +159,27 @@ class _Runner:
         """The CF vectors of every CF setting among the cells, the config's own first.
 
         Then the models of ``cf.beside``, which need what no run needs: one that cannot be imported
-        is left out.
+        is left out. A further setting of a kind that has its name already is <name>-2.
         """
         configs = [self.experiment.config]
         configs += [cell_config(self.experiment.config, c, 0) for c in self.experiment.cells]
         files: dict[str, Path] = {}
         for config in configs:
             if config.cf not in [c.cf for c in configs[: configs.index(config)]]:
-                files[cf_name(config)] = self._vectors(config)
+                self._add_vectors(files, config)
         for config in cf_alone(self.experiment.config):
             try:
-                files[cf_name(config)] = self._vectors(config)
+                self._add_vectors(files, config)
             except ImportError as error:
                 self.log(f"no row of {config.cf.kind} alone: {error}")
         return files
+
+    def _add_vectors(self, files: dict[str, Path], config: RunConfig) -> None:
+        file = self._vectors(config)
+        if file in files.values():
+            return
+        names = (cf_name(config) + (f"-{k}" if k > 1 else "") for k in count(1))
+        files[next(name for name in names if name not in files)] = file
 
     def prepare(self) -> None:
         """CF vectors and encoded prompts of all cells, without training."""

@@ -7,11 +7,12 @@ move with other users. The spread over seeds says how far it moves with the seed
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from ckf.metrics import Statistic, bootstrap_over_users, paired_bootstrap
+from ckf.metrics import Statistic, bootstrap_draws, bootstrap_over_users, paired_figures
 
 
 def mean_over_seeds(statistics: Sequence[Statistic]) -> Statistic:
@@ -30,24 +31,54 @@ def figure(statistics: Sequence[Statistic], users: np.ndarray, samples: int, see
     return interval | spread([_value(s, users) for s in statistics])
 
 
-def difference(
-    a: Sequence[Statistic], b: Sequence[Statistic], users: np.ndarray, samples: int, seed: int = 0
-) -> dict:
-    """a - b on the same rows: {"value", "low", "high", "p", "seeds": [a - b of each seed]}.
+def paired_samples(samples: int, comparisons: int) -> int:
+    """Resamples for each of so many paired tests of one metric, at least ``samples``; 0 stays 0.
 
-    The interval and the two-sided p are of the means over seeds. Where one side has fewer seeds (a
-    baseline has one), its mean stands beside each seed of the other.
+    p is never below 2 / (resamples + 1), and Holm multiplies the smallest p by the number of
+    tests. 200 resamples a test keep that floor at 0.01.
+    """
+    return max(samples, 200 * comparisons) if samples else 0
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A metric of one cell. seeds: of each run; value and draws (samples,): of their mean."""
+
+    seeds: list[float]
+    value: float
+    draws: np.ndarray
+
+
+def sampled(
+    metrics: Mapping[str, Sequence[Statistic]], users: np.ndarray, samples: int, seed: int = 0
+) -> dict[str, Sampled]:
+    """{metric: its values on resamples of users} of a cell, made once for all its comparisons.
+
+    metrics: statistics by name, one per seed. users (N,): of the rows.
     """
     users = np.asarray(users)
-    means = mean_over_seeds(a), mean_over_seeds(b)
-    found = paired_bootstrap(*means, users, samples, seed)
-    left, right = ([_value(s, users) for s in side] for side in (a, b))
-    if len(left) == len(right):
-        pairs = [x - y for x, y in zip(left, right, strict=True)]
-    elif len(left) > len(right):
-        pairs = [x - float(np.mean(right)) for x in left]
+    means = {name: mean_over_seeds(statistics) for name, statistics in metrics.items()}
+    draws = bootstrap_draws(list(means.values()), users, samples, seed)
+    return {
+        name: Sampled([_value(s, users) for s in metrics[name]], _value(mean, users), own)
+        for (name, mean), own in zip(means.items(), draws, strict=True)
+    }
+
+
+def difference(a: Sampled, b: Sampled) -> dict:
+    """a - b on the same rows: {"value", "low", "high", "p", "seeds": [a - b of each seed]}.
+
+    a, b: from the same users, samples and seed. The interval and the two-sided p are of the means
+    over seeds. Where one side has fewer seeds (a baseline has one), its mean stands beside each
+    seed of the other.
+    """
+    found = paired_figures(a.value - b.value, a.draws - b.draws)
+    if len(a.seeds) == len(b.seeds):
+        pairs = [x - y for x, y in zip(a.seeds, b.seeds, strict=True)]
+    elif len(a.seeds) > len(b.seeds):
+        pairs = [x - float(np.mean(b.seeds)) for x in a.seeds]
     else:
-        pairs = [float(np.mean(left)) - y for y in right]
+        pairs = [float(np.mean(a.seeds)) - y for y in b.seeds]
     return found | spread(pairs)
 
 

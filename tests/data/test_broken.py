@@ -133,7 +133,7 @@ def test_exact_duplicates_are_dropped_and_counted(tmp_path):
 
 def test_k_core_is_iterated(tmp_path):
     # item 1 has three rows; when user 9 goes for having one row only, item 1 goes too
-    rows = [(u, i, 5, 100 * u + i) for u in range(1, 5) for i in range(2, 8)]
+    rows = [(u, i, 1 + u, 100 * u + i) for u in range(1, 5) for i in range(2, 8)]
     rows += [(1, 1, 5, 7), (2, 1, 5, 7), (9, 1, 5, 7)]
     raw = samples.movielens_100k(tmp_path / "raw", rows)
     data = samples.prepared(

@@ -73,6 +73,77 @@ def test_nothing_leaks(data):
         assert set(past) <= set(data.item[earlier & (data.label == 1)])
 
 
+def test_a_given_split_in_no_order_of_time_leaks_no_test_rows(tmp_path):
+    split = np.random.default_rng(0).choice(SPLITS, len(EVENTS))
+    lines = [
+        json.dumps(dict(zip(("u", "i", "r", "t", "s"), (*event, name), strict=True)))
+        for event, name in zip(EVENTS, split, strict=True)
+    ]
+    samples.write(tmp_path / "raw" / "mine.jsonl", "\n".join(lines))
+    columns = {"user": "u", "item": "i", "rating": "r", "time": "t", "split": "s"}
+    given = {"format": "table", "columns": columns, "split": "given"}
+    data = samples.prepared(tmp_path / "raw", tmp_path / "out", **given)
+    of = {(u, i): s for u, i, s in zip(data.user, data.item, data.split, strict=True)}
+    row, place = np.nonzero(data.history >= 0)
+    pairs = zip(data.user[row], data.history[row, place], strict=True)
+    shown = np.array([of[pair] for pair in pairs])
+    assert set(shown) == {0, 1, 2} and (shown <= data.split[row]).all()
+
+
+def on_scale(folder, scale):
+    """EVENTS with other ratings, as a table; its settings."""
+    lines = [
+        json.dumps({"u": u, "i": i, "r": scale(r, n), "t": t})
+        for n, (u, i, r, t) in enumerate(EVENTS)
+    ]
+    samples.write(folder / "mine.jsonl", "\n".join(lines))
+    return {"format": "table", "columns": {"user": "u", "item": "i", "rating": "r", "time": "t"}}
+
+
+@pytest.mark.parametrize(
+    ("scale", "said"),
+    [
+        (lambda r, n: 2 * r, r"go from 2 to 10, and \d+ of 600 do not round to 1..5.*halve them"),
+        (lambda r, n: r - 1, r"go from 0 to 4, and \d+ of 600 "),
+        (lambda r, n: 6 if n < 7 else r, r"go from 1 to 6, and 7 of 600 "),
+    ],
+)
+def test_ratings_on_another_scale_are_no_stars(scale, said, tmp_path):
+    raw = tmp_path / "raw"
+    settings = on_scale(raw, scale)
+    with pytest.raises(DataError, match=said):
+        samples.prepared(raw, tmp_path / "out", ["ctr", "rating"], **settings)
+    clicks = samples.prepared(raw, tmp_path / "out", ["ctr"], like_threshold=3, **settings)
+    assert len(clicks) == len(EVENTS)
+
+
+def test_one_rating_in_a_hundred_may_be_odd(tmp_path):
+    settings = on_scale(tmp_path / "raw", lambda r, n: 6 if n < 6 else r)
+    data = samples.prepared(tmp_path / "raw", tmp_path / "out", ["rating"], **settings)
+    assert sum(len(data.rows("rating", name)) for name in SPLITS) == len(EVENTS) - 6
+
+
+@pytest.mark.parametrize("threshold", [0.5, 6])
+def test_clicks_of_one_label_are_no_ctr(threshold, raw, tmp_path):
+    alike = {"format": "amazon", "like_threshold": threshold}
+    label = int(threshold < 1)
+    said = rf"both labels, but all \d+ rows of split 'train' .* label {label}: use topk for clicks"
+    with pytest.raises(DataError, match=said):
+        samples.prepared(raw, tmp_path / "out", ["ctr"], **alike)
+    with pytest.raises(DataError, match="rows of split 'test' of sample have label"):
+        samples.prepared(raw, tmp_path / "out", {"ctr": TaskRows(0, 0, None)}, **alike)
+    other = {"ctr": TaskRows(0, 0, 0), ("topk" if label else "rating"): TaskRows()}
+    samples.prepared(raw, tmp_path / "out", other, **alike)
+
+
+def test_the_scale_and_the_share_liked_are_said(raw, tmp_path):
+    said = []
+    config = DataConfig("sample", "amazon", like_threshold=3)
+    module.prepare(config, {"ctr": TaskRows()}, raw, tmp_path / "out", 0, said.append)
+    liked = np.mean([stars >= 3 for _, _, stars, _ in EVENTS])
+    assert f"ratings from 1 to 5; {liked:.0%} of the rows are liked (data.like_threshold 3)" in said
+
+
 def test_eligible_rows(data):
     for task in ("ctr", "rating", "review_rating"):
         assert sum(len(data.rows(task, name)) for name in SPLITS) == len(data)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from ckf.data.config import SplitConfig
 from ckf.data.errors import DataError
-from ckf.data.splits import assign_splits, histories
+from ckf.data.splits import assign_splits, histories, split_histories
 
 rows_of_users = st.lists(
     st.tuples(st.integers(0, 5), st.integers(0, 6), st.integers(0, 8), st.booleans()),
@@ -40,6 +40,28 @@ def test_histories_are_the_last_liked_items_strictly_earlier(rows, length):
         earlier = (user == user[row]) & (time < time[row]) & liked
         expected = item[earlier].tolist()[-length:]
         assert found[row].tolist() == [-1] * (length - len(expected)) + expected
+
+
+@settings(max_examples=200, deadline=None)
+@given(rows_of_users, st.integers(1, 4), st.randoms(use_true_random=False))
+def test_histories_hold_nothing_of_later_splits(rows, length, random):
+    user, time, item, liked = in_order(rows)
+    split = np.array([random.randrange(3) for _ in rows])
+    found = split_histories(user, time, item, liked, split, length)
+    for row in range(len(user)):
+        earlier = (user == user[row]) & (time < time[row]) & liked & (split <= split[row])
+        expected = item[earlier].tolist()[-length:]
+        assert found[row].tolist() == [-1] * (length - len(expected)) + expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows_of_users, st.sampled_from(["per_user_time", "leave_last_out", "global_time"]))
+def test_in_splits_by_time_histories_are_all_earlier_rows(rows, kind):
+    user, time, item, liked = in_order(rows)
+    split = split_of(user, time, kind=kind, min_rows=3, valid=0.2, test=0.2)
+    if split is not None:
+        plain = histories(user, time, item, liked, 3)
+        assert (split_histories(user, time, item, liked, split, 3) == plain).all()
 
 
 @settings(max_examples=200, deadline=None)

@@ -23,7 +23,7 @@ def rows_of(count: int, **fixed) -> list[dict]:
         {
             "who": f"u{k % 4}",
             "what": f"i{k}",
-            "stars": 4 + k % 2,
+            "stars": 4 - k % 2,
             "when": 1000 + k,
             "name": "",
             "words": "",
@@ -89,12 +89,12 @@ def test_neither_a_split_nor_a_history_tells_rows_of_one_second_apart(tmp_path):
         {
             "who": f"u{u}",
             "what": f"i{u}-{k}",
-            "stars": 5,
+            "stars": 5 if u < 5 else 1,
             "when": 1000 + k // 4,
             "name": "",
             "words": "",
         }
-        for u in range(5)
+        for u in range(6)
         for k in range(4 * (u + 2))
     ]
     data = prepare(table(tmp_path / "raw", rows), tmp_path / "out")

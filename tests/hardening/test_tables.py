@@ -1,5 +1,6 @@
 """Tables, names and paths that are not what they should be: one clear answer to each."""
 
+import csv
 import gzip
 import json
 import os
@@ -68,6 +69,19 @@ def test_a_record_over_several_lines_counts_once(tmp_path):
     assert "one two three" in [data.text(row) for row in range(61)]
 
 
+def test_a_field_may_be_as_long_as_a_line(tmp_path):
+    """Python's csv refuses fields above 131,072 characters unless told otherwise."""
+    before = csv.field_size_limit()
+    words = b"so good. " * 20_000
+    raw = csv_file(tmp_path / "raw", HEAD, b'u9,i1,5,7,N,"' + words + b'"\n', *ROWS)
+    data = read(raw, tmp_path / "out", max_text_chars=10**6)
+    assert data.manifest["counts"]["broken_lines"] == 0 and csv.field_size_limit() == before
+    assert max(len(data.text(row)) for row in range(61)) == len(words.strip())
+    with pytest.raises(DataError, match="mine.csv:2: more than 150,000 bytes"):
+        read(raw, tmp_path / "no", max_line_bytes=150_000)
+    assert csv.field_size_limit() == before
+
+
 def test_quotes_of_a_header_and_of_movies(tmp_path):
     raw = csv_file(tmp_path / "raw", b'"who,what\n', *ROWS)
     with pytest.raises(DataError, match=r"mine.csv:1: .*mend the quotes"):
@@ -102,6 +116,10 @@ def test_line_ends_and_byte_order_marks(ends, tmp_path):
         ({"who": "\u3000 "}, "the user id is empty"),
         ({"name": ["a"]}, "the title is ['a']; expected a string"),
         ({"words": {"a": 1}}, "the text is {'a': 1}; expected a string"),
+        ({"name": True}, "the title is True; expected a string"),
+        ({"words": False}, "the text is False; expected a string"),
+        ({"name": float("inf")}, "the title is inf; expected a string"),
+        ({"words": float("-inf")}, "the text is -inf; expected a string"),
         ({"stars": float("inf")}, "rating inf is not finite"),
         ({"stars": "1e999"}, "rating '1e999' is not finite"),
         ({"stars": 10**400}, "is not a number"),
@@ -133,6 +151,12 @@ def test_odd_values_are_kept(change, user, time, tmp_path):
     assert len(data) == 60 and time in data.time and (user or "u5") in data.user_ids
 
 
+def test_nan_is_no_title_and_no_text(tmp_path):
+    raw = jsonl_file(tmp_path / "raw", name=float("nan"), words=float("nan"))
+    data = read(raw, tmp_path / "out")
+    assert len(data) == 60 and not any(data.titles) and not data.has_text.any()
+
+
 def test_titles_in_another_encoding_are_broken_lines(tmp_path):
     raw = csv_file(tmp_path / "raw", HEAD, b"u1,i99,5,3,Caf\xe9,\n", *ROWS)
     data = read(raw, tmp_path / "out", max_bad_share=0.02)
@@ -154,7 +178,7 @@ def test_parquet_has_bytes_and_dates(tmp_path):
 
     day, one = datetime.date(2020, 1, 2), datetime.timedelta(days=1)
     rows = [
-        {"who": b"u%d" % (k % 6), "what": f"i{k}", "stars": 5 - k % 2, "when": day + k * one}
+        {"who": b"u%d" % (k % 6), "what": f"i{k}", "stars": 4 - k % 2, "when": day + k * one}
         for k in range(60)
     ]
     (tmp_path / "raw").mkdir()
