@@ -1,5 +1,6 @@
 """Adapters, prepared folders and configs from strangers: checked whole, or refused."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -267,15 +268,13 @@ def test_damaged_prepared_files_with_right_checksums_are_refused(name, folder):
     def run(harm):
         file.write_bytes(harm(valid))
         sign(folder, name)
-        try:
+        with contextlib.suppress(DataError):  # at once, or where another name stands in the file
             data = load_prepared(folder)
-        except DataError:
-            return
-        for task in ("ctr", "topk"):  # what was accepted can be used
-            for row in data.rows(task, "train"):
-                assert data.title(data.item[row]) and data.user_ids[data.user[row]] is not None
-                data.text(int(row))
-        data.titles[data.candidates("test", "uniform9").items.max()]
+            for task in ("ctr", "topk"):  # what was accepted can be used
+                for row in data.rows(task, "train"):
+                    assert data.title(data.item[row]) and data.user_ids[data.user[row]] is not None
+                    data.text(int(row))
+            data.titles[data.candidates("test", "uniform9").items.max()]
 
     try:
         run()
