@@ -50,8 +50,8 @@ _KINDS = {
 def save_adapters(model: nn.Module, path: str | Path) -> None:
     """Write the shared and every task's LoRA as PEFT adapters, with a model card.
 
-    Replaces ``path`` as a whole. Of a sharded model (FSDP2) every rank must call this; rank 0
-    writes.
+    Replaces all that an earlier save wrote to ``path``; other files there stay. Of a sharded model
+    (FSDP2) every rank must call this; rank 0 writes.
 
     Raises:
         ValueError: an unpatched model, adapters without values (meta device), or ``path`` exists
@@ -64,7 +64,8 @@ def save_adapters(model: nn.Module, path: str | Path) -> None:
     gates = {name: files.whole(gate) for name, gate in _gate_tensors(model).items()}
     if not here:
         return
-    with files.replacing(Path(path), SETTINGS_FILE) as folder:
+    owned_files = _written(Path(path), settings.experts)
+    with files.replacing(Path(path), SETTINGS_FILE, owned_files) as folder:
         for expert, tensors in adapters.items():
             places = {n: layer for n, layer in layers.items() if expert in layer.experts}
             config = files.peft_config(
@@ -174,6 +175,17 @@ def read_settings(path: str | Path) -> dict:
     for task in settings["tasks"]:
         check_task_name(task)
     return settings
+
+
+def _written(path: Path, experts: tuple[str, ...]) -> set[str]:
+    """The files of a save with these experts, and those that an earlier one put into ``path``."""
+    try:
+        tasks = files.read_json(path / SETTINGS_FILE, path, "settings").get("tasks")
+    except ValueError:  # nothing there, or damaged: its own tasks are then unknown
+        tasks = None
+    before = (SHARED, *tasks) if isinstance(tasks, dict) else (SHARED,)
+    adapters = [files.adapter_files(expert) for expert in (*experts, *before)]
+    return {SETTINGS_FILE, CARD_FILE, GATE_FILE}.union(*adapters)
 
 
 def _load_base(name: str, options: dict) -> nn.Module:

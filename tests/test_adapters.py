@@ -65,6 +65,29 @@ def test_saving_over_other_files_is_refused(tmp_path):
     assert (tmp_path / "thesis.tex").read_text() == "mine"
 
 
+@pytest.mark.parametrize("linking", [True, False], ids=["links", "copies"])
+def test_only_what_ckf_wrote_is_replaced(linking, tmp_path, monkeypatch):
+    if not linking:
+        monkeypatch.setattr("os.link", lambda *_, **__: (_ for _ in ()).throw(OSError("no links")))
+    folder = tmp_path / "a"
+    ckf.save_adapters(patched(gate="learned"), folder)
+    others = ["optimizer.pt", "tokenizer/vocab.json", "ctr/notes.txt", "rating/notes.txt"]
+    for name in others:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(name)
+    (folder / "latest").symlink_to("optimizer.pt")
+    (folder / "empty").mkdir()
+    model = patched(tasks=["ctr", "new"])
+    ckf.save_adapters(model, folder)
+    assert all((folder / name).read_text() == name for name in (*others[1:], "optimizer.pt"))
+    assert (folder / "latest").readlink().name == "optimizer.pt" and (folder / "empty").is_dir()
+    assert not (folder / "topk").exists()  # nothing but the earlier save was in it
+    assert [p.name for p in (folder / "rating").iterdir()] == ["notes.txt"]
+    assert not (folder / "ckf_gate.safetensors").exists()
+    ckf.load_adapters(model, folder)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
 @pytest.mark.parametrize("damage", ["missing", "garbage", "shape", "key", "extra", "settings"])
 def test_a_wrong_file_changes_nothing(damage, tmp_path):
     model = patched()
