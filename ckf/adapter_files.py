@@ -238,7 +238,7 @@ def replacing(path: Path, mark: str, owned: set[str]) -> Iterator[Path]:
 
 
 def _bring_along(path: Path, folder: Path, owned: set[str]) -> None:
-    """Whatever is not ``owned`` in ``path`` into ``folder`` too, by hard links where they can be."""
+    """What is not ``owned`` in ``path`` into ``folder`` too, by hard links where they can be."""
 
     def left_behind(here: str, names: list[str]) -> set[str]:
         inner = Path(here).relative_to(path)
