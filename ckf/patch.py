@@ -15,7 +15,7 @@ from ckf.groups import find_groups
 from ckf.kernels.config import check_backend
 from ckf.layers import SHARED, MultiLoRALinear, TaskGate, adapter_device
 from ckf.routing import RoutedCheckpoint, Router, TaskIds
-from ckf.targets import Targets, features, find_targets
+from ckf.targets import ALL_LINEAR, Targets, features, find_targets, warn_of_skipped
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _RESERVED = ("lora", SHARED)
@@ -96,7 +96,7 @@ def patch_model(
         backend: "auto", "torch", "triton" or "cuda".
 
     Raises:
-        ValueError: a model that is patched already, bad task names or ranks, targets that match
+        ValueError: a model that is patched already, bad task names or ranks, a target that matches
             nothing, targeted modules that cannot carry a LoRA.
 
     Source: Multi-LoRA of Zhao et al., "Collaborative Knowledge Fusion", TKDE 2025.
@@ -126,6 +126,8 @@ def patch_model(
     if gate == "learned" and not gate_per_layer:
         device = adapter_device(model.get_submodule(names[0]))
         model_gate = TaskGate(router.tasks, settings.experts, device)
+    if ALL_LINEAR in (settings.shared_modules, settings.task_modules):
+        warn_of_skipped(model)
     made = {}  # all of them first: memory may run out, and the model is then as it was
     for index, name in enumerate(names):
         experts = [SHARED] * (name in shared_at) + list(settings.tasks) * (name in tasks_at)

@@ -1,0 +1,79 @@
+"""What patch_model finds to patch, what it leaves out and says so, what it refuses by name."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import ckf
+from ckf.patch import patched_layers
+from tests.test_patch import TASKS
+from tests.tiny import tiny_model
+
+
+class OtherLinear(nn.Module):
+    """Looks like a linear, and derives from none."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_features, self.out_features = 4, 4
+        self.packed = nn.Parameter(torch.zeros(4, 4))
+
+
+@pytest.mark.parametrize("gate", ["hard", "learned"])
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Sequential(nn.ReLU()), "Sequential has no linear to patch"),
+        (nn.Sequential(OtherLinear()), "Sequential has no linear to patch"),
+        (nn.Linear(3, 4), r"the model is itself a Linear.*nn.Sequential\(model\)"),
+    ],
+    ids=["none", "other kinds", "itself"],
+)
+def test_nothing_to_patch_is_an_error(model, message, gate):
+    with pytest.raises(ValueError, match=message):
+        ckf.patch_model(model, TASKS, gate=gate)
+    assert not ckf.is_patched(model) and all(p.requires_grad for p in model.parameters())
+
+
+def test_what_looks_like_a_linear_and_stays_out_is_named_once():
+    model = nn.Sequential(nn.Linear(4, 4), OtherLinear())
+    with pytest.warns(UserWarning, match=r"no LoRA for 1 \(OtherLinear\): .*nn.Linear") as said:
+        ckf.patch_model(model, TASKS)
+    assert len(said) == 1 and list(patched_layers(model)) == ["0"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ckf.patch_model(ckf.unpatch_model(model), TASKS, target_modules=["0"])
+        ckf.patch_model(tiny_model(), TASKS)
+
+
+@pytest.mark.parametrize("where", ["target_modules", "shared_modules", "task_modules"])
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["q_proj", "v_porj"], "names 'v_porj', which matches no linear.*did you mean v_proj"),
+        (["q_proj", "zzz"], "names 'zzz', which matches no linear of this model; it has down_proj"),
+    ],
+)
+def test_every_entry_of_a_list_matches_something(where, names, message):
+    model = tiny_model()
+    with pytest.raises(ValueError, match=message):
+        ckf.patch_model(model, TASKS, **{where: names})
+    assert not ckf.is_patched(model)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["a"], ["b"], "[ab]"])
+def test_a_linear_under_two_names_is_refused(targets):
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "c": nn.Linear(8, 8)})
+    model["b"] = model["a"]
+    with pytest.raises(ValueError, match="a and b are one linear under 2 names"):
+        ckf.patch_model(model, TASKS, target_modules=targets)
+    ckf.patch_model(model, TASKS, target_modules=["c"])
+
+
+def test_a_block_under_two_names_is_patched_once():
+    block = nn.Sequential(nn.Linear(8, 8))
+    model = ckf.patch_model(nn.Sequential(block, nn.ReLU(), block), TASKS, r=2)
+    assert list(patched_layers(model)) == ["0.0"] and model[2][0] is model[0][0]
+    assert model(torch.randn(3, 8), task_ids=TASKS).shape == (3, 8)
