@@ -3,7 +3,7 @@
 import math
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -233,8 +233,11 @@ def _check_model(model: nn.Module) -> None:
 
 def _ranks(tasks, r: int, shared_r: int | None) -> tuple[dict[str, int], int]:
     """Rank by task, and the shared rank."""
-    if isinstance(tasks, str) or not isinstance(tasks, Iterable) or not tasks:
-        raise ValueError(f'tasks is {tasks!r}; expected a list of names, like ["ctr", "topk"]')
+    if not isinstance(tasks, Sequence | Mapping) or isinstance(tasks, str) or not tasks:
+        raise ValueError(
+            f'tasks is {tasks!r}; expected a list of names, like ["ctr", "topk"], or a mapping '
+            "from name to rank: their order numbers the tasks"
+        )
     ranks = dict(tasks) if isinstance(tasks, Mapping) else {t: r for t in tasks}
     if not isinstance(tasks, Mapping) and len(ranks) != len(tasks):
         raise ValueError(f"tasks {list(tasks)} name a task twice; every name must be its own")
@@ -249,16 +252,25 @@ def _ranks(tasks, r: int, shared_r: int | None) -> tuple[dict[str, int], int]:
 
 
 def _as_targets(targets: Targets) -> Targets:
+    if not isinstance(targets, Collection) or not all(isinstance(t, str) for t in targets):
+        raise ValueError(
+            f"target_modules is {targets!r}; expected a list of name suffixes, a regular "
+            'expression as a string, or "all-linear"'
+        )
     return targets if isinstance(targets, str) else list(targets)
 
 
 def _check_settings(settings: PatchSettings) -> None:
     alpha = settings.lora_alpha
-    if not isinstance(alpha, int | float) or not abs(alpha) <= sys.float_info.max:
-        raise ValueError(f"lora_alpha is {alpha!r}; expected a finite number")
+    number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    if not number or not 0 < alpha <= sys.float_info.max:
+        raise ValueError(f"lora_alpha is {alpha!r}; expected a finite number above 0")
     dropout = settings.lora_dropout
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise ValueError(f"lora_dropout is {dropout!r}; expected a number from 0 up, below 1")
+    for flag in ("use_rslora", "gate_per_layer"):
+        if not isinstance(getattr(settings, flag), bool):
+            raise ValueError(f"{flag} is {getattr(settings, flag)!r}; expected True or False")
     if settings.gate not in ("hard", "learned"):
         raise ValueError(f"gate is {settings.gate!r}; expected 'hard' or 'learned'")
     check_backend(settings.backend)

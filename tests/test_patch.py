@@ -2,7 +2,9 @@
 
 import copy
 import pickle
+import re
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -287,9 +289,23 @@ class Experts(torch.nn.Module):
         ({"tasks": ["a"], "lora_dropout": 1.0}, "lora_dropout is 1.0"),
         ({"tasks": ["a"], "lora_dropout": "0.1"}, "lora_dropout is '0.1'; expected a number"),
         ({"tasks": ["a"], "lora_alpha": float("nan")}, "lora_alpha is nan"),
+        ({"tasks": ["a"], "lora_alpha": 0}, "lora_alpha is 0; expected a finite number above 0"),
+        ({"tasks": ["a"], "lora_alpha": True}, "lora_alpha is True"),
+        ({"tasks": ["a"], "use_rslora": "no"}, "use_rslora is 'no'; expected True or False"),
+        ({"tasks": ["a"], "use_rslora": 1}, "use_rslora is 1; expected True or False"),
+        ({"tasks": ["a"], "gate_per_layer": "no"}, "gate_per_layer is 'no'"),
         ({"tasks": None}, "tasks is None"),
+        ({"tasks": {"a", "b"}}, "tasks is .*their order numbers the tasks"),
+        ({"tasks": frozenset(["a"])}, "tasks is frozenset"),
         ({"tasks": ["a"], "r": True}, "rank of shared_r is True"),
         ({"tasks": ["a"], "task_modules": []}, r"target_modules \[\] match no linear"),
+        ({"tasks": (t for t in "ab")}, "tasks is <generator"),
+        ({"tasks": np.array(["a", "b"])}, r"tasks is array\(.*expected a list of names"),
+        ({"tasks": ["a"], "target_modules": None}, "target_modules is None; expected a list of"),
+        ({"tasks": ["a"], "target_modules": 3}, "target_modules is 3"),
+        ({"tasks": ["a"], "target_modules": [3]}, r"target_modules is \[3\]"),
+        ({"tasks": ["a"], "target_modules": re.compile("q")}, r"target_modules is re.compile"),
+        ({"tasks": ["a"], "backend": ["torch"]}, r"backend is \['torch'\]; expected one of auto"),
         ({"tasks": ["a"], "target_modules": "q_proj"}, "a string is a regular expression"),
         (
             {"tasks": ["a"], "target_modules": ["qq_proj"]},
