@@ -11,6 +11,7 @@ what the patched model gives for that task (hard gates). Safetensors only, never
 """
 
 import json
+import warnings
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from ckf import adapter_files as files
 from ckf.card import model_card
-from ckf.layers import SHARED
+from ckf.layers import SHARED, MultiLoRALinear
 from ckf.patch import (
     PatchSettings,
     check_task_name,
@@ -51,13 +52,15 @@ def save_adapters(model: nn.Module, path: str | Path) -> None:
     """Write the shared and every task's LoRA as PEFT adapters, with a model card.
 
     Replaces all that an earlier save wrote to ``path``; other files there stay. Of a sharded model
-    (FSDP2) every rank must call this; rank 0 writes.
+    (FSDP2) every rank must call this; rank 0 writes. Parameters that train and belong to no adapter
+    (a classification head, new embeddings) are not saved: one warning names them.
 
     Raises:
         ValueError: an unpatched model, adapters without values (meta device), or ``path`` exists
             and holds no saved adapters.
     """
     settings, layers = patch_state(model).settings, patched_layers(model)
+    _warn_of_others(model, layers)
     owned = {expert: files.matrices(layers, expert) for expert in settings.experts}
     here = files.writes_here(p for adapter in owned.values() for p in adapter.values())
     adapters = {e: {k: files.whole(p) for k, p in own.items()} for e, own in owned.items()}
@@ -210,6 +213,21 @@ def _check_tasks(path: Path, saved: list[str], own: list[str]) -> None:
         "same tasks in this order, or use ckf.load_patched; ckf.import_peft reads one adapter into "
         "a task of another name"
     )
+
+
+def _warn_of_others(model: nn.Module, layers: dict[str, MultiLoRALinear]) -> None:
+    """Whoever trains more than adapters has to keep that himself."""
+    own = {p for layer in layers.values() for s in (layer.lora_A, layer.lora_B) for p in s.values()}
+    own.update(_gate_tensors(model).values())
+    others = [n for n, p in model.named_parameters() if p.requires_grad and p not in own]
+    if others:
+        shown = ", ".join(others[:4]) + f" and {len(others) - 4} more" * (len(others) > 4)
+        warnings.warn(
+            f"{shown} can train but belong to no adapter and are not saved here: save them "
+            "yourself, from model.state_dict() for example, and load them into the model that you "
+            "give to ckf.load_patched",
+            stacklevel=3,
+        )
 
 
 def _gate_tensors(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -6,10 +6,12 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 Targets = str | Sequence[str]
 ALL_LINEAR = "all-linear"
+_HEADS = ("score", "classifier")  # of sequence classification: output layers, by PEFT's names
 
 
 def features(module: nn.Module) -> tuple[int, int] | None:
@@ -148,8 +150,11 @@ def _refuse_experts(model: nn.Module, matches: Callable[[str], bool]) -> None:
 
 def _left_out(model: nn.Module, places: dict[str, nn.Module]) -> set[str]:
     """Names that "all-linear" leaves out: the output layer's, as in PEFT."""
-    output = _output_layer(model)
-    return {name for name, module in places.items() if module is output}
+    outputs = {_output_layer(model)}
+    if isinstance(model, PreTrainedModel):
+        for head in (getattr(model, name, None) for name in _HEADS):
+            outputs.update(head.modules() if isinstance(head, nn.Module) else ())
+    return {name for name, module in places.items() if module in outputs}
 
 
 def _output_layer(model: nn.Module) -> nn.Module | None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -130,6 +131,21 @@ def test_a_renamed_task_is_named(tmp_path):
         ckf.load_adapters(patched(tasks=["clicks", "topk", "rating"]), tmp_path / "a")
     with pytest.raises(ValueError, match="the order differs"):
         ckf.load_adapters(patched(tasks=TASKS[::-1]), tmp_path / "a")
+
+
+@pytest.mark.parametrize("options", [{}, {"gate": "learned", "gate_per_layer": True}])
+def test_what_trains_and_is_not_saved_is_named(options, tmp_path):
+    model = patched(**options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ckf.save_adapters(model, tmp_path / "a")
+    model.get_input_embeddings().requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"embed_tokens.weight can train but .* not saved here"):
+        ckf.save_adapters(model, tmp_path / "a")
+    model.model.norm.requires_grad_(True)
+    model.model.layers.requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"embed_tokens.weight, model.layers.0.* more can train"):
+        ckf.save_adapters(model, tmp_path / "a")
 
 
 def test_integers_are_refused(tmp_path):

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 
 import ckf
 from ckf.patch import patched_layers
@@ -77,3 +78,14 @@ def test_a_block_under_two_names_is_patched_once():
     model = ckf.patch_model(nn.Sequential(block, nn.ReLU(), block), TASKS, r=2)
     assert list(patched_layers(model)) == ["0.0"] and model[2][0] is model[0][0]
     assert model(torch.randn(3, 8), task_ids=TASKS).shape == (3, 8)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_classification_head_is_an_output_layer(family):
+    config = tiny_model(family).config
+    model = AutoModelForSequenceClassification.from_config(config)
+    heads = ("lm_head", "score", "classifier")
+    ckf.patch_model(model, TASKS, r=2)
+    assert patched_layers(model) and not any(n.startswith(heads) for n in patched_layers(model))
+    ckf.patch_model(ckf.unpatch_model(model), TASKS, target_modules=["score"])
+    assert list(patched_layers(model)) == ["score"]
