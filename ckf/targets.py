@@ -137,15 +137,20 @@ def _refuse_experts(model: nn.Module, matches: Callable[[str], bool]) -> None:
     """Mixture-of-experts weights in one 3-D parameter cannot carry a LoRA: say so, skip nothing."""
     for name, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
-            full = f"{name}.{leaf}"
-            if parameter.dim() == 3 and not features(module) and (matches(full) or matches(name)):
-                if "conv" in type(module).__name__.lower():
-                    continue
+            full = f"{name}.{leaf}" if name else leaf
+            stacked = parameter.dim() == 3 and parameter.shape[0] > 1 and not features(module)
+            if stacked and (matches(full) or matches(name)) and _holds_experts(full, module):
                 raise ValueError(
                     f"{full} has shape {tuple(parameter.shape)}: expert weights in one 3-D "
                     "parameter cannot carry a LoRA; name the linears to patch, for example "
                     'target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]'
                 )
+
+
+def _holds_experts(name: str, module: nn.Module) -> bool:
+    """By the parameter's name or the module's kind; a 3-D parameter may be much else."""
+    words = f"{name} {type(module).__name__}".lower()
+    return "expert" in words or "moe" in words or hasattr(module, "num_experts")
 
 
 def _left_out(model: nn.Module, places: dict[str, nn.Module]) -> set[str]:

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, ViTConfig, ViTModel
 
 import ckf
 from ckf.patch import patched_layers
@@ -89,3 +89,24 @@ def test_a_classification_head_is_an_output_layer(family):
     assert patched_layers(model) and not any(n.startswith(heads) for n in patched_layers(model))
     ckf.patch_model(ckf.unpatch_model(model), TASKS, target_modules=["score"])
     assert list(patched_layers(model)) == ["score"]
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.zeros(2, 4, 4))
+
+
+def test_targeted_moe_parameters_raise():
+    model = nn.ModuleDict({"experts": Experts(), "proj": nn.Linear(4, 4)})
+    with pytest.raises(ValueError, match="expert weights in one 3-D parameter"):
+        ckf.patch_model(model, ["a"])
+    ckf.patch_model(model, ["a"], target_modules=["proj"])
+
+
+def test_three_dimensions_alone_are_no_experts():
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    vit = ViTModel(ViTConfig(hidden_size=32, image_size=8, patch_size=4, **sizes))
+    assert ckf.is_patched(ckf.patch_model(vit, TASKS, r=2))  # cls_token (1, 1, 32)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Bilinear(4, 4, 4))
+    assert list(patched_layers(ckf.patch_model(model, TASKS, r=2))) == ["0"]
