@@ -291,6 +291,7 @@ def _make_layer(model, name, experts, index, state: PatchState, gate) -> MultiLo
         dropout=settings.lora_dropout,
         backend=settings.backend,
         gate=gate,
+        name=name,
     )
     if settings.gate == "learned" and settings.gate_per_layer:
         device = adapter_device(base)

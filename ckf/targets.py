@@ -43,6 +43,12 @@ def find_targets(model: nn.Module, targets: Targets) -> set[str]:
 
 def warn_of_skipped(model: nn.Module) -> None:
     """One warning that names what looks like a linear and gets no LoRA by "all-linear"."""
+    reasons = []
+    read = _read_by_others(_places(model))
+    if read:
+        reasons.append(
+            f"no LoRA for {', '.join(sorted(read))}: nn.MultiheadAttention reads the weight itself"
+        )
     kinds = {
         name: type(module).__name__
         for name, module in model.named_modules()
@@ -51,11 +57,12 @@ def warn_of_skipped(model: nn.Module) -> None:
     }
     if kinds:
         names = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
-        warnings.warn(
+        reasons.append(
             f"no LoRA for {names}: linears of a kind that cannot be patched; it has to derive from "
-            "nn.Linear or Conv1D",
-            stacklevel=3,
+            "nn.Linear or Conv1D"
         )
+    if reasons:
+        warnings.warn("\n".join(reasons), stacklevel=3)
 
 
 def _places(model: nn.Module) -> dict[str, nn.Module]:
@@ -91,6 +98,12 @@ def _check_named(targets: Targets, found: set[str], places, linears: set[str]) -
     if wrong:
         kind = type(places[wrong[0]]).__name__
         raise ValueError(f"target {wrong[0]} is a {kind}; Multi-LoRA goes on linears only")
+    read = sorted(found & _read_by_others(places).keys())
+    if read:
+        raise ValueError(
+            f"target {read[0]} belongs to nn.MultiheadAttention, which reads the weight itself, "
+            "so that a LoRA would be skipped; leave it out of target_modules"
+        )
     known = sorted({n.rsplit(".", 1)[-1] for n in linears})
     if not found:
         raise ValueError(
@@ -154,12 +167,19 @@ def _holds_experts(name: str, module: nn.Module) -> bool:
 
 
 def _left_out(model: nn.Module, places: dict[str, nn.Module]) -> set[str]:
-    """Names that "all-linear" leaves out: the output layer's, as in PEFT."""
-    outputs = {_output_layer(model)}
+    """What "all-linear" leaves out: the output layer's, as in PEFT, and what is never called."""
+    outputs = {_output_layer(model), *_read_by_others(places).values()}
     if isinstance(model, PreTrainedModel):
         for head in (getattr(model, name, None) for name in _HEADS):
             outputs.update(head.modules() if isinstance(head, nn.Module) else ())
     return {name for name, module in places.items() if module in outputs}
+
+
+def _read_by_others(places: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Linears that torch never calls: attention takes their weight, and a LoRA would be skipped."""
+    holders = [m for m in places.values() if isinstance(m, nn.MultiheadAttention)]
+    read = {holder.out_proj for holder in holders}
+    return {name: module for name, module in places.items() if module in read}
 
 
 def _output_layer(model: nn.Module) -> nn.Module | None:

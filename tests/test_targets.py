@@ -5,12 +5,18 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, ViTConfig, ViTModel
+from transformers import (
+    AutoModelForSequenceClassification,
+    MambaConfig,
+    MambaForCausalLM,
+    ViTConfig,
+    ViTModel,
+)
 
 import ckf
 from ckf.patch import patched_layers
 from tests.test_patch import TASKS
-from tests.tiny import tiny_model
+from tests.tiny import randomise_adapters, tiny_model
 
 
 class OtherLinear(nn.Module):
@@ -110,3 +116,28 @@ def test_three_dimensions_alone_are_no_experts():
     assert ckf.is_patched(ckf.patch_model(vit, TASKS, r=2))  # cls_token (1, 1, 32)
     model = nn.Sequential(nn.Linear(4, 4), nn.Bilinear(4, 4, 4))
     assert list(patched_layers(ckf.patch_model(model, TASKS, r=2))) == ["0"]
+
+
+def test_attention_that_reads_its_own_linear_is_left_out_and_named():
+    def block():
+        return nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+
+    with pytest.warns(UserWarning, match="no LoRA for self_attn.out_proj: nn.MultiheadAttention"):
+        model = ckf.patch_model(block(), TASKS, r=2)
+    assert list(patched_layers(model)) == ["linear1", "linear2"]
+    randomise_adapters(model)
+    assert model.train()(torch.randn(3, 2, 8), task_ids=TASKS).shape == (3, 2, 8)
+    with pytest.raises(ValueError, match="target self_attn.out_proj belongs to nn.MultiheadAtt"):
+        ckf.patch_model(block(), TASKS, target_modules=["out_proj", "linear1"])
+
+
+def test_a_weight_that_a_model_reads_itself_is_named():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "state_size": 4}
+    model = ckf.patch_model(MambaForCausalLM(MambaConfig(vocab_size=64, **sizes)), TASKS, r=2)
+    message = r"the weight of a patched layer \(backbone.layers.0.mixer.\w+_proj\).*target_modules"
+    with pytest.raises(AttributeError, match=message):
+        model(input_ids=torch.ones(3, 2, dtype=torch.int64), task_ids=TASKS)
+    layer = model.backbone.layers[0].mixer.dt_proj
+    assert not hasattr(layer, "weight") and not hasattr(layer, "bias") and layer.base_layer
+    with pytest.raises(AttributeError, match="has no attribute 'wieght'"):
+        _ = layer.wieght
