@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from ckf import adapter_files as files
+from ckf.calls import ADAPTERS_FOLDER
 from ckf.card import model_card
 from ckf.layers import SHARED, MultiLoRALinear
 from ckf.patch import (
@@ -159,8 +160,18 @@ def load_patched(
 
 def read_settings(path: str | Path) -> dict:
     """How the model was patched whose adapters lie in ``path``; ValueError for a foreign file."""
+    if not isinstance(path, str | Path):
+        raise ValueError(
+            f"path is a {type(path).__name__}; expected the folder of adapters, and the model "
+            "before it: ckf.load_patched(base, path)"
+        )
     path = Path(path)
     file, expected = path / SETTINGS_FILE, "a folder written by ckf.save_adapters"
+    inside = path / ADAPTERS_FOLDER
+    if not file.exists() and (inside / SETTINGS_FILE).exists():
+        raise ValueError(
+            f"{path} holds no {SETTINGS_FILE}; its adapters are in {inside}: give that"
+        )
     settings = files.read_json(file, path, expected)
     if settings.get("format") != FORMAT:
         raise ValueError(

@@ -274,6 +274,13 @@ def _pairs(
             pairs[name] = tuple(sides)
         elif any(t is not None for t in sides):
             raise ValueError(f"{file} has only one of lora_A and lora_B for {name}; save it again")
+    embeddings = sorted(n for n in rest if ".lora_embedding_" in n)
+    if embeddings:
+        raise ValueError(
+            f"{file} holds {embeddings[0].removeprefix(files.PREFIX)}: a LoRA on an embedding, and "
+            "Multi-LoRA goes on linears only; merge that adapter into its base with PEFT and patch "
+            "the merged model"
+        )
     if rest:
         foreign = sorted({re.sub(r"\.lora_\w+(\.weight)?$", "", n) for n in rest})
         names = [n.removeprefix(files.PREFIX) for n in foreign]

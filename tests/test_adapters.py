@@ -255,6 +255,29 @@ def test_a_model_given_stays_unpatched_when_loading_fails(tmp_path):
         ckf.load_patched(str(tmp_path / "nowhere"), tmp_path / "a")
 
 
+def test_a_folder_nearby_and_swapped_arguments_are_named(tmp_path):
+    model = patched()
+    model.save_pretrained(tmp_path / "out")
+    with pytest.raises(ValueError, match="its adapters are in .*out/adapters: give that"):
+        ckf.load_patched(tiny_model(), tmp_path / "out")
+    with pytest.raises(ValueError, match=r"path is a LlamaForCausalLM; .*load_patched\(base, path"):
+        ckf.load_patched(str(tmp_path / "out/adapters"), tiny_model())
+    assert ckf.is_patched(ckf.load_patched(tiny_model(), tmp_path / "out/adapters"))
+
+
+def test_a_task_added_later_keeps_the_others(tmp_path):
+    """The way that the README gives."""
+    model = patched()
+    randomise_adapters(model)
+    expected = logits(model, tokens(), task_ids=[0, 1, 2, 0])
+    ckf.save_adapters(model, tmp_path / "a")
+    ckf.patch_model(ckf.unpatch_model(model), [*TASKS, "new"], r=4, lora_alpha=8)
+    for adapter in ("shared", *TASKS):
+        ckf.import_peft(model, tmp_path / "a" / adapter, adapter)
+    found = logits(model, tokens(), task_ids=[0, 1, 2, 0])
+    torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-5)
+
+
 def test_the_card_says_what_lies_there(tmp_path):
     model = patched(tasks={"ctr": 2, "topk": 8}, shared_r=3)
     model.config._name_or_path = "org/base-7b"

@@ -201,7 +201,10 @@ def test_exports_and_saved_folders_import_again(tmp_path):
             {"target_modules": ["q_proj", "o_proj"]},
             r"o_proj \(in all o_proj\), which carries no ctr",
         ),
-        ({"target_modules": ["embed_tokens"]}, "embed_tokens"),
+        (
+            {"target_modules": ["embed_tokens"]},
+            "embed_tokens.lora_embedding_A: a LoRA on an embedding, and .* linears only",
+        ),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
     ],
 )
