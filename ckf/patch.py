@@ -102,6 +102,11 @@ def patch_model(
     Source: Multi-LoRA of Zhao et al., "Collaborative Knowledge Fusion", TKDE 2025.
     """
     _check_model(model)
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "adapters made inside torch.inference_mode() can never train; call ckf.patch_model "
+            "outside of it"
+        )
     settings = PatchSettings(
         *_ranks(tasks, r, shared_r),
         lora_alpha,

@@ -241,6 +241,13 @@ def test_training_after_inference_mode():
     model(input_ids=tokens(), labels=tokens(), task_ids=[0] * 4).loss.backward()
 
 
+def test_patching_inside_inference_mode_is_refused():
+    model = tiny_model()
+    with torch.inference_mode(), pytest.raises(ValueError, match="can never train"):
+        ckf.patch_model(model, TASKS)
+    assert not ckf.is_patched(model)
+
+
 def test_siblings_share_one_dropout_mask():
     model = patched(lora_dropout=0.5).train()
     seeds = []
