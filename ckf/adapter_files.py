@@ -198,9 +198,17 @@ def copy_all(copies: list[tuple[Tensor, Tensor]]) -> None:
         own.copy_(tensor)
 
 
+def adapter_files(expert: str) -> set[str]:
+    """What ``write_adapter`` puts under a folder of adapters."""
+    return {f"{expert}/{CONFIG_FILE}", f"{expert}/{WEIGHTS_FILE}"}
+
+
 @contextmanager
-def replacing(path: Path, mark: str) -> Iterator[Path]:
+def replacing(path: Path, mark: str, owned: set[str]) -> Iterator[Path]:
     """A temporary folder beside ``path`` that takes its place once all is written.
+
+    Of what lies in ``path``, the files that are ``owned``, by their names under it, make room; all
+    others come along.
 
     Raises:
         ValueError: ``path`` holds files, but none called ``mark``.
@@ -215,6 +223,8 @@ def replacing(path: Path, mark: str) -> Iterator[Path]:
     old = folder.with_name(folder.name + "-old")
     try:
         yield folder
+        if path.exists():
+            _bring_along(path, folder, owned)
         os.chmod(folder, 0o755)
         if path.exists():
             path.rename(old)
@@ -225,3 +235,32 @@ def replacing(path: Path, mark: str) -> Iterator[Path]:
             old.rename(path)
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _bring_along(path: Path, folder: Path, owned: set[str]) -> None:
+    """What is not ``owned`` in ``path`` into ``folder`` too, by hard links where they can be."""
+
+    def left_behind(here: str, names: list[str]) -> set[str]:
+        inner = Path(here).relative_to(path)
+        links = {n for n in names if (path / inner / n).is_symlink()}
+        return {n for n in names if (inner / n).as_posix() in owned} | {
+            n
+            for n in links
+            if (folder / inner / n).is_dir()  # its files were an adapter's
+        }
+
+    shutil.copytree(
+        path, folder, symlinks=True, ignore=left_behind, copy_function=_link, dirs_exist_ok=True
+    )
+    for place in {(folder / name).parent for name in owned} - {folder}:
+        if place.is_dir() and not any(place.iterdir()):  # of a task that is no more
+            place.rmdir()
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # a file system without hard links
+        if os.path.lexists(target):
+            raise
+        shutil.copy2(source, target, follow_symlinks=False)

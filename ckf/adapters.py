@@ -11,6 +11,7 @@ what the patched model gives for that task (hard gates). Safetensors only, never
 """
 
 import json
+import warnings
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from ckf import adapter_files as files
+from ckf.calls import ADAPTERS_FOLDER
 from ckf.card import model_card
-from ckf.layers import SHARED
+from ckf.layers import SHARED, MultiLoRALinear
 from ckf.patch import (
     PatchSettings,
     check_task_name,
@@ -50,21 +52,24 @@ _KINDS = {
 def save_adapters(model: nn.Module, path: str | Path) -> None:
     """Write the shared and every task's LoRA as PEFT adapters, with a model card.
 
-    Replaces ``path`` as a whole. Of a sharded model (FSDP2) every rank must call this; rank 0
-    writes.
+    Replaces all that an earlier save wrote to ``path``; other files there stay. Of a sharded model
+    (FSDP2) every rank must call this; rank 0 writes. Parameters that train and belong to no adapter
+    (a classification head, new embeddings) are not saved: one warning names them.
 
     Raises:
         ValueError: an unpatched model, adapters without values (meta device), or ``path`` exists
             and holds no saved adapters.
     """
     settings, layers = patch_state(model).settings, patched_layers(model)
+    _warn_of_others(model, layers)
     owned = {expert: files.matrices(layers, expert) for expert in settings.experts}
     here = files.writes_here(p for adapter in owned.values() for p in adapter.values())
     adapters = {e: {k: files.whole(p) for k, p in own.items()} for e, own in owned.items()}
     gates = {name: files.whole(gate) for name, gate in _gate_tensors(model).items()}
     if not here:
         return
-    with files.replacing(Path(path), SETTINGS_FILE) as folder:
+    owned_files = _written(Path(path), settings.experts)
+    with files.replacing(Path(path), SETTINGS_FILE, owned_files) as folder:
         for expert, tensors in adapters.items():
             places = {n: layer for n, layer in layers.items() if expert in layer.experts}
             config = files.peft_config(
@@ -155,8 +160,18 @@ def load_patched(
 
 def read_settings(path: str | Path) -> dict:
     """How the model was patched whose adapters lie in ``path``; ValueError for a foreign file."""
+    if not isinstance(path, str | Path):
+        raise ValueError(
+            f"path is a {type(path).__name__}; expected the folder of adapters, and the model "
+            "before it: ckf.load_patched(base, path)"
+        )
     path = Path(path)
     file, expected = path / SETTINGS_FILE, "a folder written by ckf.save_adapters"
+    inside = path / ADAPTERS_FOLDER
+    if not file.exists() and (inside / SETTINGS_FILE).exists():
+        raise ValueError(
+            f"{path} holds no {SETTINGS_FILE}; its adapters are in {inside}: give that"
+        )
     settings = files.read_json(file, path, expected)
     if settings.get("format") != FORMAT:
         raise ValueError(
@@ -174,6 +189,17 @@ def read_settings(path: str | Path) -> dict:
     for task in settings["tasks"]:
         check_task_name(task)
     return settings
+
+
+def _written(path: Path, experts: tuple[str, ...]) -> set[str]:
+    """The files of a save with these experts, and those that an earlier one put into ``path``."""
+    try:
+        tasks = files.read_json(path / SETTINGS_FILE, path, "settings").get("tasks")
+    except ValueError:  # nothing there, or damaged: its own tasks are then unknown
+        tasks = None
+    before = (SHARED, *tasks) if isinstance(tasks, dict) else (SHARED,)
+    adapters = [files.adapter_files(expert) for expert in (*experts, *before)]
+    return {SETTINGS_FILE, CARD_FILE, GATE_FILE}.union(*adapters)
 
 
 def _load_base(name: str, options: dict) -> nn.Module:
@@ -198,6 +224,21 @@ def _check_tasks(path: Path, saved: list[str], own: list[str]) -> None:
         "same tasks in this order, or use ckf.load_patched; ckf.import_peft reads one adapter into "
         "a task of another name"
     )
+
+
+def _warn_of_others(model: nn.Module, layers: dict[str, MultiLoRALinear]) -> None:
+    """Whoever trains more than adapters has to keep that himself."""
+    own = {p for layer in layers.values() for s in (layer.lora_A, layer.lora_B) for p in s.values()}
+    own.update(_gate_tensors(model).values())
+    others = [n for n, p in model.named_parameters() if p.requires_grad and p not in own]
+    if others:
+        shown = ", ".join(others[:4]) + f" and {len(others) - 4} more" * (len(others) > 4)
+        warnings.warn(
+            f"{shown} can train but belong to no adapter and are not saved here: save them "
+            "yourself, from model.state_dict() for example, and load them into the model that you "
+            "give to ckf.load_patched",
+            stacklevel=3,
+        )
 
 
 def _gate_tensors(model: nn.Module) -> dict[str, nn.Parameter]:

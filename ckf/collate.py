@@ -1,5 +1,6 @@
 """Batches of any Hugging Face collator, with every row's task kept."""
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -49,12 +50,14 @@ class TaskCollator:
         rows = [dict(feature) for feature in features]
         ids = self.router.tensor([_take_task(row, i) for i, row in enumerate(rows)])
         lengths = torch.tensor([len(row["input_ids"]) for row in rows if "input_ids" in row])
+        own_positions = any("position_ids" in row for row in rows)
         batch = dict(self.collator(rows))
         tokens = batch.get("input_ids")
         if not isinstance(tokens, Tensor):
             return batch | {"task_ids": ids}
         flat = tokens.shape == (1, int(lengths.sum()))
-        if tokens.shape[0] == len(rows) and not (flat and "position_ids" in batch):
+        packed = flat and "position_ids" in batch and not own_positions  # of one row, too
+        if tokens.shape[0] == len(rows) and not packed:
             return batch | {"task_ids": ids}
         if not flat:
             raise ValueError(
@@ -82,8 +85,10 @@ def _take_task(row: dict, index: int) -> str | int:
         )
     task = row.pop(found[0])
     try:
-        return task if isinstance(task, str) else int(task)
+        if isinstance(task, bool):
+            raise TypeError("a bool is no number of a task")
+        return task if isinstance(task, str) else operator.index(task)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"feature {index} has {found[0]} {task!r}; expected a task's name or number"
+            f"feature {index} has {found[0]} {task!r}; expected a task's name or whole number"
         ) from error

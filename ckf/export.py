@@ -40,14 +40,15 @@ def export_peft(model: nn.Module, task: str, path: str | Path) -> int:
     """Write what one task uses as ONE ordinary PEFT LoRA, scalings and gates folded into B.
 
     Its rank is shared + task (with learned gates: all experts) everywhere, zero-padded where a
-    layer has less; lora_alpha equals the rank, so that any LoRA server scales it by one. Of a
-    sharded model every rank must call this; rank 0 writes.
+    layer has less; lora_alpha equals the rank, so that any LoRA server scales it by one. An adapter
+    in ``path`` is replaced, other files beside it stay. Of a sharded model every rank must call
+    this; rank 0 writes.
 
     Returns:
         The rank; a server needs room for it (``--max-lora-rank`` of vLLM, see ``serving_command``).
 
     Raises:
-        ValueError: an unpatched model, an unknown task, or a folder with other files.
+        ValueError: an unpatched model, an unknown task, or a folder with files but no adapter.
     """
     state, layers = patch_state(model), patched_layers(model)
     row = state.router.index(_known_task(state, task))
@@ -66,7 +67,8 @@ def export_peft(model: nn.Module, task: str, path: str | Path) -> int:
         model, places, r=rank, lora_alpha=rank, lora_dropout=0.0, use_rslora=False
     )
     if files.writes_here(owned):
-        with files.replacing(Path(path), files.CONFIG_FILE) as folder:
+        owned_files = {files.CONFIG_FILE, files.WEIGHTS_FILE}
+        with files.replacing(Path(path), files.CONFIG_FILE, owned_files) as folder:
             files.write_adapter(folder, config, tensors)
     return rank
 
@@ -272,6 +274,13 @@ def _pairs(
             pairs[name] = tuple(sides)
         elif any(t is not None for t in sides):
             raise ValueError(f"{file} has only one of lora_A and lora_B for {name}; save it again")
+    embeddings = sorted(n for n in rest if ".lora_embedding_" in n)
+    if embeddings:
+        raise ValueError(
+            f"{file} holds {embeddings[0].removeprefix(files.PREFIX)}: a LoRA on an embedding, and "
+            "Multi-LoRA goes on linears only; merge that adapter into its base with PEFT and patch "
+            "the merged model"
+        )
     if rest:
         foreign = sorted({re.sub(r"\.lora_\w+(\.weight)?$", "", n) for n in rest})
         names = [n.removeprefix(files.PREFIX) for n in foreign]

@@ -103,6 +103,7 @@ class MultiLoRALinear(nn.Module):
         scaling: LoRA scaling per expert.
         index: this layer's number in the model; makes its dropout seed its own.
         gate: learned gates, or None for the hard gate.
+        name: the layer's name in the model, for messages.
     """
 
     def __init__(
@@ -117,8 +118,10 @@ class MultiLoRALinear(nn.Module):
         dropout: float = 0.0,
         backend: str = "auto",
         gate: TaskGate | None = None,
+        name: str = "",
     ) -> None:
         super().__init__()
+        self.name = name
         self.base_layer = base_layer
         self.in_features, self.out_features = in_features, out_features
         self.router, self.index = router, index
@@ -161,6 +164,15 @@ class MultiLoRALinear(nn.Module):
         """After a change of the adapters that their version counters may not show."""
         for cache in self._decode:
             cache.clear()
+
+    def __getattr__(self, name: str):
+        if name in ("weight", "bias"):
+            raise AttributeError(
+                f"the {name} of a patched layer ({self.name}) was asked for: a model that "
+                "reads it computes around the LoRAs; leave this layer out, by naming others in "
+                f"target_modules (base_layer.{name} is the frozen one)"
+            )
+        return super().__getattr__(name)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_decode": (DecodeCache(), DecodeCache())}

@@ -3,21 +3,20 @@
 import math
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ckf.calls import AdapterSave, RoutedCheckpointSwitch, RoutedForward, RoutedGenerate
 from ckf.groups import find_groups
 from ckf.kernels.config import check_backend
 from ckf.layers import SHARED, MultiLoRALinear, TaskGate, adapter_device
 from ckf.routing import RoutedCheckpoint, Router, TaskIds
+from ckf.targets import ALL_LINEAR, Targets, features, find_targets, warn_of_skipped
 
-Targets = str | Sequence[str]
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _RESERVED = ("lora", SHARED)
 
@@ -97,12 +96,17 @@ def patch_model(
         backend: "auto", "torch", "triton" or "cuda".
 
     Raises:
-        ValueError: a model that is patched already, bad task names or ranks, targets that match
+        ValueError: a model that is patched already, bad task names or ranks, a target that matches
             nothing, targeted modules that cannot carry a LoRA.
 
     Source: Multi-LoRA of Zhao et al., "Collaborative Knowledge Fusion", TKDE 2025.
     """
     _check_model(model)
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "adapters made inside torch.inference_mode() can never train; call ckf.patch_model "
+            "outside of it"
+        )
     settings = PatchSettings(
         *_ranks(tasks, r, shared_r),
         lora_alpha,
@@ -115,8 +119,8 @@ def patch_model(
         _as_targets(target_modules if task_modules is None else task_modules),
     )
     _check_settings(settings)
-    shared_at = _find_targets(model, settings.shared_modules)
-    tasks_at = _find_targets(model, settings.task_modules)
+    shared_at = find_targets(model, settings.shared_modules)
+    tasks_at = find_targets(model, settings.task_modules)
     if not settings.shared_r:
         shared_at = set()
     router = Router(tuple(settings.tasks))
@@ -127,6 +131,8 @@ def patch_model(
     if gate == "learned" and not gate_per_layer:
         device = adapter_device(model.get_submodule(names[0]))
         model_gate = TaskGate(router.tasks, settings.experts, device)
+    if ALL_LINEAR in (settings.shared_modules, settings.task_modules):
+        warn_of_skipped(model)
     made = {}  # all of them first: memory may run out, and the model is then as it was
     for index, name in enumerate(names):
         experts = [SHARED] * (name in shared_at) + list(settings.tasks) * (name in tasks_at)
@@ -232,8 +238,11 @@ def _check_model(model: nn.Module) -> None:
 
 def _ranks(tasks, r: int, shared_r: int | None) -> tuple[dict[str, int], int]:
     """Rank by task, and the shared rank."""
-    if isinstance(tasks, str) or not isinstance(tasks, Iterable) or not tasks:
-        raise ValueError(f'tasks is {tasks!r}; expected a list of names, like ["ctr", "topk"]')
+    if not isinstance(tasks, Sequence | Mapping) or isinstance(tasks, str) or not tasks:
+        raise ValueError(
+            f'tasks is {tasks!r}; expected a list of names, like ["ctr", "topk"], or a mapping '
+            "from name to rank: their order numbers the tasks"
+        )
     ranks = dict(tasks) if isinstance(tasks, Mapping) else {t: r for t in tasks}
     if not isinstance(tasks, Mapping) and len(ranks) != len(tasks):
         raise ValueError(f"tasks {list(tasks)} name a task twice; every name must be its own")
@@ -248,96 +257,34 @@ def _ranks(tasks, r: int, shared_r: int | None) -> tuple[dict[str, int], int]:
 
 
 def _as_targets(targets: Targets) -> Targets:
+    if not isinstance(targets, Collection) or not all(isinstance(t, str) for t in targets):
+        raise ValueError(
+            f"target_modules is {targets!r}; expected a list of name suffixes, a regular "
+            'expression as a string, or "all-linear"'
+        )
     return targets if isinstance(targets, str) else list(targets)
 
 
 def _check_settings(settings: PatchSettings) -> None:
     alpha = settings.lora_alpha
-    if not isinstance(alpha, int | float) or not abs(alpha) <= sys.float_info.max:
-        raise ValueError(f"lora_alpha is {alpha!r}; expected a finite number")
+    number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    if not number or not 0 < alpha <= sys.float_info.max:
+        raise ValueError(f"lora_alpha is {alpha!r}; expected a finite number above 0")
     dropout = settings.lora_dropout
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise ValueError(f"lora_dropout is {dropout!r}; expected a number from 0 up, below 1")
+    for flag in ("use_rslora", "gate_per_layer"):
+        if not isinstance(getattr(settings, flag), bool):
+            raise ValueError(f"{flag} is {getattr(settings, flag)!r}; expected True or False")
     if settings.gate not in ("hard", "learned"):
         raise ValueError(f"gate is {settings.gate!r}; expected 'hard' or 'learned'")
     check_backend(settings.backend)
 
 
-def _features(module: nn.Module) -> tuple[int, int] | None:
-    """(k, n) of a linear, also a quantized one; None for any other module."""
-    if isinstance(module, Conv1D):
-        return module.weight.shape[0], module.weight.shape[1]
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    return None
-
-
-def _find_targets(model: nn.Module, targets: Targets) -> set[str]:
-    modules = dict(model.named_modules())
-    output = _output_layer(model)
-    linears = {n for n, m in modules.items() if n and _features(m) and m is not output}
-    if targets == "all-linear":
-        _refuse_experts(model, lambda name: True)
-        return linears
-    if isinstance(targets, str):
-        try:
-            pattern = re.compile(targets)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise ValueError(
-                f"target_modules {targets!r} is no valid regular expression ({error}); give one, "
-                'a list of suffixes, or "all-linear"'
-            ) from error
-
-        def matches(name: str) -> bool:
-            return pattern.fullmatch(name) is not None
-    else:
-        suffixes = list(targets)
-
-        def matches(name: str) -> bool:
-            return any(name == s or name.endswith("." + s) for s in suffixes)
-
-    _refuse_experts(model, matches)
-    found = {name for name in modules if name and matches(name)}
-    wrong = sorted(n for n in found if not _features(modules[n]))
-    if wrong:
-        kind = type(modules[wrong[0]]).__name__
-        raise ValueError(f"target {wrong[0]} is a {kind}; Multi-LoRA goes on linears only")
-    if not found:
-        known = ", ".join(sorted({n.rsplit(".", 1)[-1] for n in linears}))
-        raise ValueError(
-            f"target_modules {targets!r} match no linear; this model has {known} (a list names "
-            "suffixes, a string is a regular expression for the whole name)"
-        )
-    return found
-
-
-def _refuse_experts(model: nn.Module, matches) -> None:
-    """Mixture-of-experts weights in one 3-D parameter cannot carry a LoRA: say so, skip nothing."""
-    for name, module in model.named_modules():
-        for leaf, parameter in module.named_parameters(recurse=False):
-            full = f"{name}.{leaf}"
-            if parameter.dim() == 3 and not _features(module) and (matches(full) or matches(name)):
-                if "conv" in type(module).__name__.lower():
-                    continue
-                raise ValueError(
-                    f"{full} has shape {tuple(parameter.shape)}: expert weights in one 3-D "
-                    "parameter cannot carry a LoRA; name the linears to patch, for example "
-                    'target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]'
-                )
-
-
-def _output_layer(model: nn.Module) -> nn.Module | None:
-    getter = getattr(model, "get_output_embeddings", None)
-    try:
-        return getter() if getter else None
-    except (AttributeError, NotImplementedError):
-        return None
-
-
 def _make_layer(model, name, experts, index, state: PatchState, gate) -> MultiLoRALinear:
     settings = state.settings
     base = model.get_submodule(name)
-    k, n = _features(base)
+    k, n = features(base)
     layer = MultiLoRALinear(
         base,
         state.router,
@@ -349,6 +296,7 @@ def _make_layer(model, name, experts, index, state: PatchState, gate) -> MultiLo
         dropout=settings.lora_dropout,
         backend=settings.backend,
         gate=gate,
+        name=name,
     )
     if settings.gate == "learned" and settings.gate_per_layer:
         device = adapter_device(base)

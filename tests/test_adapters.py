@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -65,6 +66,29 @@ def test_saving_over_other_files_is_refused(tmp_path):
     assert (tmp_path / "thesis.tex").read_text() == "mine"
 
 
+@pytest.mark.parametrize("linking", [True, False], ids=["links", "copies"])
+def test_only_what_ckf_wrote_is_replaced(linking, tmp_path, monkeypatch):
+    if not linking:
+        monkeypatch.setattr("os.link", lambda *_, **__: (_ for _ in ()).throw(OSError("no links")))
+    folder = tmp_path / "a"
+    ckf.save_adapters(patched(gate="learned"), folder)
+    others = ["optimizer.pt", "tokenizer/vocab.json", "ctr/notes.txt", "rating/notes.txt"]
+    for name in others:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(name)
+    (folder / "latest").symlink_to("optimizer.pt")
+    (folder / "empty").mkdir()
+    model = patched(tasks=["ctr", "new"])
+    ckf.save_adapters(model, folder)
+    assert all((folder / name).read_text() == name for name in (*others[1:], "optimizer.pt"))
+    assert (folder / "latest").readlink().name == "optimizer.pt" and (folder / "empty").is_dir()
+    assert not (folder / "topk").exists()  # nothing but the earlier save was in it
+    assert [p.name for p in (folder / "rating").iterdir()] == ["notes.txt"]
+    assert not (folder / "ckf_gate.safetensors").exists()
+    ckf.load_adapters(model, folder)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
 @pytest.mark.parametrize("damage", ["missing", "garbage", "shape", "key", "extra", "settings"])
 def test_a_wrong_file_changes_nothing(damage, tmp_path):
     model = patched()
@@ -107,6 +131,21 @@ def test_a_renamed_task_is_named(tmp_path):
         ckf.load_adapters(patched(tasks=["clicks", "topk", "rating"]), tmp_path / "a")
     with pytest.raises(ValueError, match="the order differs"):
         ckf.load_adapters(patched(tasks=TASKS[::-1]), tmp_path / "a")
+
+
+@pytest.mark.parametrize("options", [{}, {"gate": "learned", "gate_per_layer": True}])
+def test_what_trains_and_is_not_saved_is_named(options, tmp_path):
+    model = patched(**options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ckf.save_adapters(model, tmp_path / "a")
+    model.get_input_embeddings().requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"embed_tokens.weight can train but .* not saved here"):
+        ckf.save_adapters(model, tmp_path / "a")
+    model.model.norm.requires_grad_(True)
+    model.model.layers.requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"embed_tokens.weight, model.layers.0.* more can train"):
+        ckf.save_adapters(model, tmp_path / "a")
 
 
 def test_integers_are_refused(tmp_path):
@@ -214,6 +253,29 @@ def test_a_model_given_stays_unpatched_when_loading_fails(tmp_path):
         ckf.load_patched(base, tmp_path / "a", dtype=torch.float16)
     with pytest.raises(ValueError, match="cannot load the base model"):
         ckf.load_patched(str(tmp_path / "nowhere"), tmp_path / "a")
+
+
+def test_a_folder_nearby_and_swapped_arguments_are_named(tmp_path):
+    model = patched()
+    model.save_pretrained(tmp_path / "out")
+    with pytest.raises(ValueError, match="its adapters are in .*out/adapters: give that"):
+        ckf.load_patched(tiny_model(), tmp_path / "out")
+    with pytest.raises(ValueError, match=r"path is a LlamaForCausalLM; .*load_patched\(base, path"):
+        ckf.load_patched(str(tmp_path / "out/adapters"), tiny_model())
+    assert ckf.is_patched(ckf.load_patched(tiny_model(), tmp_path / "out/adapters"))
+
+
+def test_a_task_added_later_keeps_the_others(tmp_path):
+    """The way that the README gives."""
+    model = patched()
+    randomise_adapters(model)
+    expected = logits(model, tokens(), task_ids=[0, 1, 2, 0])
+    ckf.save_adapters(model, tmp_path / "a")
+    ckf.patch_model(ckf.unpatch_model(model), [*TASKS, "new"], r=4, lora_alpha=8)
+    for adapter in ("shared", *TASKS):
+        ckf.import_peft(model, tmp_path / "a" / adapter, adapter)
+    found = logits(model, tokens(), task_ids=[0, 1, 2, 0])
+    torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-5)
 
 
 def test_the_card_says_what_lies_there(tmp_path):

@@ -55,6 +55,18 @@ def test_export_pads_to_one_rank(options, tmp_path):
         assert {t.shape[0] for n, t in tensors.items() if "lora_A" in n} == {rank}
 
 
+def test_export_over_an_adapter_leaves_other_files(tmp_path):
+    model, names = patched(), ("optimizer.pt", "tokenizer.json", "README.md")
+    randomise_adapters(model)
+    ckf.export_peft(model, "ctr", tmp_path / "one")
+    for name in names:
+        (tmp_path / "one" / name).write_text(name)
+    before = (tmp_path / "one/adapter_model.safetensors").read_bytes()
+    ckf.export_peft(model, "topk", tmp_path / "one")
+    assert (tmp_path / "one/adapter_model.safetensors").read_bytes() != before
+    assert all((tmp_path / "one" / name).read_text() == name for name in names)
+
+
 def vllm_refusals(folder, base_linears, max_lora_rank):
     """What vLLM's LoRA loader would object to; its rules as of 0.33, and of 0.6 where stricter."""
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -189,7 +201,10 @@ def test_exports_and_saved_folders_import_again(tmp_path):
             {"target_modules": ["q_proj", "o_proj"]},
             r"o_proj \(in all o_proj\), which carries no ctr",
         ),
-        ({"target_modules": ["embed_tokens"]}, "embed_tokens"),
+        (
+            {"target_modules": ["embed_tokens"]},
+            "embed_tokens.lora_embedding_A: a LoRA on an embedding, and .* linears only",
+        ),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
     ],
 )

@@ -250,6 +250,14 @@ def test_the_collator_masks_borders_that_a_foreign_one_leaves_open():
     assert labels[0, [0, 4, 11]].tolist() == [-100] * 3
 
 
+def test_one_padded_row_with_positions_of_its_own_is_not_packed():
+    row = features()[0]
+    row |= {"position_ids": list(range(len(row["input_ids"]))), "labels": row["input_ids"]}
+    batch = ckf.TaskCollator(patched(), default_data_collator)([row])
+    assert batch["task_ids"].tolist() == [0] and "use_cache" not in batch
+    assert batch["labels"].tolist() == [row["input_ids"]]
+
+
 def test_the_collator_does_not_change_the_features():
     rows = features()
     padding(patched())(rows)
@@ -264,6 +272,8 @@ def test_the_collator_does_not_change_the_features():
         (features(values=("ctr", "news", -1)), "unknown task 'news'; this model knows ctr"),
         (features(values=(0, 1, 3)), "task id 3 is out of range"),
         (features(values=([0], 1, 2)), r"feature 0 has task \[0\]; expected a task's name"),
+        (features(values=(1.7, 1, 2)), "feature 0 has task 1.7; expected a task's name or whole"),
+        (features(values=(0, True, 2)), "feature 1 has task True; expected a task's name or"),
     ],
 )
 def test_features_without_a_right_task_raise(rows, message):

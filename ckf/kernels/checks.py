@@ -31,6 +31,15 @@ def check_id_range(task_ids: Tensor, tasks: int) -> None:
         )
 
 
+def check_seed(seed: int | Tensor) -> None:
+    """ValueError for what is neither an int nor a tensor of one."""
+    whole = isinstance(seed, int)
+    if isinstance(seed, Tensor):
+        whole = seed.numel() == 1 and seed.dtype in (torch.int64, torch.int32)
+    if not whole:
+        raise ValueError(f"seed is {seed!r}; expected an int or a one-element int64 tensor")
+
+
 def check_slots(table: Tensor, a, gates) -> None:
     """ValueError for a table of other sizes, or one that leaves out a gate (looked at on a CPU)."""
     tasks, ranks = gates[0].shape[0], [[t.shape[0] for t in experts] for experts in a]
@@ -60,6 +69,8 @@ def check_group(x, weights, biases, a, b, gates) -> None:
             "weights, biases, a, b and gates need one entry for each linear; got "
             f"{len(weights)}, {len(biases)}, {len(a)}, {len(b)} and {len(gates)}"
         )
+    if not isinstance(x, Tensor):
+        raise ValueError(f"x is a {type(x).__name__}; expected a tensor of floats (..., k)")
     if x.dim() == 0 or not x.is_floating_point():
         raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}; expected floats (..., k)")
     for index, (weight, bias, a_l, b_l, gate) in enumerate(
@@ -75,6 +86,14 @@ def check_group(x, weights, biases, a, b, gates) -> None:
 
 def _check_linear(name, x, weight, bias, a, b, gate) -> None:
     k = x.shape[-1]
+    for side, given in (("a", a), ("b", b)):
+        single = isinstance(given, Tensor)
+        if single or not all(isinstance(t, Tensor) and t.dim() == 2 for t in given):
+            kinds = "one tensor" if single else [type(t).__name__ for t in given]
+            raise ValueError(
+                f"{name}: {side} is {kinds}; expected a list with one matrix an expert (unbind a "
+                "stack of them)"
+            )
     if len(a) != len(b) or not a:
         raise ValueError(f"{name}: {len(a)} A and {len(b)} B; expected as many, one or more")
     n = b[0].shape[0] if weight is None else weight.shape[0]

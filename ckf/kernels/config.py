@@ -71,7 +71,7 @@ def choose_backend(backend: str, x: torch.Tensor, call: Call) -> Choice:
 
 def _split(backend: str) -> tuple[str, str]:
     """The name and the plan asked for, if any."""
-    if backend not in _ASKED:
+    if not isinstance(backend, str) or backend not in _ASKED:
         raise ValueError(f"backend is {backend!r}; expected one of {', '.join(_ASKED)}")
     return _ASKED[backend]
 

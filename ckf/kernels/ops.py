@@ -16,7 +16,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ckf.kernels import decode, torch_backend
-from ckf.kernels.checks import check_group, check_id_range, check_slots, check_task_ids
+from ckf.kernels.checks import (
+    check_group,
+    check_id_range,
+    check_seed,
+    check_slots,
+    check_task_ids,
+)
 from ckf.kernels.config import choose_backend
 from ckf.kernels.dispatch import Call
 from ckf.kernels.dropout import dropout_threshold
@@ -90,6 +96,7 @@ def multi_lora_group(
     if isinstance(gates, Tensor):  # views: a traced node takes no tensor twice
         gates = [gates.view_as(gates) for _ in weights]
     check_group(x, weights, biases, a, b, gates)
+    check_seed(seed)
     task_ids = check_task_ids(task_ids, x, gates[0].shape[0])
     table, width = slots or (None, 0)
     if slots is not None:

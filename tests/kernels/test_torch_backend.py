@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch.autograd import gradcheck
@@ -249,6 +250,12 @@ def test_autocast_is_honoured():
         ({"gates": torch.zeros(3, 7)}, r"gates of shape \(3, 7\)"),
         ({"weight": torch.zeros(17, 24, dtype=torch.float64)}, "weight is torch.float64"),
         ({"dropout_p": 1.0}, "dropout_p is 1.0"),
+        ({"x": [[1.0]]}, "x is a list; expected a tensor"),
+        ({"x": np.zeros((13, 24))}, "x is a ndarray; expected a tensor"),
+        ({"a": [None] * 4}, "linear 0: a is .*NoneType.*one matrix an expert"),
+        ({"b": torch.zeros(4, 17, 2)}, "linear 0: b is one tensor; .*unbind a stack"),
+        ({"seed": None}, "seed is None; expected an int"),
+        ({"seed": 1.5}, "seed is 1.5; expected an int"),
     ],
 )
 def test_mistakes_name_the_fix(change, message):
