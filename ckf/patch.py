@@ -184,6 +184,10 @@ def reset_adapters(model: nn.Module) -> None:
 def unpatch_model(model: nn.Module) -> nn.Module:
     """Take Multi-LoRA out: the model has its own modules, attributes and trainable flags again."""
     state = patch_state(model)
+    for hook in list(model._forward_pre_hooks.values()):
+        watcher = getattr(hook, "__self__", None)
+        if getattr(watcher, "router", None) is state.router:  # a TaskPresence
+            watcher.detach()
     for name, layer in patched_layers(model).items():
         _replace(model, name, layer.base_layer)
     if hasattr(model, "ckf_gate"):
