@@ -110,6 +110,7 @@ class Router:
     def __init__(self, tasks: Sequence[str]) -> None:
         self.tasks = tuple(tasks)
         self.traced: Route | None = None  # while torch.compile traces: no thread-locals there
+        self.generations = 0  # under way in any thread, for what torch.compile traces
         self._local = threading.local()
 
     def __getstate__(self) -> dict:
@@ -158,10 +159,12 @@ class Router:
         """Ids of the prompt's tokens go on with their last column, for passes of any length."""
         before = getattr(self._local, "generating", False)
         self._local.generating = True
+        self.generations += 1
         try:
             yield
         finally:
             self._local.generating = before
+            self.generations -= 1
 
     def index(self, task: str | int) -> int:
         """The id of a task name; ints pass through."""
@@ -211,7 +214,8 @@ class Router:
     ) -> Route:
         """The route of a forward pass over ``shape`` = (batch, seq) new tokens.
 
-        ``past`` tells how many tokens the cache holds; only per-token ids need to ask.
+        ``past`` tells how many tokens the cache holds; only per-token ids need to ask. They are of
+        the new tokens, or of those in the cache as well.
         """
         if torch.compiler.is_compiling():
             return self._traced_route(task_ids, shape, device, training, past)
@@ -226,10 +230,14 @@ class Router:
             )
         ids = self.tensor(task_ids)
         base_only = ids.device.type == "cpu" and bool((ids == BASE_ONLY).all())
-        growing = getattr(self._local, "generating", False)
-        tokens = _token_ids(ids, shape, past, growing).to(device, non_blocking=True)
+        tokens = _token_ids(ids, shape, past, self._growing).to(device, non_blocking=True)
         seed = int(torch.randint(_SEED_RANGE, ())) if training else 0
         return Route(tokens.reshape(-1), shape[1], base_only, seed)
+
+    def _growing(self) -> bool:
+        if torch.compiler.is_compiling():
+            return self.generations > 0
+        return getattr(self._local, "generating", False)
 
     def _traced_route(self, task_ids, shape, device, training, past) -> Route:
         if not isinstance(task_ids, Tensor):
@@ -237,33 +245,41 @@ class Router:
                 f"task_ids are {task_ids!r}; under torch.compile they must be a tensor, for names "
                 "would make a graph for each mix of tasks: pass ckf.task_ids(model, [...])"
             )
-        tokens = _token_ids(task_ids.long(), shape, past).to(device)
+        tokens = _token_ids(task_ids.long(), shape, past, self._growing).to(device)
         seed = torch.randint(_SEED_RANGE, (1,), device=device) if training else 0
         return Route(tokens.reshape(-1), shape[1], False, seed)
 
 
 def _token_ids(
-    ids: Tensor, shape: tuple[int, int], past: Callable[[], int], growing: bool = False
+    ids: Tensor, shape: tuple[int, int], past: Callable[[], int], growing: Callable[[], bool]
 ) -> Tensor:
-    """An id for every new token, (batch, seq). Per-token ids go on with their last column.
+    """An id for every new token, (batch, seq). Per-token ids may begin with those in the cache.
 
-    growing: this may be a part of the prompt, or the prompt and more (``generate``).
+    growing: whether they are a prompt's, of which this may be a part, or the prompt and more
+    (``generate``); they go on with their last column.
     """
     batch, length = shape
     if ids.dim() == 0 or (ids.shape == (1,) and batch == 1):
         return ids.reshape(1, 1).expand(batch, length)
     if ids.shape == (batch,):
         return ids.unsqueeze(1).expand(batch, length)
+    expected = f"({batch},) for one task a row or ({batch}, {length}) for one a token"
     if ids.dim() == 2 and ids.shape[0] == batch:
-        before = past()
-        if before == 0 and ids.shape[1] == length:
+        before, width = past(), ids.shape[1]
+        if before == 0 and width == length:
             return ids
-        if (before > 0 or growing) and ids.shape[1] > 0:
+        if width > 0 and growing():
             columns = torch.arange(before, before + length, device=ids.device)
-            return ids[:, columns.clamp(max=ids.shape[1] - 1)]
+            return ids[:, columns.clamp(max=width - 1)]
+        if width == length:
+            return ids
+        if width == before + length:
+            return ids[:, before:]
+        if before > 0:
+            expected += f", or ({batch}, {before + length}) with those of the cache"
     raise ValueError(
         f"task_ids have shape {tuple(ids.shape)} for inputs of {batch} rows and {length} tokens; "
-        f"expected ({batch},) for one task a row or ({batch}, {length}) for one a token"
+        f"expected {expected}"
     )
 
 

@@ -158,3 +158,13 @@ def test_names_need_a_tensor():
     fast = torch.compile(model, fullgraph=True, backend="eager")
     with pytest.raises(Exception, match=r"ckf\.task_ids\(model"):
         fast(input_ids=torch.zeros(1, 3, dtype=torch.int64), task_ids=["a"])
+
+
+def test_generation_goes_on_with_the_prompts_last_task():
+    model = ckf.patch_model(tiny_model("llama"), ["a", "b"], r=4)
+    randomise_adapters(model)
+    prompt, ids = torch.tensor([[5, 9, 7]]), torch.tensor([[0, 0, 1]])
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    expected = model.generate(prompt, task_ids=ids, **options)
+    model.compile(backend="eager")
+    assert torch.equal(model.generate(prompt, task_ids=ids, **options), expected)
