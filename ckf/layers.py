@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from ckf.kernels.decode_cache import DecodeCache
 from ckf.kernels.ops import run_group
 from ckf.kernels.slots import compact_slots
-from ckf.routing import Route, Router
+from ckf.routing import Route, Router, outside_the_graph
 
 SHARED = "shared"
 
@@ -175,6 +175,8 @@ class MultiLoRALinear(nn.Module):
         """x (..., k) to (..., n)."""
         route = self.router.route
         if route is None:
+            if torch.compiler.is_compiling():
+                return outside_the_graph(self, x)
             _refuse_recomputation()
             shape = (x.shape[:-1].numel(), 1)
             route = self.router.make_route(None, shape, x.device, self.training)

@@ -6,6 +6,7 @@ checkpointing) runs later and elsewhere, so the checkpointed function carries it
 """
 
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -281,6 +282,19 @@ def _token_ids(
         f"task_ids have shape {tuple(ids.shape)} for inputs of {batch} rows and {length} tokens; "
         f"expected {expected}"
     )
+
+
+@torch.compiler.disable(reason="ckf: this graph knows no task ids, the forward pass around it does")
+def outside_the_graph(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A patched layer whose graph did not begin with the forward pass that has the task ids."""
+    warnings.warn(
+        "torch.compile broke the forward pass of a patched model into several graphs, so its "
+        "patched layers run outside of them: right, but no faster; "
+        "torch.compile(model, fullgraph=True) shows where, and names for task_ids break it: "
+        "pass ckf.task_ids(model, [...])",
+        stacklevel=2,
+    )
+    return layer.forward(x)
 
 
 class CarriedRoute:
