@@ -20,6 +20,7 @@ from ckf.routing import RoutedCheckpoint, Router, TaskIds
 Targets = str | Sequence[str]
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _RESERVED = ("lora", SHARED)
+_WRAPPERS = ("OptimizedModule", "DistributedDataParallel", "DataParallel")
 
 
 @dataclass(frozen=True)
@@ -221,6 +222,12 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError(
             "this model is patched already, or a part of it or around it is; call "
             "ckf.unpatch_model on what was patched first"
+        )
+    wrappers = {c.__name__ for c in type(model).__mro__}.intersection(_WRAPPERS)
+    if wrappers:
+        raise ValueError(
+            f"model is a {wrappers.pop()} around the model; patch the model itself first, then "
+            "compile or wrap what patch_model returns"
         )
     if any(type(m).__module__.partition(".")[0] == "peft" for m in model.modules()):
         raise ValueError(

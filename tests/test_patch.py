@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections import UserDict
 
 import pytest
 import torch
@@ -284,6 +285,53 @@ def test_sequential_models_and_conv1d_features():
     assert mixed.shape == (3, 4)
 
 
+class Wrapper(torch.nn.Module):
+    """Passes on whatever it gets."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.linear = torch.nn.Embedding(64, 8), torch.nn.Linear(8, 3)
+
+    def run(self, input_ids=None, mask=None):
+        return self.linear(self.embed(input_ids))
+
+
+class Passes(Wrapper):
+    def forward(self, *inputs, **options):
+        return self.run(*inputs, **options)
+
+
+class TakesDict(Wrapper):
+    def forward(self, batch):
+        return self.run(**batch)
+
+
+class TakesList(Wrapper):
+    def forward(self, batches):
+        return self.run(*batches[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [
+        (Passes, lambda ids: ids),
+        (TakesDict, lambda ids: {"mask": torch.ones(1, 2, 3), "input_ids": ids}),
+        (TakesDict, lambda ids: UserDict(input_ids=ids)),
+        (TakesList, lambda ids: [(ids, None)]),
+    ],
+)
+def test_inputs_are_found_where_they_lie(kind, form):
+    model = ckf.patch_model(kind(), TASKS, r=4)
+    randomise_adapters(model)
+    ids, names = tokens(3), ["ctr", "rating", "topk"]
+    mixed = model(form(ids), task_ids=names)
+    for row, name in enumerate(names):
+        alone = model(form(ids[row : row + 1]), task_ids=[name])
+        torch.testing.assert_close(mixed[row : row + 1], alone)
+    with pytest.raises(ValueError, match="found no tensor among its inputs"):
+        model(form(None) if kind is not TakesDict else {}, task_ids=names)
+
+
 class Experts(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -349,6 +397,9 @@ def test_models_that_take_no_patch_are_refused():
     assert logits(merged, tokens(), task_ids=[0] * 4).isfinite().all()
     with pytest.raises(ValueError, match="model is a str; expected a loaded torch module"):
         ckf.patch_model("org/base", TASKS)
+    for wrap in (torch.compile, torch.nn.DataParallel):
+        with pytest.raises(ValueError, match=r"is a \w+ around the model; patch the model itself"):
+            ckf.patch_model(wrap(tiny_model()), TASKS)
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
     with pytest.raises(ValueError, match="T5ForConditionalGeneration has an encoder and a deco"):
         ckf.patch_model(T5ForConditionalGeneration(T5Config(vocab_size=64, **sizes)), TASKS)
