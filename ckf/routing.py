@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ckf.kernels.checks import check_id_range
 
@@ -37,22 +37,23 @@ class Route:
         self.tokens_per_row = tokens_per_row
         self.base_only = base_only
         self.seed = seed
+        self.model: nn.Module | None = None  # whose forward pass it is, to name a layer in errors
         self._last_input: tuple[weakref.ref, int, int] | None = None
         self._ready: dict[int, tuple[weakref.ref, int, Tensor]] = {}
         self._views: dict[tuple[torch.Size, torch.device], Tensor] = {}
         self.may_hold = True  # outputs of siblings, while torch.compile traces
         self._traced: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def ids_for(self, x: Tensor) -> Tensor:
+    def ids_for(self, x: Tensor, layer: int = -1) -> Tensor:
         """Ids of x's leading shape; x may be (batch, seq, k), flattened, or one vector a row."""
         if torch.compiler.is_compiling():
-            return self._fitted(x)
+            return self._fitted(x, layer)
         key = (x.shape[:-1], x.device)  # layers may lie on several devices
         if key not in self._views:
-            self._views[key] = self._fitted(x)
+            self._views[key] = self._fitted(x, layer)
         return self._views[key]
 
-    def _fitted(self, x: Tensor) -> Tensor:
+    def _fitted(self, x: Tensor, layer: int) -> Tensor:
         count = x.shape[:-1].numel()
         ids = self.ids.to(x.device, non_blocking=True)
         if count == ids.numel():
@@ -60,9 +61,16 @@ class Route:
         if count * self.tokens_per_row == ids.numel():
             return ids.view(-1, self.tokens_per_row)[:, -1].view(x.shape[:-1])
         raise ValueError(
-            f"a patched layer got {count} rows, but the forward pass has task ids for "
+            f"{self._name(layer)} got {count} rows, but the forward pass has task ids for "
             f"{self.ids.numel()} tokens; leave this layer out of target_modules"
         )
+
+    def _name(self, layer: int) -> str:
+        if self.model is None or torch.compiler.is_compiling():
+            return "a patched layer"
+        layers = ((n, m) for n, m in self.model.named_modules() if hasattr(m, "lora_A"))
+        names = (n for n, m in layers if m.index == layer)
+        return next(names, "a patched layer")
 
     def seed_for(self, x: Tensor, layer: int) -> int | Tensor:
         """One dropout seed per input tensor: siblings (q, k, v) fed the same tensor share it."""

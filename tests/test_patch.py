@@ -332,6 +332,25 @@ def test_inputs_are_found_where_they_lie(kind, form):
         model(form(None) if kind is not TakesDict else {}, task_ids=names)
 
 
+class Reorders(torch.nn.Module):
+    """The second linear sees the tokens in another shape."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.embed, self.first = torch.nn.Embedding(64, 8), torch.nn.Linear(8, 8)
+        self.inner = torch.nn.Sequential(torch.nn.Linear(8, 3))
+        self.change = change
+
+    def forward(self, input_ids):
+        return self.inner(self.change(self.first(self.embed(input_ids))))
+
+
+def test_a_layer_that_sees_other_rows_is_named():
+    model = ckf.patch_model(Reorders(lambda h: h[:, :3]), TASKS, r=4)
+    with pytest.raises(ValueError, match=r"^inner\.0 got .* leave this layer out of target_mod"):
+        model(tokens(), task_ids=[0, 1, 2, 0])
+
+
 class Experts(torch.nn.Module):
     def __init__(self):
         super().__init__()
