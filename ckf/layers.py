@@ -178,7 +178,7 @@ class MultiLoRALinear(nn.Module):
             if torch.compiler.is_compiling():
                 return outside_the_graph(self, x)
             _refuse_recomputation()
-            shape = (x.shape[:-1].numel(), 1)
+            shape = (1, x.shape[:-1].numel())
             route = self.router.make_route(None, shape, x.device, self.training)
         if route.base_only and not (self.training and torch.is_grad_enabled()):
             return self.base_layer(x)  # else other ranks wait for this one's (zero) gradients

@@ -31,10 +31,10 @@ class Route:
     """
 
     def __init__(
-        self, ids: Tensor, tokens_per_row: int, base_only: bool, seed: int | Tensor
+        self, ids: Tensor, shape: tuple[int, int], base_only: bool, seed: int | Tensor
     ) -> None:
-        self.ids = ids  # (rows * tokens_per_row,)
-        self.tokens_per_row = tokens_per_row
+        self.rows, self.tokens_per_row = shape
+        self.ids = ids.reshape(-1)  # (rows * tokens_per_row,)
         self.base_only = base_only
         self.seed = seed
         self.model: nn.Module | None = None  # whose forward pass it is, to name a layer in errors
@@ -54,16 +54,28 @@ class Route:
         return self._views[key]
 
     def _fitted(self, x: Tensor, layer: int) -> Tensor:
-        count = x.shape[:-1].numel()
+        lead = x.shape[:-1]
+        count = lead.numel()
         ids = self.ids.to(x.device, non_blocking=True)
-        if count == ids.numel():
-            return ids.view(x.shape[:-1])
-        if count * self.tokens_per_row == ids.numel():
-            return ids.view(-1, self.tokens_per_row)[:, -1].view(x.shape[:-1])
+        if self._in_order(lead):  # other orders of as many rows, as in (seq, batch, k), would mix
+            if count == ids.numel():
+                return ids.view(lead)
+            if count * self.tokens_per_row == ids.numel():
+                return ids.view(-1, self.tokens_per_row)[:, -1].view(lead)
         raise ValueError(
-            f"{self._name(layer)} got {count} rows, but the forward pass has task ids for "
-            f"{self.ids.numel()} tokens; leave this layer out of target_modules"
+            f"{self._name(layer)} got {count} rows of shape {tuple(x.shape)}, but the forward pass "
+            f"has task ids for {self.ids.numel()} tokens, {self.tokens_per_row} a row; leave this "
+            "layer out of target_modules"
         )
+
+    def _in_order(self, lead: torch.Size) -> bool:
+        """Whether rows come one after another, as far as a shape can tell.
+
+        It cannot where batch and seq are equal, nor for a selection that is as large as the whole.
+        """
+        if len(lead) < 2 or self.rows == 1 or lead[0] == self.rows:
+            return True
+        return sum(size != 1 for size in lead) < 2
 
     def _name(self, layer: int) -> str:
         if self.model is None or torch.compiler.is_compiling():
@@ -241,7 +253,7 @@ class Router:
         base_only = ids.device.type == "cpu" and bool((ids == BASE_ONLY).all())
         tokens = _token_ids(ids, shape, past, self._growing).to(device, non_blocking=True)
         seed = int(torch.randint(_SEED_RANGE, ())) if training else 0
-        return Route(tokens.reshape(-1), shape[1], base_only, seed)
+        return Route(tokens, shape, base_only, seed)
 
     def _growing(self) -> bool:
         if torch.compiler.is_compiling():
@@ -256,7 +268,7 @@ class Router:
             )
         tokens = _token_ids(task_ids.long(), shape, past, self._growing).to(device)
         seed = torch.randint(_SEED_RANGE, (1,), device=device) if training else 0
-        return Route(tokens.reshape(-1), shape[1], False, seed)
+        return Route(tokens, shape, False, seed)
 
 
 def _token_ids(

@@ -345,10 +345,48 @@ class Reorders(torch.nn.Module):
         return self.inner(self.change(self.first(self.embed(input_ids))))
 
 
-def test_a_layer_that_sees_other_rows_is_named():
-    model = ckf.patch_model(Reorders(lambda h: h[:, :3]), TASKS, r=4)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda h: h[:, :3],
+        lambda h: h.transpose(0, 1),  # sequence first
+        lambda h: h.reshape(2, 14, 8),  # so many rows an expert
+        lambda h: h[:, :2].reshape(2, 4, 8)[:, :2],
+    ],
+)
+def test_a_layer_that_sees_other_rows_is_named(change):
+    model = ckf.patch_model(Reorders(change), TASKS, r=4)
     with pytest.raises(ValueError, match=r"^inner\.0 got .* leave this layer out of target_mod"):
         model(tokens(), task_ids=[0, 1, 2, 0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda h: h.flatten(0, 1),
+        lambda h: h.flatten(0, 1)[None],
+        lambda h: h[:, :, None],
+        lambda h: h[:, -1],
+        lambda h: h[:, -1:],
+        lambda h: h[None, :, -1],
+    ],
+)
+def test_rows_in_their_order_may_have_any_shape(change):
+    model = ckf.patch_model(Reorders(change), TASKS, r=4)
+    randomise_adapters(model)
+    ids, tasks = tokens(), torch.tensor([0, 1, 2, 0])
+    found = model(ids, task_ids=tasks)
+    model.change = lambda h: h
+    torch.testing.assert_close(found, change(model(ids, task_ids=tasks)))
+
+
+def test_a_layer_called_by_itself_takes_the_default_task():
+    model = ckf.patch_model(Reorders(lambda h: h), TASKS, r=4)
+    randomise_adapters(model)
+    x = torch.randn(3, 5, 8)
+    with ckf.use_task(model, "rating"):
+        y = model.first(x)
+        torch.testing.assert_close(y[1, 2:3], model.first(x[1, 2:3]))
 
 
 class Experts(torch.nn.Module):
