@@ -16,6 +16,7 @@ from ckf.presence import TaskPresence
 __version__ = "0.1.0"
 
 __all__ = [
+    "MultiLoRATrainer",
     "TaskCollator",
     "TaskPresence",
     "export_peft",
@@ -39,4 +40,8 @@ def __getattr__(name: str):
         from ckf.run import load_run
 
         return load_run
+    if name == "MultiLoRATrainer":  # transformers' Trainer takes long to import
+        from ckf.trainer import MultiLoRATrainer
+
+        return MultiLoRATrainer
     raise AttributeError(f"module 'ckf' has no attribute {name!r}")

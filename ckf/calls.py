@@ -5,7 +5,7 @@ lead to the copy's own weights) and show signatures that Trainer and ``generate`
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -64,12 +64,16 @@ class RoutedForward(_Wrapped):
         self.check_packing(self.model, named, task_ids)
         shape, device, past = self._sizes(named)
         route = self.router.make_route(task_ids, shape, device, self.model.training, past)
+        route.model = self.model
         with self.router.following(route):
             return self.original(*args, **kwargs)
 
     def _named(self, args: tuple, kwargs: dict) -> dict[str, object]:
         named = self._signature().bind_partial(*args, **kwargs).arguments if args else {}
-        return {**named, **named.pop("kwargs", {}), **kwargs}
+        named = {**named, **named.pop("kwargs", {}), **kwargs}
+        if "input_ids" in named or "inputs_embeds" in named:
+            return named
+        return {**_contents(named), **named}
 
     def _sizes(self, named) -> tuple[tuple[int, int], torch.device, Callable[[], int]]:
         """(batch, new tokens), device, and a function that counts the tokens in the cache."""
@@ -84,10 +88,24 @@ class RoutedForward(_Wrapped):
                 return (tensor.shape[0], tensor.shape[1]), tensor.device, past
         tensor = next((t for t in named.values() if isinstance(t, Tensor)), None)
         if tensor is None:
-            raise ValueError("the patched model got no tensor; pass input_ids or inputs_embeds")
+            raise ValueError(
+                "the patched model found no tensor among its inputs, also in their dicts and "
+                "lists; pass input_ids or inputs_embeds"
+            )
         lead = tensor.shape[:-1] if tensor.is_floating_point() else tensor.shape
         batch = lead[0] if len(lead) else 1
         return (batch, lead[1:].numel()), tensor.device, past
+
+
+def _contents(named: Mapping[str, object]) -> dict[str, object]:
+    """What dicts and sequences among the arguments hold: a batch as one dict, or ``*args``."""
+    found = {}
+    for name, value in named.items():
+        if isinstance(value, list | tuple):
+            value = {f"{name}.{i}": v for i, v in enumerate(value)}
+        if isinstance(value, Mapping):
+            found |= {**_contents(value), **value}
+    return found
 
 
 class RoutedGenerate(_Wrapped):

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from ckf.kernels.decode_cache import DecodeCache
 from ckf.kernels.ops import run_group
 from ckf.kernels.slots import compact_slots
-from ckf.routing import Route, Router
+from ckf.routing import Route, Router, outside_the_graph
 
 SHARED = "shared"
 
@@ -187,8 +187,10 @@ class MultiLoRALinear(nn.Module):
         """x (..., k) to (..., n)."""
         route = self.router.route
         if route is None:
+            if torch.compiler.is_compiling():
+                return outside_the_graph(self, x)
             _refuse_recomputation()
-            shape = (x.shape[:-1].numel(), 1)
+            shape = (1, x.shape[:-1].numel())
             route = self.router.make_route(None, shape, x.device, self.training)
         if route.base_only and not (self.training and torch.is_grad_enabled()):
             return self.base_layer(x)  # else other ranks wait for this one's (zero) gradients
@@ -259,7 +261,7 @@ class MultiLoRALinear(nn.Module):
             a,
             b,
             [layer.gates(device) for layer in layers],
-            route.ids_for(x),
+            route.ids_for(x, self.index),
             dropout,
             route.seed_for(x, self._leader) if dropout > 0 else 0,
             self.backend,

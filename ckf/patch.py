@@ -19,6 +19,7 @@ from ckf.targets import ALL_LINEAR, Targets, features, find_targets, warn_of_ski
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _RESERVED = ("lora", SHARED)
+_WRAPPERS = ("OptimizedModule", "DistributedDataParallel", "DataParallel")
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,10 @@ def reset_adapters(model: nn.Module) -> None:
 def unpatch_model(model: nn.Module) -> nn.Module:
     """Take Multi-LoRA out: the model has its own modules, attributes and trainable flags again."""
     state = patch_state(model)
+    for hook in list(model._forward_pre_hooks.values()):
+        watcher = getattr(hook, "__self__", None)
+        if getattr(watcher, "router", None) is state.router:  # a TaskPresence
+            watcher.detach()
     for name, layer in patched_layers(model).items():
         _replace(model, name, layer.base_layer)
     if hasattr(model, "ckf_gate"):
@@ -223,6 +228,12 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError(
             "this model is patched already, or a part of it or around it is; call "
             "ckf.unpatch_model on what was patched first"
+        )
+    wrappers = {c.__name__ for c in type(model).__mro__}.intersection(_WRAPPERS)
+    if wrappers:
+        raise ValueError(
+            f"model is a {wrappers.pop()} around the model; patch the model itself first, then "
+            "compile or wrap what patch_model returns"
         )
     if any(type(m).__module__.partition(".")[0] == "peft" for m in model.modules()):
         raise ValueError(

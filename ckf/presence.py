@@ -8,10 +8,13 @@ have a row per task in one parameter: rows of absent tasks are put back after th
 It holds modules, not parameters: FSDP2 puts new parameters in their place.
 """
 
+import weakref
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
+from torch.utils.hooks import RemovableHandle
 
 from ckf.layers import TaskGate
 from ckf.patch import patch_state, patched_layers
@@ -40,13 +43,31 @@ class TaskPresence:
         self._layers = list(patched_layers(self.model).values())
         self._gates = [m for m in self.model.modules() if isinstance(m, TaskGate)]
         self._kept: list[tuple[Tensor, Tensor, Tensor]] = []  # gate, absent rows, values before
+        self._notes: RemovableHandle | None = None
+        self._steps: list[tuple[weakref.ref, RemovableHandle, RemovableHandle]] = []
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_steps": []}  # a copy has no optimizer yet
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Note forward passes; around each step, keep the absent tasks where they are."""
         optimizer = getattr(optimizer, "optimizer", optimizer)  # what accelerate wraps
-        self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-        optimizer.register_step_pre_hook(lambda *_: self.before_step())
-        optimizer.register_step_post_hook(lambda *_: self.after_step())
+        if self._notes is None:
+            hook = self._before_forward
+            self._notes = self.model.register_forward_pre_hook(hook, with_kwargs=True)
+        if not any(known() is optimizer for known, *_ in self._steps):
+            before = optimizer.register_step_pre_hook(lambda *_: self.before_step())
+            after = optimizer.register_step_post_hook(lambda *_: self.after_step())
+            self._steps.append((weakref.ref(optimizer), before, after))
+
+    def detach(self) -> None:
+        """Leave the model and every optimizer alone again; ``ckf.unpatch_model`` does it."""
+        if self._notes is not None:
+            self._notes.remove()
+        for _, before, after in self._steps:
+            before.remove()
+            after.remove()
+        self._notes, self._seen, self._steps = None, None, []
 
     def observe(self, task_ids: TaskIds) -> None:
         """Note the ids of a forward pass that will be trained on; -1 and any shape are fine."""

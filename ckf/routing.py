@@ -6,12 +6,13 @@ checkpointing) runs later and elsewhere, so the checkpointed function carries it
 """
 
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ckf.kernels.checks import check_id_range
 
@@ -30,38 +31,58 @@ class Route:
     """
 
     def __init__(
-        self, ids: Tensor, tokens_per_row: int, base_only: bool, seed: int | Tensor
+        self, ids: Tensor, shape: tuple[int, int], base_only: bool, seed: int | Tensor
     ) -> None:
-        self.ids = ids  # (rows * tokens_per_row,)
-        self.tokens_per_row = tokens_per_row
+        self.rows, self.tokens_per_row = shape
+        self.ids = ids.reshape(-1)  # (rows * tokens_per_row,)
         self.base_only = base_only
         self.seed = seed
+        self.model: nn.Module | None = None  # whose forward pass it is, to name a layer in errors
         self._last_input: tuple[weakref.ref, int, int] | None = None
         self._ready: dict[int, tuple[weakref.ref, int, Tensor]] = {}
         self._views: dict[tuple[torch.Size, torch.device], Tensor] = {}
         self.may_hold = True  # outputs of siblings, while torch.compile traces
         self._traced: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def ids_for(self, x: Tensor) -> Tensor:
+    def ids_for(self, x: Tensor, layer: int = -1) -> Tensor:
         """Ids of x's leading shape; x may be (batch, seq, k), flattened, or one vector a row."""
         if torch.compiler.is_compiling():
-            return self._fitted(x)
+            return self._fitted(x, layer)
         key = (x.shape[:-1], x.device)  # layers may lie on several devices
         if key not in self._views:
-            self._views[key] = self._fitted(x)
+            self._views[key] = self._fitted(x, layer)
         return self._views[key]
 
-    def _fitted(self, x: Tensor) -> Tensor:
-        count = x.shape[:-1].numel()
+    def _fitted(self, x: Tensor, layer: int) -> Tensor:
+        lead = x.shape[:-1]
+        count = lead.numel()
         ids = self.ids.to(x.device, non_blocking=True)
-        if count == ids.numel():
-            return ids.view(x.shape[:-1])
-        if count * self.tokens_per_row == ids.numel():
-            return ids.view(-1, self.tokens_per_row)[:, -1].view(x.shape[:-1])
+        if self._in_order(lead):  # other orders of as many rows, as in (seq, batch, k), would mix
+            if count == ids.numel():
+                return ids.view(lead)
+            if count * self.tokens_per_row == ids.numel():
+                return ids.view(-1, self.tokens_per_row)[:, -1].view(lead)
         raise ValueError(
-            f"a patched layer got {count} rows, but the forward pass has task ids for "
-            f"{self.ids.numel()} tokens; leave this layer out of target_modules"
+            f"{self._name(layer)} got {count} rows of shape {tuple(x.shape)}, but the forward pass "
+            f"has task ids for {self.ids.numel()} tokens, {self.tokens_per_row} a row; leave this "
+            "layer out of target_modules"
         )
+
+    def _in_order(self, lead: torch.Size) -> bool:
+        """Whether rows come one after another, as far as a shape can tell.
+
+        It cannot where batch and seq are equal, nor for a selection that is as large as the whole.
+        """
+        if len(lead) < 2 or self.rows == 1 or lead[0] == self.rows:
+            return True
+        return sum(size != 1 for size in lead) < 2
+
+    def _name(self, layer: int) -> str:
+        if self.model is None or torch.compiler.is_compiling():
+            return "a patched layer"
+        layers = ((n, m) for n, m in self.model.named_modules() if hasattr(m, "lora_A"))
+        names = (n for n, m in layers if m.index == layer)
+        return next(names, "a patched layer")
 
     def seed_for(self, x: Tensor, layer: int) -> int | Tensor:
         """One dropout seed per input tensor: siblings (q, k, v) fed the same tensor share it."""
@@ -110,6 +131,7 @@ class Router:
     def __init__(self, tasks: Sequence[str]) -> None:
         self.tasks = tuple(tasks)
         self.traced: Route | None = None  # while torch.compile traces: no thread-locals there
+        self.generations = 0  # under way in any thread, for what torch.compile traces
         self._local = threading.local()
 
     def __getstate__(self) -> dict:
@@ -158,10 +180,12 @@ class Router:
         """Ids of the prompt's tokens go on with their last column, for passes of any length."""
         before = getattr(self._local, "generating", False)
         self._local.generating = True
+        self.generations += 1
         try:
             yield
         finally:
             self._local.generating = before
+            self.generations -= 1
 
     def index(self, task: str | int) -> int:
         """The id of a task name; ints pass through."""
@@ -211,7 +235,8 @@ class Router:
     ) -> Route:
         """The route of a forward pass over ``shape`` = (batch, seq) new tokens.
 
-        ``past`` tells how many tokens the cache holds; only per-token ids need to ask.
+        ``past`` tells how many tokens the cache holds; only per-token ids need to ask. They are of
+        the new tokens, or of those in the cache as well.
         """
         if torch.compiler.is_compiling():
             return self._traced_route(task_ids, shape, device, training, past)
@@ -226,10 +251,14 @@ class Router:
             )
         ids = self.tensor(task_ids)
         base_only = ids.device.type == "cpu" and bool((ids == BASE_ONLY).all())
-        growing = getattr(self._local, "generating", False)
-        tokens = _token_ids(ids, shape, past, growing).to(device, non_blocking=True)
+        tokens = _token_ids(ids, shape, past, self._growing).to(device, non_blocking=True)
         seed = int(torch.randint(_SEED_RANGE, ())) if training else 0
-        return Route(tokens.reshape(-1), shape[1], base_only, seed)
+        return Route(tokens, shape, base_only, seed)
+
+    def _growing(self) -> bool:
+        if torch.compiler.is_compiling():
+            return self.generations > 0
+        return getattr(self._local, "generating", False)
 
     def _traced_route(self, task_ids, shape, device, training, past) -> Route:
         if not isinstance(task_ids, Tensor):
@@ -237,34 +266,55 @@ class Router:
                 f"task_ids are {task_ids!r}; under torch.compile they must be a tensor, for names "
                 "would make a graph for each mix of tasks: pass ckf.task_ids(model, [...])"
             )
-        tokens = _token_ids(task_ids.long(), shape, past).to(device)
+        tokens = _token_ids(task_ids.long(), shape, past, self._growing).to(device)
         seed = torch.randint(_SEED_RANGE, (1,), device=device) if training else 0
-        return Route(tokens.reshape(-1), shape[1], False, seed)
+        return Route(tokens, shape, False, seed)
 
 
 def _token_ids(
-    ids: Tensor, shape: tuple[int, int], past: Callable[[], int], growing: bool = False
+    ids: Tensor, shape: tuple[int, int], past: Callable[[], int], growing: Callable[[], bool]
 ) -> Tensor:
-    """An id for every new token, (batch, seq). Per-token ids go on with their last column.
+    """An id for every new token, (batch, seq). Per-token ids may begin with those in the cache.
 
-    growing: this may be a part of the prompt, or the prompt and more (``generate``).
+    growing: whether they are a prompt's, of which this may be a part, or the prompt and more
+    (``generate``); they go on with their last column.
     """
     batch, length = shape
     if ids.dim() == 0 or (ids.shape == (1,) and batch == 1):
         return ids.reshape(1, 1).expand(batch, length)
     if ids.shape == (batch,):
         return ids.unsqueeze(1).expand(batch, length)
+    expected = f"({batch},) for one task a row or ({batch}, {length}) for one a token"
     if ids.dim() == 2 and ids.shape[0] == batch:
-        before = past()
-        if before == 0 and ids.shape[1] == length:
+        before, width = past(), ids.shape[1]
+        if before == 0 and width == length:
             return ids
-        if (before > 0 or growing) and ids.shape[1] > 0:
+        if width > 0 and growing():
             columns = torch.arange(before, before + length, device=ids.device)
-            return ids[:, columns.clamp(max=ids.shape[1] - 1)]
+            return ids[:, columns.clamp(max=width - 1)]
+        if width == length:
+            return ids
+        if width == before + length:
+            return ids[:, before:]
+        if before > 0:
+            expected += f", or ({batch}, {before + length}) with those of the cache"
     raise ValueError(
         f"task_ids have shape {tuple(ids.shape)} for inputs of {batch} rows and {length} tokens; "
-        f"expected ({batch},) for one task a row or ({batch}, {length}) for one a token"
+        f"expected {expected}"
     )
+
+
+@torch.compiler.disable(reason="ckf: this graph knows no task ids, the forward pass around it does")
+def outside_the_graph(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A patched layer whose graph did not begin with the forward pass that has the task ids."""
+    warnings.warn(
+        "torch.compile broke the forward pass of a patched model into several graphs, so its "
+        "patched layers run outside of them: right, but no faster; "
+        "torch.compile(model, fullgraph=True) shows where, and names for task_ids break it: "
+        "pass ckf.task_ids(model, [...])",
+        stacklevel=2,
+    )
+    return layer.forward(x)
 
 
 class CarriedRoute:

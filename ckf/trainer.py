@@ -21,9 +21,10 @@ class MultiLoRAMixin:
 
     def create_optimizer(self, *args, **kwargs):
         optimizer = super().create_optimizer(*args, **kwargs)
-        if self._presence is None:
-            self._presence = TaskPresence(self.model)
-            self._presence.attach(optimizer)
+        presence = TaskPresence(self.model)
+        if self._presence is None or self._presence.router is not presence.router:
+            self._presence = presence  # model_init makes a new model for each training
+        self._presence.attach(optimizer)
         return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -1,5 +1,7 @@
 """torch.compile(fullgraph=True): one graph for all mixes of tasks, the same values."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -158,3 +160,54 @@ def test_names_need_a_tensor():
     fast = torch.compile(model, fullgraph=True, backend="eager")
     with pytest.raises(Exception, match=r"ckf\.task_ids\(model"):
         fast(input_ids=torch.zeros(1, 3, dtype=torch.int64), task_ids=["a"])
+
+
+class Broken(torch.nn.Module):
+    """The compiler has to begin a second graph half-way."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.a = torch.nn.Embedding(VOCABULARY, 16), torch.nn.Linear(16, 16)
+        self.b = torch.nn.Linear(16, 4)
+
+    def forward(self, input_ids):
+        h = self.a(self.embed(input_ids))
+        torch._dynamo.graph_break()
+        return self.b(h)
+
+
+@pytest.mark.parametrize("default", [False, True])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_broken_graph_takes_the_ids_all_the_same(named, default):
+    model = ckf.patch_model(Broken(), ["a", "b", "c"], r=4)
+    randomise_adapters(model)
+    tokens, run = torch.randint(0, VOCABULARY, (4, 6)), torch.compile(model, backend="eager")
+    with ckf.use_task(model, "b") if default else nullcontext():
+        for mix in MIXES:
+            ids = (
+                [("a", "b", "c")[i] for i in mix] if named and -1 not in mix else torch.tensor(mix)
+            )
+            with pytest.warns(UserWarning, match=r"several graphs.* pass ckf\.task_ids\(model"):
+                y = run(tokens, task_ids=ids)
+            torch.testing.assert_close(y, model(tokens, task_ids=ids), **CLOSE)
+    with pytest.raises(ValueError, match="got no task_ids"):
+        run(tokens)
+
+
+def test_names_without_fullgraph():
+    model = ckf.patch_model(tiny_model("llama"), ["a", "b"], r=4)
+    randomise_adapters(model)
+    tokens = torch.randint(0, VOCABULARY, (2, 5))
+    with pytest.warns(UserWarning, match="outside of them"):
+        logits = torch.compile(model, backend="eager")(tokens, task_ids=["a", "b"]).logits
+    torch.testing.assert_close(logits, model(tokens, task_ids=["a", "b"]).logits, **CLOSE)
+
+
+def test_generation_goes_on_with_the_prompts_last_task():
+    model = ckf.patch_model(tiny_model("llama"), ["a", "b"], r=4)
+    randomise_adapters(model)
+    prompt, ids = torch.tensor([[5, 9, 7]]), torch.tensor([[0, 0, 1]])
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    expected = model.generate(prompt, task_ids=ids, **options)
+    model.compile(backend="eager")
+    assert torch.equal(model.generate(prompt, task_ids=ids, **options), expected)

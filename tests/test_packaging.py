@@ -11,6 +11,8 @@ import tarfile
 import tomllib
 from pathlib import Path
 
+import ckf
+
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("polars", "pandas", "torch_geometric", "triton", "matplotlib", "sklearn", "datasets")
 
@@ -26,6 +28,11 @@ def test_import_is_light():
     theirs = modules_after("import torch, transformers.generation.utils")
     loaded = modules_after("import ckf; ckf.patch_model") - theirs
     assert not loaded & set(HEAVY)
+
+
+def test_every_public_name_is_there():
+    assert "MultiLoRATrainer" in ckf.__all__
+    assert all(hasattr(ckf, name) for name in ckf.__all__)
 
 
 def test_setup_imports_no_torch():

@@ -94,6 +94,23 @@ def test_per_token_ids_equal_rows_where_constant():
     assert not torch.allclose(mixed[0, 4:], per_row[0, 4:], atol=1e-3)
 
 
+@pytest.mark.parametrize("grown", [False, True])
+def test_per_token_ids_beside_a_cache(grown):
+    """Of the new tokens, or of all; anything else would be a guess."""
+    model = patched()
+    randomise_adapters(model)
+    ids, tasks = tokens(2), torch.tensor([[0, 0, 1, 1, 1, 2, 0], [2, 1, 1, 0, 0, 1, 2]])
+    whole = logits(model, ids, task_ids=tasks)
+    first = model(input_ids=ids[:, :4], task_ids=tasks[:, :4], use_cache=True)
+    name = "cache" if "cache" in first.keys() else "past_key_values"
+    cache = {name: first[name]}
+    for wrong in (tasks[:, :4], tasks[:, :1], tasks[:, 3:], tasks[:, :0]):
+        with pytest.raises(ValueError, match=r"or \(2, 3\) for one a token, or \(2, 7\) with"):
+            model(input_ids=ids[:, 4:], task_ids=wrong, **cache)
+    rest = logits(model, ids[:, 4:], task_ids=tasks if grown else tasks[:, 4:], **cache)
+    torch.testing.assert_close(rest, whole[:, 4:], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_missing_ids_raise_in_training_and_evaluation(training):
     model = patched().train(training)
@@ -342,6 +359,9 @@ def test_models_that_take_no_patch_are_refused():
     assert logits(merged, tokens(), task_ids=[0] * 4).isfinite().all()
     with pytest.raises(ValueError, match="model is a str; expected a loaded torch module"):
         ckf.patch_model("org/base", TASKS)
+    for wrap in (torch.compile, torch.nn.DataParallel):
+        with pytest.raises(ValueError, match=r"is a \w+ around the model; patch the model itself"):
+            ckf.patch_model(wrap(tiny_model()), TASKS)
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
     with pytest.raises(ValueError, match="T5ForConditionalGeneration has an encoder and a deco"):
         ckf.patch_model(T5ForConditionalGeneration(T5Config(vocab_size=64, **sizes)), TASKS)

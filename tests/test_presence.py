@@ -1,5 +1,8 @@
 """A task without rows in a step does not move, whatever the optimizer remembers or decays."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -169,3 +172,30 @@ def test_a_step_without_a_forward_pass_takes_nothing_away():
     assert all(p.grad is not None for p in setup.model.parameters() if p.requires_grad)
     setup.presence.before_step()
     assert all(p.grad is not None for p in setup.model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    "duplicate", [None, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+)
+def test_unpatching_ends_it(duplicate):
+    setup = Setup()
+    setup.step([0, 1, 2])
+    model = setup.model if duplicate is None else duplicate(setup.model)
+    setup.optimizer.zero_grad()
+    ckf.unpatch_model(model)
+    assert not model._forward_pre_hooks and not model._forward_pre_hooks_with_kwargs
+    ckf.patch_model(model, ["a", "b", "c", "d"], r=2)
+    model(input_ids=tokens(2), task_ids=["d", "b"]).logits.sum().backward()
+    if duplicate is None:
+        assert not setup.optimizer._optimizer_step_pre_hooks
+        assert not setup.optimizer._optimizer_step_post_hooks
+    else:  # the model it was copied from is watched as before
+        assert setup.step([0, 0]) == {"shared", "ctr"}
+
+
+def test_one_optimizer_is_watched_once():
+    setup = Setup(gate="learned")
+    setup.presence.attach(setup.optimizer)
+    assert (
+        len(setup.model._forward_pre_hooks) == len(setup.optimizer._optimizer_step_pre_hooks) == 1
+    )

@@ -194,6 +194,26 @@ def test_with_a_plain_trainer_one_line_does_it(tmp_path):
     assert moved(before, adapters(model)) == {"shared", *TASKS}
 
 
+def test_every_training_of_model_init_protects_them(tmp_path):
+    """A new model and a new optimizer each time."""
+    trainer = MultiLoRATrainer(
+        model_init=lambda: patched(),
+        args=arguments(tmp_path, save_strategy="no"),
+        train_dataset=dataset(tasks=["ctr"]),
+        data_collator=padding(patched()),
+    )
+    for _ in range(2):
+        trainer.train()
+        assert moved(adapters(patched()), adapters(trainer.model)) == {"shared", "ctr"}
+    trainer.optimizer = None  # another optimizer for the same model
+    before = adapters(trainer.model)
+    trainer.create_optimizer()
+    assert len(trainer.model._forward_pre_hooks) == 1
+    trainer.model(input_ids=tokens(2), task_ids=["rating"] * 2).logits.sum().backward()
+    trainer.optimizer.step()
+    assert moved(before, adapters(trainer.model)) == {"shared", "rating"}
+
+
 # ---- checkpoints
 
 
