@@ -24,7 +24,8 @@ TaskIds = Tensor | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | str
 
 
 class Route:
-    """What the layers of one forward pass need: an id per token, and the dropout seed.
+    """What the layers of one forward pass need: an id per token, or one for all, and the dropout
+    seed.
 
     The seed is an int; a one-element tensor where torch.compile traces, so that the compiled code
     draws afresh at every call.
@@ -34,7 +35,8 @@ class Route:
         self, ids: Tensor, shape: tuple[int, int], base_only: bool, seed: int | Tensor
     ) -> None:
         self.rows, self.tokens_per_row = shape
-        self.ids = ids.reshape(-1)  # (rows * tokens_per_row,)
+        self.one = ids if ids.dim() == 0 else None  # one task for all: any rows in any order
+        self.ids = ids.expand(shape).reshape(-1)  # (rows * tokens_per_row,)
         self.base_only = base_only
         self.seed = seed
         self.model: nn.Module | None = None  # whose forward pass it is, to name a layer in errors
@@ -55,6 +57,8 @@ class Route:
 
     def _fitted(self, x: Tensor, layer: int) -> Tensor:
         lead = x.shape[:-1]
+        if self.one is not None:
+            return self.one.to(x.device, non_blocking=True).expand(lead).contiguous()
         count = lead.numel()
         ids = self.ids.to(x.device, non_blocking=True)
         if self._in_order(lead):  # other orders of as many rows, as in (seq, batch, k), would mix
@@ -274,14 +278,15 @@ class Router:
 def _token_ids(
     ids: Tensor, shape: tuple[int, int], past: Callable[[], int], growing: Callable[[], bool]
 ) -> Tensor:
-    """An id for every new token, (batch, seq). Per-token ids may begin with those in the cache.
+    """An id for every new token, (batch, seq), or one for all, (). Per-token ids may begin with
+    those in the cache.
 
     growing: whether they are a prompt's, of which this may be a part, or the prompt and more
     (``generate``); they go on with their last column.
     """
     batch, length = shape
     if ids.dim() == 0 or (ids.shape == (1,) and batch == 1):
-        return ids.reshape(1, 1).expand(batch, length)
+        return ids.reshape(())
     if ids.shape == (batch,):
         return ids.unsqueeze(1).expand(batch, length)
     expected = f"({batch},) for one task a row or ({batch}, {length}) for one a token"

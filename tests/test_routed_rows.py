@@ -113,3 +113,15 @@ def test_a_layer_called_by_itself_takes_the_default_task():
     with ckf.use_task(model, "rating"):
         y = model.first(x)
         torch.testing.assert_close(y[1, 2:3], model.first(x[1, 2:3]))
+
+
+@pytest.mark.parametrize("change", [lambda h: h.transpose(0, 1), lambda h: h[:, :3].flatten(0, 1)])
+def test_one_task_for_all_takes_rows_in_any_order(change):
+    model = ckf.patch_model(Reorders(change), TASKS, r=4)
+    randomise_adapters(model)
+    ids = tokens()
+    with ckf.use_task(model, "topk"):
+        found = model(ids)
+    torch.testing.assert_close(found, model(ids, task_ids="topk"))
+    model.change = lambda h: h
+    torch.testing.assert_close(found, change(model(ids, task_ids=["topk"] * len(ids))))
