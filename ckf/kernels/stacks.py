@@ -29,19 +29,18 @@ class Stacks:
         b: Sequence[Tensor],
         dtype: torch.dtype,
     ) -> "Stacks":
-        experts = iter(b)
-        return cls(
-            a=_cat(a).to(dtype),
-            b=[
-                _cat([t.t() for t in itertools.islice(experts, len(ranks))]).to(dtype)
-                for ranks in shape.ranks
-            ],
-            gates=_column_gates(
-                [gate.detach() for gate in gates],
-                shape.ranks,
-                torch.float64 if dtype == torch.float64 else torch.float32,
-            ),
-        )
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        columns = column_gates([gate.detach() for gate in gates], shape.ranks, wide)
+        return cls(*stack_adapters(shape, a, b, dtype), columns)
+
+
+def stack_adapters(
+    shape: GroupShape, a: Sequence[Tensor], b: Sequence[Tensor], dtype: torch.dtype
+) -> tuple[Tensor, list[Tensor]]:
+    """A and B as in ``Stacks``."""
+    experts = iter(b)
+    parts = [[t.t() for t in itertools.islice(experts, len(ranks))] for ranks in shape.ranks]
+    return _cat(a).to(dtype), [_cat(own).to(dtype) for own in parts]
 
 
 def _cat(tensors: Sequence[Tensor]) -> Tensor:
@@ -49,7 +48,7 @@ def _cat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat(tensors) if len(tensors) > 1 else tensors[0].contiguous()
 
 
-def _column_gates(
+def column_gates(
     gates: Sequence[Tensor], ranks: Sequence[Sequence[int]], dtype: torch.dtype
 ) -> Tensor:
     """(T, R): every gate as often as its expert has columns, run by run of one rank."""

@@ -15,7 +15,6 @@ m 2048. No atomics: the same inputs give the same bits.
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +32,8 @@ from ckf.kernels.group import (
     product,
     unflatten,
 )
-from ckf.kernels.selection import bit_mask, select_
-from ckf.kernels.stacks import Stacks
+from ckf.kernels.row_gates import RowGates, gate_table
+from ckf.kernels.stacks import stack_adapters
 
 COMPACT_ABOVE = 128  # rank columns from which H is saved compact
 DECODE_ROWS = 256  # up to which stacks are kept between calls: past this, making them costs little
@@ -74,13 +73,13 @@ def forward_pass(
             )
     rows = x.reshape(-1, x.shape[-1])  # (m, k)
     dropout = input_dropout(rows, shape, seed)
-    stacks = Stacks.of(shape, gates, a, b, x.dtype)
+    stacked_a, stacked_b = stack_adapters(shape, a, b, x.dtype)
     places = _places(task_ids, gates)
-    s = dropout(rows) @ stacks.a.t()  # (m, R)
-    h = RowGates.of(stacks.gates, x.dtype).at(places)(s)
+    s = dropout(rows) @ stacked_a.t()  # (m, R)
+    h = gate_table(shape, gates, x.dtype).at(places)(s)
     outputs = []
     for weight, bias, h_l, b_l in zip(
-        weights, biases, h.split(shape.linear_ranks, 1), stacks.b, strict=True
+        weights, biases, h.split(shape.linear_ranks, 1), stacked_b, strict=True
     ):
         outputs.append(_expand(x, weight, bias, h_l, b_l))
     if save_plain:
@@ -120,16 +119,16 @@ def backward_pass(
                 shape, runs, dys, x, saved, weights, gates, a, b, seed, needs
             )
     need_w, need_bias, need_g, need_a, need_b = unflatten(shape, needs[1:])
-    stacks = Stacks.of(shape, gates, a, b, x.dtype)
+    stacked_a, stacked_b = stack_adapters(shape, a, b, x.dtype)
     places = _places(task_ids, gates)
-    gate = RowGates.of(stacks.gates, x.dtype).at(places)
-    parts = [dy @ b_l.t() for dy, b_l in zip(dys, stacks.b, strict=True)]
+    gate = gate_table(shape, gates, x.dtype).at(places)
+    parts = [dy @ b_l.t() for dy, b_l in zip(dys, stacked_b, strict=True)]
     dh = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]  # (m, R)
     ds = gate(dh)
     dropout = input_dropout(rows, shape, seed)
     dx = None
     if needs[0]:
-        dx = add_base(dropout(ds @ stacks.a), dys, weights).view(x.shape)
+        dx = add_base(dropout(ds @ stacked_a), dys, weights).view(x.shape)
     da = None
     if any(need_a):
         da = product(ds.t(), dropout(rows), a[0].dtype)  # (R, k)
@@ -161,8 +160,9 @@ def decode_pass(
                 shape, runs, x, weights, biases, gates, a, b, None, shape.columns, experts.blocks
             )[0]
     rows = x.reshape(-1, x.shape[-1])
-    h = experts.gates.at(_places(task_ids, gates))(rows @ experts.stacks.a.t())  # (m, R)
-    parts = zip(weights, biases, h.split(shape.linear_ranks, 1), experts.stacks.b, strict=True)
+    stacked_a, stacked_b = experts.stacks
+    h = experts.gates.at(_places(task_ids, gates))(rows @ stacked_a.t())  # (m, R)
+    parts = zip(weights, biases, h.split(shape.linear_ranks, 1), stacked_b, strict=True)
     return [_expand(x, *part) for part in parts]
 
 
@@ -173,39 +173,21 @@ class _DecodeExperts:
         self._experts = (shape, gates, a, b, dtype)
         self.blocks: dict[int, torch_runs.TaskBlock | None] = {}  # of torch_runs, by task
         if a[0].device.type != "cpu":  # at once: other streams wait for this moment (DecodeCache)
-            self.gates  # noqa: B018
+            self.stacks, self.gates  # noqa: B018
 
     def kept(self) -> list[Tensor]:
         """On a GPU."""
-        return [self.stacks.a, *self.stacks.b, self.stacks.gates, *self.gates]
+        return [self.stacks[0], *self.stacks[1], *self.gates]
 
     @cached_property
-    def stacks(self) -> Stacks:
-        return Stacks.of(*self._experts)
+    def stacks(self) -> tuple[Tensor, list[Tensor]]:
+        shape, _, a, b, dtype = self._experts
+        return stack_adapters(shape, a, b, dtype)
 
     @cached_property
-    def gates(self) -> "RowGates":
-        return RowGates.of(self.stacks.gates, self._experts[-1])
-
-
-class RowGates(NamedTuple):
-    """Gates and what they select: a gate of zero gives zero whatever it is applied to."""
-
-    values: Tensor  # (rows, R)
-    mask: Tensor  # (rows, R): selection.bit_mask of those that are not zero
-
-    @classmethod
-    def of(cls, gates: Tensor, dtype: torch.dtype) -> "RowGates":
-        """Of ids -2, -1, 0 .. T for gates (T, R): zeros for id -1, NaN for those out of range."""
-        values = F.pad(gates, (0, 0, 2, 1), value=float("nan"))
-        values[1] = 0
-        return cls(values, bit_mask(values != 0, dtype))
-
-    def at(self, places: Tensor) -> "RowGates":
-        return RowGates(self.values.index_select(0, places), self.mask.index_select(0, places))
-
-    def __call__(self, s: Tensor) -> Tensor:
-        return select_((s * self.values).to(s.dtype), self.mask)
+    def gates(self) -> RowGates:
+        shape, gates, _, _, dtype = self._experts
+        return gate_table(shape, gates, dtype)
 
 
 def saves_compact(shape: GroupShape, x: Tensor, slots: Tensor | None) -> bool:

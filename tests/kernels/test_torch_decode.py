@@ -10,7 +10,6 @@ from ckf.kernels import decode_cache, torch_backend, torch_runs
 from ckf.kernels.decode_cache import DecodeCache
 from ckf.kernels.group import GroupShape
 from ckf.kernels.ops import multi_lora_group, run_group
-from ckf.kernels.stacks import Stacks
 from ckf.patch import patched_layers
 from tests.kernels.cases import hard_gates, random_case
 from tests.tiny import tiny_model
@@ -19,8 +18,8 @@ from tests.tiny import tiny_model
 @pytest.fixture
 def made(monkeypatch):
     """Counts how often experts are stacked."""
-    count, original = [], Stacks.of
-    monkeypatch.setattr(Stacks, "of", lambda *a: count.append(1) or original(*a))
+    count, original = [], torch_backend.stack_adapters
+    monkeypatch.setattr(torch_backend, "stack_adapters", lambda *a: count.append(1) or original(*a))
     return count
 
 
@@ -160,7 +159,7 @@ def test_another_stream_waits_for_all_that_was_made(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: other)
     place.wait(made)
     assert (one.waited, other.waited) == ([], ["event of 1"])
-    owned = [made.stacks.a, *made.stacks.b, made.stacks.gates, made.gates.values, made.gates.mask]
+    owned = [made.stacks[0], *made.stacks[1], made.gates.values, made.gates.mask]
     assert all(stream is other for _, stream in recorded)
     assert [id(t) for t, _ in recorded] == [id(t) for t in owned], "their memory could be reused"
 
