@@ -171,7 +171,8 @@ def gather_outer_launch(m: int, width: int, c: int, dtype: torch.dtype) -> Outer
 
 def reduce_blocks(rank: int) -> tuple[int, int]:
     """Rank columns and linear columns of a program that adds up an outer's partials."""
-    return _power(rank, 1, 16), 128
+    block_r = _power(rank, 1, 16)
+    return block_r, 512 // block_r  # 16 bytes a thread, and programs enough for the chip
 
 
 def gemm_launch(m: int, n: int, r: int, dropout: bool = False) -> GemmLaunch:
