@@ -109,7 +109,7 @@ def expand_launch(m: int, n: int, r: int, dtype: torch.dtype) -> ExpandLaunch:
 
 
 def outer_launch(m: int, r: int, c: int, dtype: torch.dtype) -> OuterLaunch:
-    """As many chunks of rows as fill the chip, none shorter than FEWEST_CHUNK_ROWS."""
+    """As many chunks of rows as fit on the chip, none shorter than FEWEST_CHUNK_ROWS."""
     warps, stages = 4, 3
     if dtype == torch.float32:
         stages = 2
@@ -124,8 +124,8 @@ def outer_launch(m: int, r: int, c: int, dtype: torch.dtype) -> OuterLaunch:
 
 
 def _chunk(m: int, blocks: int, block_m: int) -> int:
-    """Rows a program sums, where each chunk of them takes ``blocks`` programs."""
-    chunks = max(1, min(-(-PROGRAMS // blocks), m // FEWEST_CHUNK_ROWS))
+    """Rows a program sums, where each chunk of them takes ``blocks`` programs: not past a wave."""
+    chunks = max(1, min(PROGRAMS // blocks, m // FEWEST_CHUNK_ROWS))
     rows = -(-m // chunks)
     return -(-rows // block_m) * block_m
 
@@ -171,7 +171,8 @@ def gather_outer_launch(m: int, width: int, c: int, dtype: torch.dtype) -> Outer
 
 def reduce_blocks(rank: int) -> tuple[int, int]:
     """Rank columns and linear columns of a program that adds up an outer's partials."""
-    return _power(rank, 1, 16), 128
+    block_r = _power(rank, 1, 16)
+    return block_r, 512 // block_r  # 16 bytes a thread, and programs enough for the chip
 
 
 def gemm_launch(m: int, n: int, r: int, dropout: bool = False) -> GemmLaunch:

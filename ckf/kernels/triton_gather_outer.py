@@ -120,7 +120,7 @@ def gather_reduce_kernel(
     before = tl.cumsum(count, 0) - count
     o_row = (begin // chunk + o_g - before) * width + slot  # of a task's partial i: + i * width
     acc = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    for i in range(tl.sum(count)):
+    for i in tl.range(0, tl.sum(count), num_stages=5):  # four loads under way
         mine = (i >= before) & (i < before + count)
         row = tl.sum(tl.where(mine, o_row + i * width, 0)) + o_j
         p_i = p_part + row.to(tl.int64)[:, None] * c + o_c[None, :]

@@ -100,8 +100,8 @@ def slot_range(p_columns, task, low, r, width, ALIGNED: tl.constexpr, WIDTH: tl.
     column = tl.load(p_column, mask=o_s < width, other=-1)
     first = tl.sum(((column >= 0) & (column < low)).to(tl.int32))
     stop = tl.sum(((column >= 0) & (column < low + r)).to(tl.int32))
-    if ALIGNED:  # every rank is a multiple of 8: 16-byte loads
-        first = tl.multiple_of(first, 8)
+    if ALIGNED:  # every rank is a multiple of 8: 16-byte loads (a hint on a sum is dropped)
+        first, stop = first // 8 * 8, stop // 8 * 8
     return first, stop
 
 

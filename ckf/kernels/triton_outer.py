@@ -91,7 +91,7 @@ def reduce_kernel(
     m_i = (o_j < rank)[:, None] & (o_c < c)[None, :]
     p_i = p_part + (first + o_j).to(tl.int64)[:, None] * c + o_c[None, :]
     acc = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    for _ in range(chunks):
+    for _ in tl.range(0, chunks, num_stages=5):  # four loads under way
         acc += tl.load(p_i, mask=m_i, other=0.0)
         p_i += size
     store_expert(acc * scale, p_out, first, rank, o_j, o_c, c, TRANSPOSED)

@@ -203,7 +203,7 @@ def shrink_sum_kernel(
     m_in = (o_m < m)[:, None] & (o_r < r)[None, :]
     p_i = p_part + o_m[:, None] * r + o_r[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-    for _ in range(parts):
+    for _ in tl.range(0, parts, num_stages=5):  # four loads under way
         acc += tl.load(p_i, mask=m_in, other=0.0)
         p_i += size
     store_tile(

@@ -1,6 +1,7 @@
 """Every Triton kernel, compiled for three GPUs that are not here, may be launched there."""
 
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,6 +85,15 @@ with Compiler(kernels.append) as compiler:
     assert done.returncode == 0, done.stderr[-3000:]
     counts = [int(line) for line in done.stdout.split()]
     assert counts[0] > 5 and counts == counts[:1] * 5
+
+
+def test_chunks_of_an_outer_stay_inside_a_wave():
+    from ckf.kernels.launch import PROGRAMS, outer_launch
+
+    for m, r, c in itertools.product((1, 3072, 8192), (8, 80, 384), (1024, 4096, 14336)):
+        launch = outer_launch(m, r, c, torch.bfloat16)
+        blocks = -(-r // launch.block_r) * -(-c // launch.block_c)
+        assert -(-m // launch.chunk) * blocks <= max(PROGRAMS, blocks)
 
 
 def test_rules_can_fail():
