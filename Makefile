@@ -8,9 +8,11 @@ OUT ?= benchmarks/results
 
 ifdef CKF_PYTHON
 PY := $(CKF_PYTHON)
+USER_READY :=
 READY :=
 else
 PY := .venv/bin/python
+USER_READY := .venv/.user
 READY := .venv/.ready
 endif
 
@@ -28,16 +30,20 @@ help:
 	@echo "make format     let ruff fix and format"
 	@echo "make clean      remove what was built; .venv, runs/ and results stay"
 
-# torch first and by its version, so that pip does not pick another one for the rest.
-.venv/.ready: pyproject.toml setup.py
+# What a user installs; torch first and by its version, so that pip does not pick another one.
+.venv/.user: pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet "$(TORCH)"
+	$(PY) -m pip install --quiet -e ".[recsys]"
+	@touch $@
+
+.venv/.ready: .venv/.user
 	$(PY) -m pip install --quiet -e ".[recsys,test]"
 	@touch $@
 
 environment: $(READY)
 
-demo: $(READY)
+demo: $(USER_READY)
 	$(PY) -m ckf.cli train configs/demo.yaml --out runs/demo
 
 test: $(READY)
