@@ -275,7 +275,7 @@ def gathered_calls(arch: int, dtype, m: int, k: int, width: int, dropout_p: floa
     launch = gather_expand_launch(m, k, width, dtype)
     given = (h, a, x, groups, 0, aligned, dropout is None, dropout, None, launch)
     yield ("gather_expand", launch, key), partial(gather_expand, *given)
-    launch = gather_outer_launch(m, width, k, dtype)
+    launch = gather_outer_launch(m, width, k, dtype, dropout is not None, aligned)
     for transposed in (False, True) if not dropout else (False,):
         given = (h, x, ranks, torch.float32, transposed, groups, slots, 0, aligned, dropout, launch)
         same_code = ("gather_outer", replace(launch, chunk=0), transposed, key)
