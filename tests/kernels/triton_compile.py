@@ -174,6 +174,7 @@ def launches(arch: int, tf32: bool = False):
         rows, ranks = (ROWS, RANKS) if hopper else (ROWS[-1:], RANKS[1::2])
         cases = [
             *itertools.product([bf16], rows, [4096], ranks),
+            *itertools.product([bf16], ROWS[1:2], [1024], ranks if hopper else ()),
             *itertools.product([fp32], [8192], [4096], (8, 32, 1024)),
             *itertools.product([bf16, fp32], [8191], [4095], [32]),
             *([(bf16, 8192, 4096, 100), (fp16, 8192, 4096, 128)] if hopper else []),
@@ -181,6 +182,7 @@ def launches(arch: int, tf32: bool = False):
         ]
         gathered = [
             *itertools.product([bf16], rows, [4096], (32, 128)),
+            *itertools.product([bf16], ROWS[1:2], [1024], (32, 128) if hopper else ()),
             *itertools.product([bf16], ROWS[-1:], [4096], (16, 48, 384) if hopper else ()),
             *itertools.product([bf16, fp32], [8191], [4095], [40]),
             (fp32, 8192, 4096, 32),
