@@ -161,7 +161,8 @@ def gather_outer(
     if 0 in (m, r, c):
         return out.zero_()
     expected = -(-width * r // slots.shape[1])  # slots in these columns, if spread evenly
-    launch = launch or gather_outer_launch(m, expected, c, x.dtype)
+    masked = dropout is not None
+    launch = launch or gather_outer_launch(m, expected, c, x.dtype, masked, aligned)
     chunks = triton.cdiv(m, launch.chunk)
     parts = torch.empty(chunks + tasks, width, c, dtype=torch.float32, device=x.device)
     seed, threshold, scale = dropout or (None, 0, 1.0)

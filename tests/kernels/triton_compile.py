@@ -174,6 +174,7 @@ def launches(arch: int, tf32: bool = False):
         rows, ranks = (ROWS, RANKS) if hopper else (ROWS[-1:], RANKS[1::2])
         cases = [
             *itertools.product([bf16], rows, [4096], ranks),
+            *itertools.product([bf16], ROWS[1:2], [1024], ranks if hopper else ()),
             *itertools.product([fp32], [8192], [4096], (8, 32, 1024)),
             *itertools.product([bf16, fp32], [8191], [4095], [32]),
             *([(bf16, 8192, 4096, 100), (fp16, 8192, 4096, 128)] if hopper else []),
@@ -181,6 +182,7 @@ def launches(arch: int, tf32: bool = False):
         ]
         gathered = [
             *itertools.product([bf16], rows, [4096], (32, 128)),
+            *itertools.product([bf16], ROWS[1:2], [1024], (32, 128) if hopper else ()),
             *itertools.product([bf16], ROWS[-1:], [4096], (16, 48, 384) if hopper else ()),
             *itertools.product([bf16, fp32], [8191], [4095], [40]),
             (fp32, 8192, 4096, 32),
@@ -275,7 +277,7 @@ def gathered_calls(arch: int, dtype, m: int, k: int, width: int, dropout_p: floa
     launch = gather_expand_launch(m, k, width, dtype)
     given = (h, a, x, groups, 0, aligned, dropout is None, dropout, None, launch)
     yield ("gather_expand", launch, key), partial(gather_expand, *given)
-    launch = gather_outer_launch(m, width, k, dtype)
+    launch = gather_outer_launch(m, width, k, dtype, dropout is not None, aligned)
     for transposed in (False, True) if not dropout else (False,):
         given = (h, x, ranks, torch.float32, transposed, groups, slots, 0, aligned, dropout, launch)
         same_code = ("gather_outer", replace(launch, chunk=0), transposed, key)
