@@ -12,6 +12,7 @@ import datetime
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -183,6 +184,11 @@ def opened_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
     return load_config(folder / CONFIG, list(overrides))
 
 
+# Random numbers, and what transformers and accelerate keep, belong to the process: two trainings at
+# once would reset each other's.
+_TRAINING = threading.RLock()
+
+
 def train_run(
     config: RunConfig,
     folder: str | Path,
@@ -194,6 +200,8 @@ def train_run(
 ) -> Run:
     """Prepare, fit CF vectors, train; goes on where an earlier call with the same settings ended.
 
+    Calls from several threads run one after the other.
+
     Args:
         folder: the run's folder, made where it is missing.
         data_path: raw data, instead of ``config.data.path``.
@@ -204,25 +212,26 @@ def train_run(
         ValueError: the folder holds another run or other files, or anything wrong with settings
             or data.
     """
-    folder, chosen = Path(folder), pick_device(device)
-    config = with_absolute_model(config)
-    locate_model(config.model.name)  # a wrong name shall not wait for the data
-    if overwrite and is_main_process():
-        _remove_run(folder)
-    with main_process_first(chosen):
-        made = start_run(config, folder)
+    with _TRAINING:
+        folder, chosen = Path(folder), pick_device(device)
+        config = with_absolute_model(config)
+        locate_model(config.model.name)  # a wrong name shall not wait for the data
+        if overwrite and is_main_process():
+            _remove_run(folder)
+        with main_process_first(chosen):
+            made = start_run(config, folder)
+            set_seed(config.seed)
+            try:
+                data = _data_of(config, folder, data_path, prepared, log)
+            except Exception:
+                if made:  # mended settings shall not meet what is left of the wrong ones
+                    shutil.rmtree(folder)
+                raise
+            vectors, seconds = _vectors_of(config, folder, data, log)
         set_seed(config.seed)
-        try:
-            data = _data_of(config, folder, data_path, prepared, log)
-        except Exception:
-            if made:  # mended settings shall not meet what is left of the wrong ones
-                shutil.rmtree(folder)
-            raise
-        vectors, seconds = _vectors_of(config, folder, data, log)
-    set_seed(config.seed)
-    log(f"loading {config.model.name}")
-    assembly = assemble(config, data, vectors, chosen)
-    return train_or_load(assembly, folder, chosen, seconds, log)
+        log(f"loading {config.model.name}")
+        assembly = assemble(config, data, vectors, chosen)
+        return train_or_load(assembly, folder, chosen, seconds, log)
 
 
 def train_or_load(
