@@ -64,7 +64,6 @@ class RoutedForward(_Wrapped):
         self.check_packing(self.model, named, task_ids)
         shape, device, past = self._sizes(named)
         route = self.router.make_route(task_ids, shape, device, self.model.training, past)
-        route.model = self.model
         with self.router.following(route):
             return self.original(*args, **kwargs)
 

@@ -261,7 +261,7 @@ class MultiLoRALinear(nn.Module):
             a,
             b,
             [layer.gates(device) for layer in layers],
-            route.ids_for(x, self.index),
+            route.ids_for(x, self.name),
             dropout,
             route.seed_for(x, self._leader) if dropout > 0 else 0,
             self.backend,

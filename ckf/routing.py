@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ckf.kernels.checks import check_id_range
 
@@ -39,15 +39,17 @@ class Route:
         self.ids = ids.expand(shape).reshape(-1)  # (rows * tokens_per_row,)
         self.base_only = base_only
         self.seed = seed
-        self.model: nn.Module | None = None  # whose forward pass it is, to name a layer in errors
         self._last_input: tuple[weakref.ref, int, int] | None = None
         self._ready: dict[int, tuple[weakref.ref, int, Tensor]] = {}
         self._views: dict[tuple[torch.Size, torch.device], Tensor] = {}
         self.may_hold = True  # outputs of siblings, while torch.compile traces
         self._traced: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def ids_for(self, x: Tensor, layer: int = -1) -> Tensor:
-        """Ids of x's leading shape; x may be (batch, seq, k), flattened, or one vector a row."""
+    def ids_for(self, x: Tensor, layer: str = "a patched layer") -> Tensor:
+        """Ids of x's leading shape; x may be (batch, seq, k), flattened, or one vector a row.
+
+        ``layer`` is named in errors.
+        """
         if torch.compiler.is_compiling():
             return self._fitted(x, layer)
         key = (x.shape[:-1], x.device)  # layers may lie on several devices
@@ -55,7 +57,7 @@ class Route:
             self._views[key] = self._fitted(x, layer)
         return self._views[key]
 
-    def _fitted(self, x: Tensor, layer: int) -> Tensor:
+    def _fitted(self, x: Tensor, layer: str) -> Tensor:
         lead = x.shape[:-1]
         if self.one is not None:
             return self.one.to(x.device, non_blocking=True).expand(lead).contiguous()
@@ -67,7 +69,7 @@ class Route:
             if count * self.tokens_per_row == ids.numel():
                 return ids.view(-1, self.tokens_per_row)[:, -1].view(lead)
         raise ValueError(
-            f"{self._name(layer)} got {count} rows of shape {tuple(x.shape)}, but the forward pass "
+            f"{layer} got {count} rows of shape {tuple(x.shape)}, but the forward pass "
             f"has task ids for {self.ids.numel()} tokens, {self.tokens_per_row} a row; leave this "
             "layer out of target_modules"
         )
@@ -80,13 +82,6 @@ class Route:
         if len(lead) < 2 or self.rows == 1 or lead[0] == self.rows:
             return True
         return sum(size != 1 for size in lead) < 2
-
-    def _name(self, layer: int) -> str:
-        if self.model is None or torch.compiler.is_compiling():
-            return "a patched layer"
-        layers = ((n, m) for n, m in self.model.named_modules() if hasattr(m, "lora_A"))
-        names = (n for n, m in layers if m.index == layer)
-        return next(names, "a patched layer")
 
     def seed_for(self, x: Tensor, layer: int) -> int | Tensor:
         """One dropout seed per input tensor: siblings (q, k, v) fed the same tensor share it."""

@@ -94,13 +94,13 @@ class DecodeCache:
         tensors = (*gates, *a, *b)
         if any(t.is_inference() for t in tensors):  # they count no versions
             return make(shape, gates, a, b, dtype)
-        _STEPS.watch()
         key = (dtype, _STEPS.count, *((t.data_ptr(), t._version, t.shape) for t in tensors))
         capturing = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
         kept = self._kept.get(make)
         if kept is None or kept[0] != key:
             made = make(shape, gates, a, b, dtype)
             if not capturing:  # else only replays of the graph compute it
+                _STEPS.watch()
                 where = _Made.here() if tensors[0].is_cuda else None
                 self._kept[make] = (key, made, where, tuple(t.detach() for t in tensors))
             return made

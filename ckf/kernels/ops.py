@@ -308,7 +308,7 @@ def _multi_lora_fake(
     outputs = [x.new_empty(*x.shape[:-1], b[first].shape[0]) for first in firsts]
     if backend == "cuda":
         return [*outputs, x.new_empty(0)]
-    compact = not save_plain and _passes(backend).saves_compact(shape, x, slots)
+    compact = not save_plain and _passes(backend).saves_compact(shape, slots)
     columns = width if compact else shape.columns
     return [*outputs, x.new_empty(math.prod(x.shape[:-1]), columns)]
 

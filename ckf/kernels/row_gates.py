@@ -1,7 +1,7 @@
 """The gates of every row, from those of every task.
 
-On a CPU small tables of gates are kept as long as the gates live: making one takes as many small
-operations as a whole pass of few rows.
+On a CPU small tables of gates are kept as long as the gates live: making one takes a dozen small
+operations.
 """
 
 import weakref

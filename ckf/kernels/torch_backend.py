@@ -67,7 +67,7 @@ def forward_pass(
     if _takes_runs(x, save_plain):
         runs = torch_runs.paying_runs(shape, task_ids.reshape(-1), gates, x, b)
         if runs is not None:
-            columns = width if saves_compact(shape, x, slots) else shape.columns
+            columns = width if saves_compact(shape, slots) else shape.columns
             return torch_runs.forward_pass(
                 shape, runs, x, weights, biases, gates, a, b, seed, columns
             )
@@ -84,7 +84,7 @@ def forward_pass(
         outputs.append(_expand(x, weight, bias, h_l, b_l))
     if save_plain:
         return outputs, s
-    if saves_compact(shape, x, slots):
+    if saves_compact(shape, slots):
         index = _slot_index(slots, places, width)  # (m, R)
         h = h.new_zeros(h.shape[0], width + 1).scatter_(1, index, h)[:, :width].contiguous()
     return outputs, h
@@ -134,7 +134,7 @@ def backward_pass(
         da = product(ds.t(), dropout(rows), a[0].dtype)  # (R, k)
     db = [None] * shape.linears
     if any(need_b):
-        h = _saved_h(shape, x, saved, gate, save_plain, slots, places)
+        h = _saved_h(shape, saved, gate, save_plain, slots, places)
         db = _b_gradients(shape, dys, h, b, need_b)
     dg = gate_gradients(shape, dh, saved, gates, task_ids) if any(need_g) else None
     return Gradients(dx, base_gradients(rows, dys, need_w, need_bias), dg, da, db)
@@ -176,7 +176,7 @@ class _DecodeExperts:
             self.stacks, self.gates  # noqa: B018
 
     def kept(self) -> list[Tensor]:
-        """On a GPU."""
+        """What a GPU's other streams read."""
         return [self.stacks[0], *self.stacks[1], *self.gates]
 
     @cached_property
@@ -190,7 +190,7 @@ class _DecodeExperts:
         return gate_table(shape, gates, dtype)
 
 
-def saves_compact(shape: GroupShape, x: Tensor, slots: Tensor | None) -> bool:
+def saves_compact(shape: GroupShape, slots: Tensor | None) -> bool:
     """Whether H is saved compact: compacting a narrow H costs more than it frees."""
     return slots is not None and shape.columns > COMPACT_ABOVE
 
@@ -199,11 +199,11 @@ def _takes_runs(x: Tensor, save_plain: bool) -> bool:
     return x.device.type == "cpu" and not save_plain
 
 
-def _saved_h(shape, x, saved, gate: RowGates, save_plain, slots, places) -> Tensor:
+def _saved_h(shape, saved, gate: RowGates, save_plain, slots, places) -> Tensor:
     """H (m, R) from what forward saved."""
     if save_plain:
         return gate(saved)
-    if not saves_compact(shape, x, slots):
+    if not saves_compact(shape, slots):
         return saved
     index = _slot_index(slots, places, saved.shape[1])
     return torch.cat([saved, saved.new_zeros(saved.shape[0], 1)], dim=1).gather(1, index)

@@ -56,7 +56,7 @@ def forward_pass(
     biases = [None if bias is None else bias.contiguous() for bias in biases]
     with torch.cuda.device_of(x):
         stacks = stack(shape, gates, a, b, x.dtype)
-        compact = not save_plain and saves_compact(shape, x, slots)
+        compact = not save_plain and saves_compact(shape, slots)
         saved = rows.new_empty(rows.shape[0], width if compact else shape.columns)
         kind = Gathered if gathers(shape, save_plain, slots) else Dense
         update = kind(shape, stacks, task_ids, seed, save_plain, slots, width)
@@ -112,7 +112,7 @@ def backward_pass(
     return Gradients(dx, base, dg, da, db)
 
 
-def saves_compact(shape: GroupShape, x: Tensor, slots: Tensor | None) -> bool:
+def saves_compact(shape: GroupShape, slots: Tensor | None) -> bool:
     """Whether H is saved compact, (m, C): wherever the slots are known; the shrink packs it."""
     return slots is not None
 
