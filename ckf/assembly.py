@@ -15,7 +15,8 @@ from ckf.data.prepared import PreparedData
 from ckf.match import MatchScores
 from ckf.metanet import MetaNetwork
 from ckf.model import CKFModel, embedding_scale
-from ckf.packing import packs_rows_right
+from ckf.packed_attention import PACKED_ATTENTION
+from ckf.packing import attend_packed, packs_rows_right
 from ckf.patch import patch_model
 from ckf.prior import AnswerPrior
 from ckf.prompts import ANSWERS, PromptEncoder
@@ -97,7 +98,8 @@ def assemble(
     prior = None
     if config.metanet.match == "prior":
         prior = AnswerPrior(scores, maker, _one_token_answers(config, encoder))
-    collator = Collator(tasks, lookup, encoder.filler, packed, one_lora, scores, prior)
+    tells_rows = packed and backbone.config._attn_implementation == PACKED_ATTENTION
+    collator = Collator(tasks, lookup, encoder.filler, packed, one_lora, scores, prior, tells_rows)
     return Assembly(
         config,
         data,
@@ -184,6 +186,10 @@ def _check_window(config: RunConfig, backbone) -> None:
 def _choose_packing(wanted: str | bool, backbone) -> bool:
     if wanted is False:
         return False
+    if attend_packed(backbone):
+        return True
+    if wanted == "auto" and "flash" not in str(backbone.config._attn_implementation):
+        return False  # attention over all pairs of a batch would cost more than padding
     right = packs_rows_right(backbone)
     if wanted is True and not right:
         raise ValueError(

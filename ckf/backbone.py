@@ -1,5 +1,8 @@
 """Loading the language model: by Hugging Face name, folder, GGUF file, or a known download."""
 
+import os
+import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -47,16 +50,53 @@ def load_backbone(
     folder, options = locate_model(config.name)
     dtype = pick_dtype(config.dtype, device)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+        if config.name in KNOWN_DOWNLOADS and options:
+            folder, options = unpacked(Path(folder), options)
+        model, tokenizer = _load(folder, options, dtype)
     except (OSError, ImportError, KeyError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"cannot load the model {config.name!r} from {folder}: {error}\n"
             "Give model.name as a Hugging Face name that can be reached, a folder with "
             f"config.json, a .gguf file, or one of {', '.join(KNOWN_DOWNLOADS)}"
         ) from error
-    _forget_file_format(model)
     return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def _load(folder: str | Path, options: dict, dtype: torch.dtype):
+    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    _forget_file_format(model)
+    return model, tokenizer
+
+
+def unpacked(folder: Path, options: dict) -> tuple[str, dict]:
+    """A download's GGUF file as float32 safetensors beside it, made at the first call.
+
+    The same numbers and tokens; transformers reads the folder in less than a second and the file in
+    half a minute. Where the folder cannot be written, the file as before, with a warning.
+
+    Args:
+        folder, options: of ``locate_model``.
+    """
+    target = folder / "float32"
+    if not (target / "config.json").is_file():
+        try:
+            with tempfile.TemporaryDirectory(prefix=".unpack-", dir=folder) as temporary:
+                ready = Path(temporary) / "ready"
+                for part in _load(folder, options, torch.float32):
+                    part.save_pretrained(ready)
+                if target.exists():  # without its config: of no use
+                    os.replace(target, Path(temporary) / "broken")
+                os.replace(ready, target)
+        except OSError as error:
+            if not (target / "config.json").is_file():  # else another process was faster
+                warnings.warn(
+                    f"{folder} cannot keep the model unpacked ({error}), so each start takes half "
+                    "a minute; free 600 MB there, or set CKF_CACHE to a folder that can be written",
+                    stacklevel=2,
+                )
+                return str(folder), options
+    return str(target), {}
 
 
 def locate_model(name: str) -> tuple[str, dict]:

@@ -20,6 +20,7 @@ from ckf.cf import CFVectors, fold_in_users
 from ckf.config import RunConfig
 from ckf.data.prepared import PreparedData
 from ckf.match import MatchScores
+from ckf.packed_attention import PackedRows
 from ckf.prompts import USER_SLOT, Encoded, PromptEncoder, Question, matched_item
 
 if TYPE_CHECKING:
@@ -150,6 +151,7 @@ class Collator:
         one_lora: route all tasks to LoRA 0, for models with a single one.
         matches: CF scores of user and item for the match slots, or None.
         prior: log-odds of the answers from those scores, or None.
+        tells_rows: tell packed attention the rows (``ckf.packing.attend_packed``).
     """
 
     def __init__(
@@ -161,9 +163,10 @@ class Collator:
         one_lora: bool = False,
         matches: MatchScores | None = None,
         prior: AnswerPrior | None = None,
+        tells_rows: bool = False,
     ) -> None:
         self.tasks, self.lookup = list(tasks), lookup
-        self.filler, self.packed = filler, packed
+        self.filler, self.packed, self.tells_rows = filler, packed, tells_rows
         self.one_lora, self.matches, self.prior = one_lora, matches, prior
 
     def padded(self) -> Collator:
@@ -183,10 +186,10 @@ class Collator:
             history_vectors (b, h, d), history_mask (b, h), item_vectors (p_items, d); match_slots
             (p_match,) and match_scores (p_match, 1) where there are matches; prior_rows,
             prior_tokens and prior_values (p_prior,) where there is a prior
-            (``AnswerPrior.entries``); label_slots (q,) flat positions that predict, label_tokens
-            (q,) and label_rows (q,); row_tasks (b,); last_slots (b,) flat positions that predict
-            each row's first answer token; first_column, an int, padded only: no predicting position
-            lies before it.
+            (``AnswerPrior.entries``); packed_rows, a ``PackedRows``, where attention is told;
+            label_slots (q,) flat positions that predict, label_tokens (q,) and label_rows (q,);
+            row_tasks (b,); last_slots (b,) flat positions that predict each row's first answer
+            token; first_column, an int, padded only: no predicting position lies before it.
         """
         batch = self._packed(prompts) if self.packed else self._padded(prompts)
         starts = batch.pop("starts")
@@ -205,7 +208,8 @@ class Collator:
         pieces = [[*p.tokens, *p.answer] for p in prompts]
         lengths = [len(p) for p in pieces]
         ids = [self.tasks.index(p.task) for p in prompts]
-        return {
+        rows = {"packed_rows": PackedRows.of(lengths)} if self.tells_rows else {}
+        return rows | {
             "input_ids": torch.tensor([[t for piece in pieces for t in piece]]),
             "position_ids": torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0),
             "task_ids": torch.repeat_interleave(torch.tensor(ids), torch.tensor(lengths)).unsqueeze(

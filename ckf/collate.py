@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DataCollatorWithFlattening
 
+from ckf.packed_attention import PACKED_ATTENTION, PackedRows
 from ckf.packing import packs_rows_right
 from ckf.patch import patch_state
 from ckf.routing import Router
@@ -27,6 +28,7 @@ class TaskCollator:
         collator: any collator that pads, one row a feature; or one that flattens, like
             ``DataCollatorWithFlattening(return_flash_attn_kwargs=True)``: rows are then packed into
             one sequence, with an id a token and no cache, and their first labels are masked.
+            A model on "ckf_packed" attention is told the rows (``ckf.packed_attention``).
 
     Raises:
         ValueError: an unpatched model, or a model that does not keep packed rows apart.
@@ -35,6 +37,8 @@ class TaskCollator:
     def __init__(self, model: nn.Module, collator: Callable[[list[dict]], Mapping]) -> None:
         self.router = Router(patch_state(model).router.tasks)
         self.collator = collator
+        attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+        self.tells_rows = attention == PACKED_ATTENTION
         if isinstance(collator, DataCollatorWithFlattening) and not packs_rows_right(model):
             raise ValueError(
                 f"{type(model).__name__} does not keep packed rows apart; give a collator that "
@@ -72,7 +76,8 @@ class TaskCollator:
         if "labels" in batch:  # a row's last token must not learn the next row's first
             batch["labels"][0, lengths.cumsum(0) - lengths] = IGNORED
         packed_ids = ids.repeat_interleave(lengths).unsqueeze(0)
-        return batch | {"task_ids": packed_ids, "use_cache": False}
+        rows = PackedRows.of(lengths.tolist()).inputs() if self.tells_rows else {}
+        return batch | {"task_ids": packed_ids, "use_cache": False} | rows
 
 
 def _take_task(row: dict, index: int) -> str | int:

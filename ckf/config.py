@@ -136,7 +136,7 @@ class TrainConfig:
     temperature: tasks are mixed in proportion to size ** (1 / temperature).
     fold_share: of the train rows whose user is folded in from the history, as users without train
     rows are: vectors fitted on a row know its answer better than they know those of new rows.
-    packing: several rows in one sequence: "auto" where the model computes it right, or on or off.
+    packing: several rows in one sequence: "auto" where rows attend within themselves, or on or off.
     """
 
     steps: int = 100

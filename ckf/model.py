@@ -71,13 +71,15 @@ class CKFModel(nn.Module):
         length = embeds.shape[1]
         options = {"position_ids": batch["position_ids"], "task_ids": batch["task_ids"]}
         if "first_column" in batch:  # padded on the left: the last columns hold all positions
-            first = batch["first_column"]
-            options["logits_to_keep"] = length - first
+            first = batch["first_column"]  # by index: a slice's rows would be multiplied one by one
+            options["logits_to_keep"] = torch.arange(first, length, device=positions.device)
             index = (positions // length) * (length - first) + positions % length - first
         else:
             options["logits_to_keep"] = positions
             index = slice(None)
-        if "attention_mask" in batch:
+        if "packed_rows" in batch:
+            options |= batch["packed_rows"].inputs()
+        elif "attention_mask" in batch:
             options["attention_mask"] = batch["attention_mask"]
         output = self.backbone(inputs_embeds=embeds, use_cache=False, **options)
         return output.logits.flatten(0, 1)[index]

@@ -2,8 +2,9 @@
 
 Positions that start anew tell packed rows apart. The eager, sdpa and flex attention of transformers
 honour them only where no attention_mask is given and no cache is in use, flash attention only in
-batches of one sequence, and some models (OPT) never. Everything here is known on the host: shapes,
-flags, packing arguments, and positions that lie on the host; nothing is copied from a device.
+batches of one sequence, and some models (OPT) never. ``ckf.packed_attention`` is told the rows.
+Everything here is known on the host: shapes, flags, packing arguments, and positions that lie on
+the host; nothing is copied from a device.
 """
 
 import warnings
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+
+from ckf.packed_attention import PACKED_ATTENTION, PackedRows, can_attend_packed
 
 _BORDERS = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # arguments that only packed rows have
 
@@ -34,6 +37,9 @@ class PackingCheck:
         """
         positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
         if torch.compiler.is_compiling() or self.resting or not isinstance(model, PreTrainedModel):
+            return
+        if inputs.get("packed_rows") is not None:
+            _check_packed_rows(model, inputs)
             return
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             return  # a mask of every pair: the caller keeps rows apart
@@ -94,18 +100,51 @@ def packs_rows_right(model: PreTrainedModel, tolerance: float = 1e-2) -> bool:
     lengths = (7, 8)
     positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0).to(model.device)
 
+    rows = {}
+    if model.config._attn_implementation == PACKED_ATTENTION:
+        rows = PackedRows.of(lengths).to(model.device).inputs()
+
     def run(tokens: Tensor, **options) -> Tensor:
         embeds = model.get_input_embeddings()(tokens)
         tasks = torch.full(tokens.shape, -1)
         return model(inputs_embeds=embeds, use_cache=False, task_ids=tasks, **options).logits
 
     with _trial(model):
-        together = run(ids, position_ids=positions).float()
+        together = run(ids, position_ids=positions, **rows).float()
         alone = torch.cat([run(part).float() for part in ids.split(lengths, dim=1)], dim=1)
     error = (together - alone).abs().max() / alone.abs().max()
     if model.dtype != torch.float32:
         tolerance *= 5
     return bool(error < tolerance)
+
+
+def attend_packed(model: PreTrainedModel) -> bool:
+    """Let packed rows attend within themselves at the cost of rows apart, where the model can.
+
+    Afterwards its attention is "ckf_packed" and this returns True, or all is as before.
+    """
+    if not can_attend_packed(model):
+        return False
+    before = model.config._attn_implementation
+    try:
+        model.set_attn_implementation(PACKED_ATTENTION)
+        right = packs_rows_right(model)
+    except Exception:  # a model whose layers do not hand arguments on to attention
+        right = False
+    if not right:
+        model.set_attn_implementation(before)
+    return right
+
+
+def _check_packed_rows(model: nn.Module, inputs: Mapping[str, object]) -> None:
+    implementation = str(model.config._attn_implementation)
+    if implementation != PACKED_ATTENTION:
+        _refuse(
+            f"packed_rows was given to {implementation} attention, which does not know it",
+            f'call model.set_attn_implementation("{PACKED_ATTENTION}")',
+        )
+    if _caches(model, inputs):
+        _refuse("the forward pass keeps a key-value cache", "pass use_cache=False")
 
 
 def _try_packing(model: PreTrainedModel) -> bool:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ckf.assembly import Assembly
+from ckf.batches import Collator
+from ckf.packed_attention import PackedRows
 from ckf.prompts import ANSWERS, Encoded, Question
 
 Progress = Callable[[int], None]
@@ -38,8 +40,10 @@ class Scorer:
     ) -> None:
         self.assembly, self.model = assembly, assembly.model
         self.base_only = base_only
+        own = assembly.batcher.collator
+        self.padded = own.padded()
         # sorted by length there is next to nothing to pad, and attention stays within a row
-        self.collator = assembly.batcher.collator.padded()
+        self.collator = own if own.tells_rows else self.padded
         self.progress = progress or (lambda rows: None)
 
     @property
@@ -99,7 +103,7 @@ class Scorer:
         settings |= {"eos_token_id": encoder.end, "pad_token_id": encoder.filler}
         prompts = [encoder.encode(q, self.vectors) for q in questions]
         texts = [""] * len(prompts)
-        for rows, batch in self._batches(prompts, users, histories):
+        for rows, batch in self._batches(prompts, users, histories, self.padded):
             tokens = self.model.backbone.generate(
                 inputs_embeds=self.model.embed(batch),
                 attention_mask=batch["attention_mask"],
@@ -116,15 +120,18 @@ class Scorer:
         words = self.assembly.batcher.encoder.answer_tokens(task)[1]
         return torch.tensor([words[w] for w in ANSWERS[task]])
 
-    def _batches(self, prompts, users, histories) -> Iterator[tuple[np.ndarray, dict]]:
+    def _batches(
+        self, prompts, users, histories, collator: Collator | None = None
+    ) -> Iterator[tuple[np.ndarray, dict]]:
         """Row indices and their batch; sorted by length, at most batch_tokens tokens each."""
+        collator = collator or self.collator
         users, histories = np.asarray(users), np.asarray(histories)
         device, was_training = self.model.device, self.model.training
         if was_training:  # else what decoding keeps would be forgotten
             self.model.eval()
         try:
             for rows in _by_length(prompts, self.assembly.config.evaluate.batch_tokens):
-                batch = self.collator([prompts[r] for r in rows], users[rows], histories[rows])
+                batch = collator([prompts[r] for r in rows], users[rows], histories[rows])
                 batch = {k: _move(v, device) for k, v in batch.items()}
                 if self.base_only:
                     batch["task_ids"] = torch.full_like(batch["task_ids"], -1)
@@ -158,5 +165,5 @@ def _by_length(prompts: Sequence[Encoded], budget: int) -> Iterator[np.ndarray]:
         start += count
 
 
-def _move(value: Tensor | int, device: torch.device) -> Tensor | int:
-    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+def _move(value: Tensor | PackedRows | int, device: torch.device) -> Tensor | PackedRows | int:
+    return value if isinstance(value, int) else value.to(device, non_blocking=True)

@@ -19,7 +19,8 @@ NEAR = {"rtol": 2e-4, "atol": 2e-5}
 
 def collator(assembly, packed):
     training = assembly.batcher.collator
-    return Collator(training.tasks, training.lookup, training.filler, packed)
+    told = {"tells_rows": packed == "told"}
+    return Collator(training.tasks, training.lookup, training.filler, bool(packed), **told)
 
 
 def make_batch(assembly, examples, packed, vectors=True):
@@ -55,23 +56,26 @@ def test_packed_equals_padded_equals_every_row_alone(assembly, mixed, vectors):
     packed, packed_grads = losses_and_gradients(
         assembly.model, [make_batch(assembly, mixed, True, flags)]
     )
+    told, told_grads = losses_and_gradients(
+        assembly.model, [make_batch(assembly, mixed, "told", flags)]
+    )
     padded, padded_grads = losses_and_gradients(
         assembly.model, [make_batch(assembly, mixed, False, flags)]
     )
     singles = [make_batch(assembly, [e], True, [v]) for e, v in zip(mixed, flags, strict=True)]
     alone, alone_grads = losses_and_gradients(assembly.model, singles)
     assert packed.std() > 0.1
-    assert_close(packed, alone, **NEAR)
-    assert_close(padded, alone, **NEAR)
-    assert set(packed_grads) == set(padded_grads) == set(alone_grads)
+    for rows in (packed, told, padded):
+        assert_close(rows, alone, **NEAR)
+    assert set(packed_grads) == set(told_grads) == set(padded_grads) == set(alone_grads)
     learns = any("metanet" in name for name in alone_grads)
     assert learns == any(flags)
     for name, own in alone_grads.items():
-        assert_close(packed_grads[name], own, **NEAR, msg=name)
-        assert_close(padded_grads[name], own, **NEAR, msg=name)
+        for grads in (packed_grads, told_grads, padded_grads):
+            assert_close(grads[name], own, **NEAR, msg=name)
 
 
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("packed", [True, "told", False])
 def test_answer_logits_equal_those_of_the_row_alone(assembly, mixed, packed):
     batch = make_batch(assembly, mixed, packed)
     with torch.no_grad():
@@ -95,7 +99,7 @@ def test_logits_are_those_of_the_backbone_at_the_position(assembly, mixed):
     assert_close(own, whole[batch["label_slots"]], **NEAR)
 
 
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("packed", [True, "told", False])
 def test_a_row_weighs_the_same_however_long_its_answer(assembly, mixed, packed):
     batch = make_batch(assembly, mixed, packed)
     counts = torch.bincount(batch["label_rows"])
@@ -132,7 +136,7 @@ def test_logits_are_computed_only_where_labels_are(assembly, mixed):
     assert rows == [labels, len(mixed) * (longest + 1)]
 
 
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("packed", [True, "told", False])
 def test_every_vector_of_every_row_is_in_its_place(assembly, mixed, packed):
     model, data = assembly.model, assembly.data
     batch = make_batch(assembly, mixed, packed)
@@ -201,15 +205,27 @@ def test_vectors_start_at_what_the_embedding_module_gives(small_run):
 
 @pytest.mark.parametrize("family, right", [("llama", True), ("qwen3", True), ("opt", False)])
 def test_families_that_mix_packed_rows_are_found_out(family, right):
-    model = ckf.patch_model(tiny_model(family), ["ctr"], r=2)
+    model = tiny_model(family)
+    model.set_attn_implementation("eager")
+    ckf.patch_model(model, ["ctr"], r=2)
     assert packs_rows_right(model) is right
-    assert _choose_packing("auto", model) is right
+    assert _choose_packing("auto", model) is False  # attention over all pairs
     assert _choose_packing(False, model) is False
     if right:
         assert _choose_packing(True, model) is True
     else:
         with pytest.raises(ValueError, match="train.packing is true.*auto or false"):
             _choose_packing(True, model)
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("wanted", ["auto", True])
+def test_rows_are_packed_where_they_attend_within_themselves(assembly, wanted):
+    model = ckf.patch_model(tiny_model("llama"), ["ctr"], r=2)
+    assert _choose_packing(wanted, model) is True
+    assert model.config._attn_implementation == "ckf_packed"
+    assert assembly.packed and assembly.batcher.collator.tells_rows
+    assert not assembly.batcher.collator.padded().tells_rows
 
 
 def test_loss_of_a_single_token_answer_is_plain_cross_entropy(assembly, mixed):

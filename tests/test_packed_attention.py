@@ -1,0 +1,280 @@
+"""Packed rows that attend within themselves equal rows alone, forward and backward."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, MistralConfig
+
+import ckf
+from ckf.packed_attention import (
+    PACKED_ATTENTION,
+    PackedRows,
+    can_attend_packed,
+    packed_attention,
+)
+from ckf.packing import attend_packed, packs_rows_right
+from tests.test_packing import LENGTHS, TASKS, features, padding, patched
+from tests.tiny import FAMILIES, randomise_adapters, tiny_model, tokens
+
+length_lists = st.lists(st.integers(1, 40), min_size=1, max_size=12)
+
+
+class Attention(torch.nn.Module):
+    """What transformers hands to an attention function, and nothing else."""
+
+    num_key_value_groups, is_causal = 2, True
+
+
+def random_qkv(count, dtype=torch.float64, heads=4, width=8):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(1, count, h, width, generator=generator, dtype=dtype)
+        .transpose(1, 2)
+        .requires_grad_()
+        for h in (heads, heads // 2, heads // 2)
+    ]
+
+
+def each_row_alone(query, key, value, lengths, window=None):
+    outputs = []
+    for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
+        place = torch.arange(q.shape[2])
+        back = place.unsqueeze(1) - place
+        seen = (back >= 0) & (back < (window or len(place)))
+        k, v = (x.repeat_interleave(2, dim=1) for x in (k, v))
+        outputs.append(scaled_dot_product_attention(q, k, v, attn_mask=seen))
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def compare(lengths, window=None):
+    inputs = random_qkv(sum(lengths))
+    rows = PackedRows.of(lengths)
+    got, _ = packed_attention(Attention(), *inputs, None, rows, sliding_window=window)
+    wanted = each_row_alone(*inputs, lengths, window)
+    torch.testing.assert_close(got, wanted)
+    weights = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
+    own = torch.autograd.grad((got * weights).sum(), inputs)
+    expected = torch.autograd.grad((wanted * weights).sum(), inputs)
+    for mine, reference in zip(own, expected, strict=True):
+        torch.testing.assert_close(mine, reference)
+
+
+# ---- where rows lie
+
+
+@settings(deadline=None, max_examples=60)
+@given(length_lists)
+def test_every_token_has_one_place_and_padding_repeats_the_rows_own_last_token(lengths):
+    rows = PackedRows.of(lengths)
+    total = sum(lengths)
+    assert torch.equal(rows.gather[rows.scatter], torch.arange(total))
+    assert sum(count * width for count, width in rows.groups) == len(rows.gather)
+    assert sum(count for count, _ in rows.groups) == len(lengths)
+    row_of = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    last = torch.tensor(lengths).cumsum(0) - 1
+    done = 0
+    for count, width in rows.groups:
+        held = rows.gather[done : done + count * width].view(count, width)
+        assert (row_of[held] == row_of[held[:, :1]]).all()
+        own = torch.tensor(lengths)[row_of[held[:, 0]]]
+        assert own.max() == width and own.min() >= 0.75 * width
+        pad = torch.arange(width) >= own.unsqueeze(1)
+        assert torch.equal(held[pad], last[row_of[held[pad]]])
+        done += count * width
+
+
+@pytest.mark.parametrize("lengths", [[], [3, 0], [[2]], [-1]])
+def test_lengths_that_are_none_are_refused(lengths):
+    with pytest.raises(ValueError, match="expected one or more, each at least 1"):
+        PackedRows.of(lengths)
+
+
+def test_rows_can_be_pickled_copied_and_moved():
+    rows = PackedRows.of([3, 5])
+    for same in (pickle.loads(pickle.dumps(rows)), copy.deepcopy(rows), rows.to("cpu")):
+        assert same.groups == rows.groups and torch.equal(same.gather, rows.gather)
+    elsewhere = rows.to("meta")
+    assert {t.device.type for t in (elsewhere.gather, elsewhere.scatter, elsewhere.mask)} == {
+        "meta"
+    }
+
+
+# ---- attention alone
+
+
+@settings(deadline=None, max_examples=30)
+@given(length_lists)
+def test_rows_and_gradients_equal_each_row_alone(lengths):
+    compare(lengths)
+
+
+@pytest.mark.parametrize("window", [1, 3, 9, 100])
+def test_a_sliding_window_is_kept(window):
+    compare([9, 7, 30, 1], window)
+
+
+def test_the_same_bits_every_time_and_from_neighbours_of_any_value():
+    """A row of NaN leaves the others alone."""
+    lengths = [5, 6, 20]
+    inputs = random_qkv(sum(lengths), torch.float32)
+
+    def run(tensors):
+        own = [t.detach().clone().requires_grad_() for t in tensors]
+        output, _ = packed_attention(Attention(), *own, None, PackedRows.of(lengths))
+        output[:, 5:].nan_to_num().sum().backward()
+        return [output[:, 5:], *(t.grad[:, :, 5:] for t in own)]
+
+    first = run(inputs)
+    poisoned = [t.detach().clone() for t in inputs]
+    for tensor in poisoned:
+        tensor[:, :, :5] = float("nan")
+    for again in (run(inputs), run(poisoned)):
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_without_rows_it_is_sdpa():
+    query, key, value = random_qkv(6)
+    got, _ = packed_attention(Attention(), query, key, value, None)
+    torch.testing.assert_close(got, each_row_alone(query, key, value, [6]))
+
+
+@pytest.mark.parametrize("lengths", [[3, 4], [3, 2]])
+def test_rows_of_another_sequence_are_refused(lengths):
+    with pytest.raises(ValueError, match="expected one sequence of as many"):
+        packed_attention(Attention(), *random_qkv(6), None, PackedRows.of(lengths))
+
+
+# ---- in models
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_is_taken_where_the_model_computes_it_right(family):
+    """OPT, too, whose own attention mixes packed rows."""
+    model = patched(family)
+    assert packs_rows_right(model) == (family != "opt")
+    for _ in range(2):
+        assert attend_packed(model)
+        assert model.config._attn_implementation == PACKED_ATTENTION
+
+
+def test_a_model_that_reads_both_ways_or_in_chunks_is_left_alone():
+    model = patched("llama")
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    assert not attend_packed(model) and model.config._attn_implementation == "sdpa"
+    for name, value in (("is_causal", False), ("attention_chunk_size", 4)):
+        model = patched("llama")
+        setattr(model.config, name, value)
+        assert not can_attend_packed(model)
+    assert not can_attend_packed(patched("llama", "eager"))
+
+
+def flattening(model):
+    return ckf.TaskCollator(model, DataCollatorWithFlattening(return_flash_attn_kwargs=True))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_rows_equal_padded_rows(family, checkpointing):
+    model = patched(family, PACKED_ATTENTION)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+
+    def loss_and_gradients(collate):
+        model.zero_grad()
+        output = model(**collate(features()))
+        output.loss.backward()
+        return output, [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+    batch = flattening(model)(features())
+    assert batch["packed_rows"].scatter.shape == (sum(LENGTHS),)
+    together, gradients = loss_and_gradients(flattening(model))
+    apart, expected = loss_and_gradients(padding(model))
+    rows = [apart.logits[i, :n] for i, n in enumerate(LENGTHS)]
+    torch.testing.assert_close(together.logits[0], torch.cat(rows), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together.loss, apart.loss)
+    for own, reference in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(own, reference, rtol=1e-3, atol=1e-5)
+
+
+def test_windows_of_a_model_narrower_than_its_rows():
+    """The trial has 15 tokens; here rows pass the window by far."""
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=6, bos_token_id=None,
+        eos_token_id=None, initializer_range=0.2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ckf.patch_model(model, TASKS, r=4)
+    assert attend_packed(model)
+    rows = [{"input_ids": tokens(1, n, seed=n)[0].tolist(), "task": "ctr"} for n in (31, 17, 4)]
+    with torch.no_grad():
+        together = model(**flattening(model)(rows)).logits[0].split([31, 17, 4])
+        for row, own in zip(rows, together, strict=True):
+            alone = model(torch.tensor([row["input_ids"]]), task_ids=["ctr"]).logits[0]
+            torch.testing.assert_close(own, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_generation_and_padding_are_as_before():
+    model = patched("llama")
+    before = model.generate(tokens(2, 5), task_ids=["ctr", "topk"], max_new_tokens=4)
+    padded = padding(model)(features())
+    wanted = model(**padded).logits
+    assert attend_packed(model)
+    after = model.generate(tokens(2, 5), task_ids=["ctr", "topk"], max_new_tokens=4)
+    assert torch.equal(before, after)
+    assert torch.equal(model(**padded).logits, wanted)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"use_cache": True}, "keeps a key-value cache; pass use_cache=False"),
+        ({"implementation": "sdpa"}, "does not know it; call model.set_attn_implementation"),
+    ],
+)
+def test_a_wrong_call_is_refused(change, message):
+    model = patched("llama", PACKED_ATTENTION)
+    batch = flattening(model)(features()) | change
+    model.set_attn_implementation(batch.pop("implementation", PACKED_ATTENTION))
+    with pytest.raises(ValueError, match=message):
+        model(**batch)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_other_attention_that_ignores_the_rows_gives_nan_and_no_leak(implementation):
+    model = tiny_model("llama")
+    model.set_attn_implementation(implementation)
+    batch = PackedRows.of([3, 4]).inputs()
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
+    logits = model(tokens(1, 7), position_ids=positions, use_cache=False, **batch).logits
+    assert logits.isnan().all()
+
+
+def test_compiled_whole_with_other_rows_of_the_same_shape():
+    model = patched("llama", PACKED_ATTENTION).train()
+    compiled = torch.compile(model, backend="aot_eager")
+    batch = flattening(model)(features())
+    wanted, got = model(**batch), compiled(**batch)
+    torch.testing.assert_close(got.loss, wanted.loss)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_it_equals_each_row_alone():
+    model = patched("llama", PACKED_ATTENTION).to("cuda", torch.bfloat16)
+    assert packs_rows_right(model)
+    randomise_adapters(model)
+    rows = [{"input_ids": tokens(1, n, seed=n)[0].tolist(), "task": "ctr"} for n in (31, 17, 4)]
+    batch = {k: v.to("cuda") if hasattr(v, "to") else v for k, v in flattening(model)(rows).items()}
+    with torch.no_grad():
+        together = model(**batch).logits[0].split([31, 17, 4])
+        for row, own in zip(rows, together, strict=True):
+            alone = model(torch.tensor([row["input_ids"]]).cuda(), task_ids=["ctr"]).logits[0]
+            assert (own - alone).abs().max() < 4 * 2**-8 * alone.abs().max()
