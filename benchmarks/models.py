@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ckf.packed_attention import PACKED_ATTENTION, PackedRows
+
 SCALING = 0.5
 LAYOUTS = ("padded", "packed", "labels")
 ANSWERS = (1, 1, 2, 24)  # tokens: yes or no, a star, a letter, an explanation
@@ -49,7 +51,10 @@ SHAPES = {
 
 
 def make_base(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
-    """A Llama of this shape, frozen, its weights random at a scale that keeps activations sane."""
+    """A Llama of this shape, frozen, its weights random at a scale that keeps activations sane.
+
+    Packed rows attend within themselves, whoever's LoRAs are in the linears.
+    """
     with torch.device("meta"):
         model = LlamaForCausalLM(shape.config())
     model = model.to(dtype).to_empty(device=device)
@@ -63,6 +68,7 @@ def make_base(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> Ll
     # buffers (rotary frequencies) are not parameters: built anew where the weights are
     rotary = type(model.model.rotary_emb)(config=model.config)
     model.model.rotary_emb = rotary.to(device)
+    model.set_attn_implementation(PACKED_ATTENTION)
     return model.requires_grad_(False).eval()
 
 
@@ -123,7 +129,7 @@ def make_rows(
 class Batch:
     """Rows in one layout. total: label tokens of the whole step, that losses are divided by.
 
-    task_ids: (B,) padded, (1, N) packed. positions, targets: of the label tokens ("labels" only).
+    task_ids: (B,) padded, (1, N) packed. packed_rows: None where padded. positions, targets: of the label tokens ("labels" only).
     """
 
     layout: str
@@ -135,10 +141,11 @@ class Batch:
     targets: Tensor | None
     task_ids: Tensor
     total: int
+    packed_rows: PackedRows | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **tensors)
+        moved = {k: v.to(device) for k, v in vars(self).items() if hasattr(v, "to")}
+        return replace(self, **moved)
 
 
 def make_batch(rows: list[Row], layout: str, total: int) -> Batch:
@@ -159,6 +166,7 @@ def make_batch(rows: list[Row], layout: str, total: int) -> Batch:
         targets=None,
         task_ids=ids.unsqueeze(0),
         total=total,
+        packed_rows=PackedRows.of(lengths.tolist()),
     )
     if layout == "packed":
         return batch
@@ -199,6 +207,8 @@ def batch_loss(call, batch: Batch, **options) -> Tensor:
         options["attention_mask"] = batch.attention_mask
     if batch.position_ids is not None:
         options["position_ids"] = batch.position_ids
+    if batch.packed_rows is not None:
+        options |= batch.packed_rows.inputs()
     if "inputs_embeds" not in options:
         options["input_ids"] = batch.input_ids
     if batch.layout == "labels":

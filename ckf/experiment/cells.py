@@ -224,13 +224,13 @@ COMPARISONS = (
 REDUCED = {
     "model.layers": 4,
     "prompt.history_titles": 1,
-    "train.steps": 100,
+    "train.steps": 80,
     "train.batch_size": 16,
     "lora.r": 8,
-    "train rows": {"ctr": 1600},  # of the other tasks `_OTHER_TRAIN`
+    "train rows": {"ctr": 1280},  # of the other tasks `_OTHER_TRAIN`
     "test rows": {"ctr": 1000, "topk": 60},  # of the other tasks `_OTHER_TEST`
 }
-_OTHER_TRAIN, _OTHER_TEST = 160, 100
+_OTHER_TRAIN, _OTHER_TEST = 128, 100
 
 
 def chosen_cells(names: str | Sequence[str], config: RunConfig) -> list[Cell]:
