@@ -129,7 +129,8 @@ def make_rows(
 class Batch:
     """Rows in one layout. total: label tokens of the whole step, that losses are divided by.
 
-    task_ids: (B,) padded, (1, N) packed. packed_rows: None where padded. positions, targets: of the label tokens ("labels" only).
+    task_ids: (B,) padded, (1, N) packed. packed_rows: None where padded. positions, targets: of the
+    label tokens ("labels" only).
     """
 
     layout: str

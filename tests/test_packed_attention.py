@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, MistralConfig
+from transformers import AutoModelForCausalLM, MistralConfig
 
 import ckf
 from ckf.packed_attention import (
@@ -18,8 +18,8 @@ from ckf.packed_attention import (
     packed_attention,
 )
 from ckf.packing import attend_packed, packs_rows_right
-from tests.test_packing import LENGTHS, TASKS, features, padding, patched
-from tests.tiny import FAMILIES, randomise_adapters, tiny_model, tokens
+from tests.test_packing import LENGTHS, TASKS, features, flattening, padding, patched
+from tests.tiny import FAMILIES, tiny_model, tokens
 
 length_lists = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 
@@ -174,10 +174,6 @@ def test_a_model_that_reads_both_ways_or_in_chunks_is_left_alone():
     assert not can_attend_packed(patched("llama", "eager"))
 
 
-def flattening(model):
-    return ckf.TaskCollator(model, DataCollatorWithFlattening(return_flash_attn_kwargs=True))
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_rows_equal_padded_rows(family, checkpointing):
@@ -264,17 +260,3 @@ def test_compiled_whole_with_other_rows_of_the_same_shape():
     batch = flattening(model)(features())
     wanted, got = model(**batch), compiled(**batch)
     torch.testing.assert_close(got.loss, wanted.loss)
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_it_equals_each_row_alone():
-    model = patched("llama", PACKED_ATTENTION).to("cuda", torch.bfloat16)
-    assert packs_rows_right(model)
-    randomise_adapters(model)
-    rows = [{"input_ids": tokens(1, n, seed=n)[0].tolist(), "task": "ctr"} for n in (31, 17, 4)]
-    batch = {k: v.to("cuda") if hasattr(v, "to") else v for k, v in flattening(model)(rows).items()}
-    with torch.no_grad():
-        together = model(**batch).logits[0].split([31, 17, 4])
-        for row, own in zip(rows, together, strict=True):
-            alone = model(torch.tensor([row["input_ids"]]).cuda(), task_ids=["ctr"]).logits[0]
-            assert (own - alone).abs().max() < 4 * 2**-8 * alone.abs().max()

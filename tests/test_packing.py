@@ -11,6 +11,7 @@ from transformers import (
 )
 
 import ckf
+from ckf.packed_attention import PACKED_ATTENTION
 from ckf.packing import packed, packs_rows_right
 from tests.tiny import FAMILIES, randomise_adapters, tiny_model, tokens
 
@@ -95,8 +96,21 @@ def test_packed_rows_equal_padded_rows_with_flash_attention():
     assert (together - rows).abs().max() < 2 * 2**-8 * rows.abs().max()
 
 
+@pytest.mark.gpu
+def test_rows_that_attend_within_themselves_equal_rows_alone_on_a_gpu():
+    model = patched("llama", PACKED_ATTENTION).to("cuda", torch.bfloat16)
+    assert packs_rows_right(model)
+    lengths = (31, 17, 4)
+    rows = [{"input_ids": tokens(1, n, seed=n)[0].tolist(), "task": "ctr"} for n in lengths]
+    with torch.no_grad():
+        together = model(**to_gpu(flattening(model)(rows))).logits[0].split(lengths)
+        for row, own in zip(rows, together, strict=True):
+            alone = model(torch.tensor([row["input_ids"]]).cuda(), task_ids=["ctr"]).logits[0]
+            assert (own - alone).abs().max() < 4 * 2**-8 * alone.abs().max()
+
+
 def to_gpu(batch):
-    return {k: v.to("cuda") if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    return {k: v.to("cuda") if hasattr(v, "to") else v for k, v in batch.items()}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
