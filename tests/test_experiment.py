@@ -285,8 +285,8 @@ def test_reduced_figures_are_labelled_everywhere(small_model, raw_data, tmp_path
     config = replace(config, data=replace(config.data, test_lists=["uniform9"]))
     experiment = make_experiment(config, tmp_path / "out", "linear", 3, is_reduced=True)
     small = experiment.config
-    assert (experiment.seeds, small.train.steps, small.model.layers) == (1, 100, 4)
-    assert "training steps 100 instead of 400" in experiment.cut
+    assert (experiment.seeds, small.train.steps, small.model.layers) == (1, 80, 4)
+    assert "training steps 80 instead of 400" in experiment.cut
     assert "1 seed instead of 3" in experiment.cut
     quicker = replace(small.train, steps=2)
     layers = replace(small.model, layers=1)
