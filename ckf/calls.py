@@ -63,6 +63,9 @@ class RoutedForward(_Wrapped):
         named = self._named(args, kwargs)
         self.check_packing(self.model, named, task_ids)
         shape, device, past = self._sizes(named)
+        rows = kwargs.get("packed_rows")
+        if rows is not None:
+            kwargs |= rows.to(device, non_blocking=True).inputs()
         route = self.router.make_route(task_ids, shape, device, self.model.training, past)
         with self.router.following(route):
             return self.original(*args, **kwargs)

@@ -76,7 +76,7 @@ class TaskCollator:
         if "labels" in batch:  # a row's last token must not learn the next row's first
             batch["labels"][0, lengths.cumsum(0) - lengths] = IGNORED
         packed_ids = ids.repeat_interleave(lengths).unsqueeze(0)
-        rows = PackedRows.of(lengths.tolist()).inputs() if self.tells_rows else {}
+        rows = {"packed_rows": PackedRows.of(lengths.tolist())} if self.tells_rows else {}
         return batch | {"task_ids": packed_ids, "use_cache": False} | rows
 
 

@@ -78,7 +78,7 @@ class CKFModel(nn.Module):
             options["logits_to_keep"] = positions
             index = slice(None)
         if "packed_rows" in batch:
-            options |= batch["packed_rows"].inputs()
+            options["packed_rows"] = batch["packed_rows"]
         elif "attention_mask" in batch:
             options["attention_mask"] = batch["attention_mask"]
         output = self.backbone(inputs_embeds=embeds, use_cache=False, **options)

@@ -68,7 +68,10 @@ class PackedRows:
         return cls(*indices, tuple(groups), mask)
 
     def inputs(self) -> dict[str, object]:
-        """What a model's forward takes, beside the tokens and their positions."""
+        """What a model's forward takes, beside the tokens and their positions.
+
+        A patched model needs ``packed_rows`` alone, on any device.
+        """
         return {"packed_rows": self, "attention_mask": self.mask}
 
     def to(self, *args, **kwargs) -> PackedRows:

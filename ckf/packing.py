@@ -99,10 +99,9 @@ def packs_rows_right(model: PreTrainedModel, tolerance: float = 1e-2) -> bool:
     ids = torch.randint(3, max(4, vocabulary), (1, 15), generator=generator).to(model.device)
     lengths = (7, 8)
     positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0).to(model.device)
-
     rows = {}
     if model.config._attn_implementation == PACKED_ATTENTION:
-        rows = PackedRows.of(lengths).to(model.device).inputs()
+        rows = {"packed_rows": PackedRows.of(lengths)}
 
     def run(tokens: Tensor, **options) -> Tensor:
         embeds = model.get_input_embeddings()(tokens)

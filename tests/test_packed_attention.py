@@ -190,6 +190,7 @@ def test_packed_rows_equal_padded_rows(family, checkpointing):
 
     batch = flattening(model)(features())
     assert batch["packed_rows"].scatter.shape == (sum(LENGTHS),)
+    assert "attention_mask" not in batch
     together, gradients = loss_and_gradients(flattening(model))
     apart, expected = loss_and_gradients(padding(model))
     rows = [apart.logits[i, :n] for i, n in enumerate(LENGTHS)]
@@ -227,6 +228,16 @@ def test_generation_and_padding_are_as_before():
     after = model.generate(tokens(2, 5), task_ids=["ctr", "topk"], max_new_tokens=4)
     assert torch.equal(before, after)
     assert torch.equal(model(**padded).logits, wanted)
+
+
+def test_rows_go_where_the_tokens_are():
+    """Trainer moves them; a loop that moves tensors alone need not care."""
+    model = patched("llama", PACKED_ATTENTION).to("meta")
+    batch = flattening(model)(features())
+    kept = ("input_ids", "position_ids", "task_ids")
+    moved = {k: v.to("meta") if k in kept else v for k, v in batch.items() if k != "labels"}
+    assert moved["packed_rows"].gather.device.type == "cpu"
+    assert model(**moved).logits.shape[:2] == (1, sum(LENGTHS))
 
 
 @pytest.mark.parametrize(

@@ -112,9 +112,10 @@ def test_other_columns_need_remove_unused_columns_false(tmp_path):
     make_trainer(tmp_path, rows=rows, remove_unused_columns=False, max_steps=1).train()
 
 
-@pytest.mark.parametrize("packs", [False, True])
+@pytest.mark.parametrize("packs", [False, "sdpa", "ckf_packed"])
 def test_evaluation_and_prediction_use_the_ids(tmp_path, packs):
     model = patched()
+    model.set_attn_implementation(packs or "sdpa")
     flatten = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
     collator = ckf.TaskCollator(model, flatten) if packs else None
     size = {"per_device_eval_batch_size": 1}
@@ -135,9 +136,11 @@ def test_evaluation_and_prediction_use_the_ids(tmp_path, packs):
     torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_packed_training_equals_padded_training(tmp_path):
+@pytest.mark.parametrize("attention", ["sdpa", "ckf_packed"])
+def test_packed_training_equals_padded_training(tmp_path, attention):
     def train(make_collator):
         model = patched()
+        model.set_attn_implementation(attention)
         trainer = make_trainer(tmp_path, model, collator=make_collator(model), save_strategy="no")
         trainer.train()
         return adapters(model), [line["loss"] for line in trainer.state.log_history[:4]]
