@@ -232,8 +232,9 @@ def test_generation_and_padding_are_as_before():
 
 def test_rows_go_where_the_tokens_are():
     """Trainer moves them; a loop that moves tensors alone need not care."""
-    model = patched("llama", PACKED_ATTENTION).to("meta")
+    model = patched("llama", PACKED_ATTENTION)
     batch = flattening(model)(features())
+    model.to("meta")
     kept = ("input_ids", "position_ids", "task_ids")
     moved = {k: v.to("meta") if k in kept else v for k, v in batch.items() if k != "labels"}
     assert moved["packed_rows"].gather.device.type == "cpu"
