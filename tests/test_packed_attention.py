@@ -234,11 +234,18 @@ def test_rows_go_where_the_tokens_are():
     """Trainer moves them; a loop that moves tensors alone need not care."""
     model = patched("llama", PACKED_ATTENTION)
     batch = flattening(model)(features())
-    model.to("meta")
-    kept = ("input_ids", "position_ids", "task_ids")
-    moved = {k: v.to("meta") if k in kept else v for k, v in batch.items() if k != "labels"}
-    assert moved["packed_rows"].gather.device.type == "cpu"
-    assert model(**moved).logits.shape[:2] == (1, sum(LENGTHS))
+    tensors = {k: v.to("meta") for k, v in batch.items() if isinstance(v, torch.Tensor)}
+    met = {}
+
+    def stop(module, args, kwargs):
+        met.update(kwargs)
+        raise InterruptedError
+
+    model.to("meta").model.register_forward_pre_hook(stop, with_kwargs=True)
+    with pytest.raises(InterruptedError):
+        model(**batch | tensors | {"task_ids": batch["task_ids"]})
+    assert batch["packed_rows"].gather.device.type == "cpu"
+    assert met["packed_rows"].gather.device.type == met["attention_mask"].device.type == "meta"
 
 
 @pytest.mark.parametrize(
