@@ -23,6 +23,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 PACKED_ATTENTION = "ckf_packed"
 _NARROWEST = 0.75  # of a group's widest row: a narrower one starts the next group
+_UNKNOWN = ("s_aux", "indices", "block_indices", "position_bias", "softcap")  # change the result
+_LAYERS = {"full_attention", "sliding_attention"}
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,14 @@ class PackedRows:
         groups: rows and their padded width, group by group; P is the sum of their products.
         mask: (1, 1, 1, 1), NaN: stands where transformers would make a mask of all pairs. An
             attention that knows nothing of rows adds it and gives NaN, not rows that see others.
+        windows: a list that collects every layer's sliding window or None, for a trial.
     """
 
     gather: Tensor
     scatter: Tensor
     groups: tuple[tuple[int, int], ...]
     mask: Tensor
+    windows: list[int | None] | None = None
 
     @classmethod
     def of(cls, lengths: Sequence[int]) -> PackedRows:
@@ -88,13 +92,33 @@ class PackedRows:
 
 
 def can_attend_packed(model: PreTrainedModel) -> bool:
-    """Whether the model runs on sdpa, its masks causal or sliding windows, as far as it tells."""
+    """Whether all of the model runs on sdpa, its masks causal or sliding windows, as it says."""
     config = model.config.get_text_config()
+    parts = [getattr(model.config, name, None) for name in getattr(model.config, "sub_configs", {})]
+    attention = {part._attn_implementation for part in (model.config, *parts) if part is not None}
     return (
-        model.config._attn_implementation in ("sdpa", PACKED_ATTENTION)
+        len(attention) == 1
+        and attention <= {"sdpa", PACKED_ATTENTION}
+        and bool(getattr(model, "_supports_sdpa", False))
+        and set(getattr(config, "layer_types", None) or ()) <= _LAYERS
         and getattr(config, "attention_chunk_size", None) is None
-        and getattr(config, "is_causal", True)
+        and bool(getattr(config, "is_causal", True))
     )
+
+
+def missing_windows(model: PreTrainedModel, windows: Sequence[int | None]) -> bool:
+    """Whether layers that are to have a sliding window did not hand it on to attention.
+
+    Some put it into the mask alone, which packed rows do without.
+    """
+    config = model.config.get_text_config()
+    types = getattr(config, "layer_types", None)
+    expected = 0
+    if types:
+        expected = list(types).count("sliding_attention")
+    elif getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        expected = config.num_hidden_layers
+    return sum(window is not None for window in windows) < expected
 
 
 def packed_attention(
@@ -109,8 +133,19 @@ def packed_attention(
     """As transformers' ``sdpa_attention_forward``: query (B, H, N, D), key and value (B, G, N, D)
     to (B, N, H, D); with ``packed_rows``, B is 1 and every row sees itself alone.
     """
+    unknown = [name for name in _UNKNOWN if kwargs.get(name) is not None]
+    if unknown:
+        raise ValueError(
+            f"{type(module).__name__} hands {unknown[0]} to attention, which {PACKED_ATTENTION} "
+            "does not know; leave this model's attention as it was"
+        )
     if packed_rows is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if attention_mask is not None and attention_mask.numel() != 1:
+        raise ValueError(
+            f"{type(module).__name__} makes masks of its own, which {PACKED_ATTENTION} does not "
+            "read; pad the rows instead, one a sequence"
+        )
     expected = 1, packed_rows.scatter.shape[0]
     for x in (query, key):
         if (x.shape[0], x.shape[2]) != expected:
@@ -120,6 +155,8 @@ def packed_attention(
                 "width); a key-value cache must be off"
             )
     window = kwargs.pop("sliding_window", None)
+    if packed_rows.windows is not None:
+        packed_rows.windows.append(window)
     places = packed_rows.gather, packed_rows.scatter
     padded = [_Pad.apply(x[0].transpose(0, 1), *places) for x in (query, key, value)]  # (P, H, D)
     done, outputs = 0, []

@@ -10,13 +10,19 @@ the host; nothing is copied from a device.
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from ckf.packed_attention import PACKED_ATTENTION, PackedRows, can_attend_packed
+from ckf.packed_attention import (
+    PACKED_ATTENTION,
+    PackedRows,
+    can_attend_packed,
+    missing_windows,
+)
 
 _BORDERS = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # arguments that only packed rows have
 
@@ -94,27 +100,48 @@ def packed(inputs: Mapping[str, object]) -> bool:
 @torch.no_grad()
 def packs_rows_right(model: PreTrainedModel, tolerance: float = 1e-2) -> bool:
     """Whether two rows in one sequence give what each gives alone: not so for every family."""
+    told = model.config._attn_implementation == PACKED_ATTENTION
+    if told and not can_attend_packed(model):
+        return False
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, max(4, vocabulary), (1, 15), generator=generator).to(model.device)
     lengths = (7, 8)
     positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0).to(model.device)
-    rows = {}
-    if model.config._attn_implementation == PACKED_ATTENTION:
-        rows = {"packed_rows": PackedRows.of(lengths)}
+    rows = {"packed_rows": replace(PackedRows.of(lengths), windows=[])} if told else {}
 
     def run(tokens: Tensor, **options) -> Tensor:
         embeds = model.get_input_embeddings()(tokens)
         tasks = torch.full(tokens.shape, -1)
-        return model(inputs_embeds=embeds, use_cache=False, task_ids=tasks, **options).logits
+        outputs = model(inputs_embeds=embeds, use_cache=False, task_ids=tasks, **options)
+        return outputs.logits.float()
 
     with _trial(model):
-        together = run(ids, position_ids=positions, **rows).float()
-        alone = torch.cat([run(part).float() for part in ids.split(lengths, dim=1)], dim=1)
+        together = run(ids, position_ids=positions, **rows)
+        if told and missing_windows(model, rows["packed_rows"].windows):
+            return False
+        other = torch.cat([ids[:, : lengths[0]].flip(1), ids[:, lengths[0] :]], dim=1)
+        beside = run(other, position_ids=positions, **rows)[:, lengths[0] :]
+        with _attending(model, "sdpa" if told else None):
+            alone = torch.cat([run(part) for part in ids.split(lengths, dim=1)], dim=1)
+    wide = model.dtype != torch.float32
     error = (together - alone).abs().max() / alone.abs().max()
-    if model.dtype != torch.float32:
-        tolerance *= 5
-    return bool(error < tolerance)
+    leak = (together[:, lengths[0] :] - beside).abs().max() / alone.abs().max()
+    return bool(error < tolerance * (5 if wide else 1) and leak < (3e-2 if wide else 1e-5))
+
+
+@contextmanager
+def _attending(model: PreTrainedModel, implementation: str | None) -> Iterator[None]:
+    """The model with another attention implementation, or its own."""
+    if implementation is None:
+        yield
+        return
+    own = model.config._attn_implementation
+    model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
 
 
 def attend_packed(model: PreTrainedModel) -> bool:
@@ -124,11 +151,12 @@ def attend_packed(model: PreTrainedModel) -> bool:
     """
     if not can_attend_packed(model):
         return False
-    before = model.config._attn_implementation
+    before, right = model.config._attn_implementation, False
     try:
         model.set_attn_implementation(PACKED_ATTENTION)
-        right = packs_rows_right(model)
-    except Exception:  # a model whose layers do not hand arguments on to attention
+        switched = model.config._attn_implementation == PACKED_ATTENTION  # not every family can
+        right = switched and packs_rows_right(model)
+    except Exception:  # a model that does not hand arguments on, or more than attention knows
         right = False
     if not right:
         model.set_attn_implementation(before)
@@ -144,6 +172,8 @@ def _check_packed_rows(model: nn.Module, inputs: Mapping[str, object]) -> None:
         )
     if _caches(model, inputs):
         _refuse("the forward pass keeps a key-value cache", "pass use_cache=False")
+    if inputs.get("token_type_ids") is not None:  # some models attend both ways in a prefix
+        _refuse("token_type_ids are given beside packed_rows", "leave them out, or pad the rows")
 
 
 def _try_packing(model: PreTrainedModel) -> bool:

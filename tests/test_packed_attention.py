@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, MistralConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import ckf
 from ckf.packed_attention import (
@@ -162,6 +163,86 @@ def test_it_is_taken_where_the_model_computes_it_right(family):
         assert model.config._attn_implementation == PACKED_ATTENTION
 
 
+SMALL = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": None,
+    "eos_token_id": None, "pad_token_id": 0, "initializer_range": 0.15,
+}  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 32}
+MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 12}
+INDEXER = {
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
+    "v_head_dim": 8, "index_topk": 12, "index_n_heads": 2, "index_head_dim": 16,
+    "first_k_dense_replace": 2, "num_key_value_heads": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("phimoe", {"sliding_window": 12} | EXPERTS),  # the window is in the mask alone
+        ("qwen2_moe", MIXED | EXPERTS | {"use_sliding_window": True}),  # in one layer
+        ("doge", {"sliding_window": 12}),  # makes masks of its own
+        ("falcon", {"new_decoder_architecture": False}),  # cannot change its attention
+        ("lfm2", {"layer_types": ["conv", "full_attention"], "initializer_range": 0.02}),
+        ("deepseek_v32", INDEXER),  # sees the best twelve tokens
+    ],
+)
+def test_families_that_it_would_get_wrong_stay_as_they_are(family, options):
+    """Rows of the trial are too short to show most of these."""
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {family}")
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[family](**SMALL | options)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    named = [name for name, _ in model.named_modules() if name.endswith("o_proj")]
+    ckf.patch_model(model, ["ctr"], r=2, target_modules=named or "all-linear")
+    before, ids = model.config._attn_implementation, tokens(1, 31)
+    wanted = model(ids, task_ids=["ctr"]).logits
+    assert before == "sdpa" and not attend_packed(model)
+    assert model.config._attn_implementation == before
+    assert torch.equal(model(ids, task_ids=["ctr"]).logits, wanted)
+
+
+@pytest.mark.parametrize("family", ["phi3", "starcoder2", "qwen3", "gemma3_text"])
+def test_families_with_windows_that_reach_attention(family):
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {family}")
+    torch.manual_seed(0)
+    own = {"phi3": {"sliding_window": 6}, "starcoder2": {"sliding_window": 6}}
+    options = (
+        SMALL
+        | {"head_dim": 8}
+        | own.get(family, MIXED | {"sliding_window": 6, "use_sliding_window": True})
+    )
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**options)).eval()
+    ckf.patch_model(model, TASKS, r=4)
+    assert attend_packed(model)
+    rows = [{"input_ids": tokens(1, n, seed=n)[0].tolist(), "task": "ctr"} for n in (31, 17, 4)]
+    with torch.no_grad():
+        together = model(**flattening(model)(rows)).logits[0].split([31, 17, 4])
+        for row, own in zip(rows, together, strict=True):
+            alone = model(torch.tensor([row["input_ids"]]), task_ids=["ctr"]).logits[0]
+            torch.testing.assert_close(own, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_parts_of_a_model_with_attention_of_their_own_are_left_alone(monkeypatch):
+    model = patched("llama")
+    monkeypatch.setattr(type(model.config), "sub_configs", {"vision_config": None})
+    model.config.vision_config = copy.deepcopy(model.config)
+    model.config.vision_config._attn_implementation = "eager"
+    assert not can_attend_packed(model) and not attend_packed(model)
+
+
+@pytest.mark.parametrize("name", ["s_aux", "indices", "position_bias", "softcap"])
+@pytest.mark.parametrize("rows", [None, PackedRows.of([6])])
+def test_what_changes_attention_and_is_not_known_is_refused(name, rows):
+    with pytest.raises(ValueError, match=f"hands {name} to attention"):
+        packed_attention(Attention(), *random_qkv(6), None, rows, **{name: torch.ones(1)})
+    with pytest.raises(ValueError, match="makes masks of its own"):
+        packed_attention(Attention(), *random_qkv(6), torch.ones(1, 1, 6, 6), PackedRows.of([6]))
+
+
 def test_a_model_that_reads_both_ways_or_in_chunks_is_left_alone():
     model = patched("llama")
     for layer in model.model.layers:
@@ -252,6 +333,7 @@ def test_rows_go_where_the_tokens_are():
     ("change", "message"),
     [
         ({"use_cache": True}, "keeps a key-value cache; pass use_cache=False"),
+        ({"token_type_ids": torch.zeros(1, 16)}, "token_type_ids are given.*leave them out"),
         ({"implementation": "sdpa"}, "does not know it; call model.set_attn_implementation"),
     ],
 )
