@@ -27,7 +27,7 @@ _UNKNOWN = ("s_aux", "indices", "block_indices", "position_bias", "softcap")  # 
 _LAYERS = {"full_attention", "sliding_attention"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no one truth
 class PackedRows:
     """Where the rows of a packed sequence of N tokens lie, once alone and once in P padded places.
 

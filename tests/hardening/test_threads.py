@@ -147,6 +147,9 @@ def test_data_workers_make_the_same_batches(small_run, context):
         if count == 1:
             break
     assert made[0].keys() == made[1].keys()
+    rows, others = (batch.pop("packed_rows") for batch in made)
+    assert torch.equal(rows.gather, others.gather) and torch.equal(rows.scatter, others.scatter)
+    assert rows.groups == others.groups
     for key, value in made[0].items():
         same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: a == b
         assert same(value, made[1][key]), key
