@@ -15,7 +15,7 @@ from ckf.data.prepared import PreparedData
 from ckf.match import MatchScores
 from ckf.metanet import MetaNetwork
 from ckf.model import CKFModel, embedding_scale
-from ckf.packed_attention import PACKED_ATTENTION
+from ckf.packed_attention import attends_packed
 from ckf.packing import attend_packed, packs_rows_right
 from ckf.patch import patch_model
 from ckf.prior import AnswerPrior
@@ -98,7 +98,7 @@ def assemble(
     prior = None
     if config.metanet.match == "prior":
         prior = AnswerPrior(scores, maker, _one_token_answers(config, encoder))
-    tells_rows = packed and backbone.config._attn_implementation == PACKED_ATTENTION
+    tells_rows = packed and attends_packed(backbone)
     collator = Collator(tasks, lookup, encoder.filler, packed, one_lora, scores, prior, tells_rows)
     return Assembly(
         config,

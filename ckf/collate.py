@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DataCollatorWithFlattening
 
-from ckf.packed_attention import PACKED_ATTENTION, PackedRows
+from ckf.packed_attention import PackedRows, attends_packed
 from ckf.packing import packs_rows_right
 from ckf.patch import patch_state
 from ckf.routing import Router
@@ -37,8 +37,7 @@ class TaskCollator:
     def __init__(self, model: nn.Module, collator: Callable[[list[dict]], Mapping]) -> None:
         self.router = Router(patch_state(model).router.tasks)
         self.collator = collator
-        attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
-        self.tells_rows = attention == PACKED_ATTENTION
+        self.tells_rows = attends_packed(model)
         if isinstance(collator, DataCollatorWithFlattening) and not packs_rows_right(model):
             raise ValueError(
                 f"{type(model).__name__} does not keep packed rows apart; give a collator that "

@@ -91,6 +91,12 @@ class PackedRows:
         return replace(self, **{name: change(getattr(self, name)) for name in names})
 
 
+def attends_packed(model: nn.Module) -> bool:
+    """Whether the model's attention is "ckf_packed"."""
+    config = getattr(model, "config", None)
+    return getattr(config, "_attn_implementation", None) == PACKED_ATTENTION
+
+
 def can_attend_packed(model: PreTrainedModel) -> bool:
     """Whether all of the model runs on sdpa, its masks causal or sliding windows, as it says."""
     config = model.config.get_text_config()

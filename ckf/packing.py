@@ -9,7 +9,7 @@ the host; nothing is copied from a device.
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from ckf.packed_attention import (
     PACKED_ATTENTION,
     PackedRows,
+    attends_packed,
     can_attend_packed,
     missing_windows,
 )
@@ -44,8 +45,10 @@ class PackingCheck:
         positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
         if torch.compiler.is_compiling() or self.resting or not isinstance(model, PreTrainedModel):
             return
+        implementation = str(model.config._attn_implementation)
         if inputs.get("packed_rows") is not None:
             _check_packed_rows(model, inputs)
+            self._check_model(model, implementation)
             return
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             return  # a mask of every pair: the caller keeps rows apart
@@ -56,7 +59,6 @@ class PackingCheck:
             _refuse("an attention_mask is given", "leave it out, the position_ids tell rows apart")
         if _caches(model, inputs):
             _refuse("the forward pass keeps a key-value cache", "pass use_cache=False")
-        implementation = str(model.config._attn_implementation)
         batch = next(v.shape[0] for v in inputs.values() if isinstance(v, Tensor) and v.dim() > 1)
         if "flash" in implementation and batch > 1 and inputs.get("cu_seq_lens_q") is None:
             _refuse(
@@ -64,19 +66,19 @@ class PackingCheck:
                 "pack all rows into one sequence, or pass cu_seq_lens_q, cu_seq_lens_k, "
                 "max_length_q and max_length_k",
             )
-        if not self._tells_rows_apart(model, implementation):
-            _refuse(
-                f"{type(model).__name__} with {implementation} attention does not keep them apart",
-                "pad the rows instead, one a sequence",
-            )
+        self._check_model(model, implementation)
 
-    def _tells_rows_apart(self, model: nn.Module, implementation: str) -> bool:
+    def _check_model(self, model: nn.Module, implementation: str) -> None:
         """Tried out once; not on sharded parameters, whose ranks would have to try together."""
         if implementation not in self._right:
             self._right[implementation] = True  # no trial within the trial
             if not any(isinstance(p, DTensor) for p in model.parameters()):
                 self._right[implementation] = _try_packing(model)
-        return self._right[implementation]
+        if not self._right[implementation]:
+            _refuse(
+                f"{type(model).__name__} with {implementation} attention does not keep them apart",
+                "pad the rows instead, one a sequence",
+            )
 
 
 def packed(inputs: Mapping[str, object]) -> bool:
@@ -100,7 +102,7 @@ def packed(inputs: Mapping[str, object]) -> bool:
 @torch.no_grad()
 def packs_rows_right(model: PreTrainedModel, tolerance: float = 1e-2) -> bool:
     """Whether two rows in one sequence give what each gives alone: not so for every family."""
-    told = model.config._attn_implementation == PACKED_ATTENTION
+    told = attends_packed(model)
     if told and not can_attend_packed(model):
         return False
     vocabulary = model.config.get_text_config().vocab_size
@@ -122,7 +124,7 @@ def packs_rows_right(model: PreTrainedModel, tolerance: float = 1e-2) -> bool:
             return False
         other = torch.cat([ids[:, : lengths[0]].flip(1), ids[:, lengths[0] :]], dim=1)
         beside = run(other, position_ids=positions, **rows)[:, lengths[0] :]
-        with _attending(model, "sdpa" if told else None):
+        with _attending(model, "sdpa") if told else nullcontext():
             alone = torch.cat([run(part) for part in ids.split(lengths, dim=1)], dim=1)
     wide = model.dtype != torch.float32
     error = (together - alone).abs().max() / alone.abs().max()
@@ -131,11 +133,8 @@ def packs_rows_right(model: PreTrainedModel, tolerance: float = 1e-2) -> bool:
 
 
 @contextmanager
-def _attending(model: PreTrainedModel, implementation: str | None) -> Iterator[None]:
-    """The model with another attention implementation, or its own."""
-    if implementation is None:
-        yield
-        return
+def _attending(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """The model with another attention implementation."""
     own = model.config._attn_implementation
     model.set_attn_implementation(implementation)
     try:
@@ -154,8 +153,7 @@ def attend_packed(model: PreTrainedModel) -> bool:
     before, right = model.config._attn_implementation, False
     try:
         model.set_attn_implementation(PACKED_ATTENTION)
-        switched = model.config._attn_implementation == PACKED_ATTENTION  # not every family can
-        right = switched and packs_rows_right(model)
+        right = attends_packed(model) and packs_rows_right(model)  # not every family switches
     except Exception:  # a model that does not hand arguments on, or more than attention knows
         right = False
     if not right:
@@ -164,12 +162,14 @@ def attend_packed(model: PreTrainedModel) -> bool:
 
 
 def _check_packed_rows(model: nn.Module, inputs: Mapping[str, object]) -> None:
-    implementation = str(model.config._attn_implementation)
-    if implementation != PACKED_ATTENTION:
+    implementation, mask = model.config._attn_implementation, inputs.get("attention_mask")
+    if not attends_packed(model):
         _refuse(
             f"packed_rows was given to {implementation} attention, which does not know it",
             f'call model.set_attn_implementation("{PACKED_ATTENTION}")',
         )
+    if mask is not None and not (isinstance(mask, Tensor) and mask.numel() == 1):
+        _refuse("an attention_mask is given beside packed_rows", "leave it out")
     if _caches(model, inputs):
         _refuse("the forward pass keeps a key-value cache", "pass use_cache=False")
     if inputs.get("token_type_ids") is not None:  # some models attend both ways in a prefix

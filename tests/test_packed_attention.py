@@ -7,8 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoModelForCausalLM, MistralConfig
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import ckf
@@ -19,7 +20,16 @@ from ckf.packed_attention import (
     packed_attention,
 )
 from ckf.packing import attend_packed, packs_rows_right
-from tests.test_packing import LENGTHS, TASKS, features, flattening, padding, patched
+from tests.test_packing import (
+    LENGTHS,
+    TASKS,
+    assert_packed_rows_equal_padded_rows,
+    features,
+    flattening,
+    long_rows_packed_and_alone,
+    padding,
+    patched,
+)
 from tests.tiny import FAMILIES, tiny_model, tokens
 
 length_lists = st.lists(st.integers(1, 40), min_size=1, max_size=12)
@@ -204,26 +214,19 @@ def test_families_that_it_would_get_wrong_stay_as_they_are(family, options):
     assert torch.equal(model(ids, task_ids=["ctr"]).logits, wanted)
 
 
-@pytest.mark.parametrize("family", ["phi3", "starcoder2", "qwen3", "gemma3_text"])
-def test_families_with_windows_that_reach_attention(family):
+@pytest.mark.parametrize("family", ["mistral", "phi3", "starcoder2", "qwen3", "gemma3_text"])
+def test_windows_that_reach_attention_are_kept(family):
+    """The trial has 15 tokens; here rows pass the window by far."""
     if family not in CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {family}")
     torch.manual_seed(0)
-    own = {"phi3": {"sliding_window": 6}, "starcoder2": {"sliding_window": 6}}
-    options = (
-        SMALL
-        | {"head_dim": 8}
-        | own.get(family, MIXED | {"sliding_window": 6, "use_sliding_window": True})
-    )
+    mixed = MIXED | {"use_sliding_window": True} if family in ("qwen3", "gemma3_text") else {}
+    options = SMALL | {"head_dim": 8} | mixed | {"sliding_window": 6}
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**options)).eval()
     ckf.patch_model(model, TASKS, r=4)
     assert attend_packed(model)
-    rows = [{"input_ids": tokens(1, n, seed=n)[0].tolist(), "task": "ctr"} for n in (31, 17, 4)]
-    with torch.no_grad():
-        together = model(**flattening(model)(rows)).logits[0].split([31, 17, 4])
-        for row, own in zip(rows, together, strict=True):
-            alone = model(torch.tensor([row["input_ids"]]), task_ids=["ctr"]).logits[0]
-            torch.testing.assert_close(own, alone, rtol=1e-4, atol=1e-4)
+    for own, alone in long_rows_packed_and_alone(model):
+        torch.testing.assert_close(own, alone, rtol=1e-4, atol=1e-5)
 
 
 def test_parts_of_a_model_with_attention_of_their_own_are_left_alone(monkeypatch):
@@ -262,42 +265,10 @@ def test_packed_rows_equal_padded_rows(family, checkpointing):
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
-
-    def loss_and_gradients(collate):
-        model.zero_grad()
-        output = model(**collate(features()))
-        output.loss.backward()
-        return output, [p.grad.clone() for p in model.parameters() if p.requires_grad]
-
     batch = flattening(model)(features())
     assert batch["packed_rows"].scatter.shape == (sum(LENGTHS),)
     assert "attention_mask" not in batch
-    together, gradients = loss_and_gradients(flattening(model))
-    apart, expected = loss_and_gradients(padding(model))
-    rows = [apart.logits[i, :n] for i, n in enumerate(LENGTHS)]
-    torch.testing.assert_close(together.logits[0], torch.cat(rows), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(together.loss, apart.loss)
-    for own, reference in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(own, reference, rtol=1e-3, atol=1e-5)
-
-
-def test_windows_of_a_model_narrower_than_its_rows():
-    """The trial has 15 tokens; here rows pass the window by far."""
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, sliding_window=6, bos_token_id=None,
-        eos_token_id=None, initializer_range=0.2,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config).eval()
-    ckf.patch_model(model, TASKS, r=4)
-    assert attend_packed(model)
-    rows = [{"input_ids": tokens(1, n, seed=n)[0].tolist(), "task": "ctr"} for n in (31, 17, 4)]
-    with torch.no_grad():
-        together = model(**flattening(model)(rows)).logits[0].split([31, 17, 4])
-        for row, own in zip(rows, together, strict=True):
-            alone = model(torch.tensor([row["input_ids"]]), task_ids=["ctr"]).logits[0]
-            torch.testing.assert_close(own, alone, rtol=1e-4, atol=1e-5)
+    assert_packed_rows_equal_padded_rows(model)
 
 
 def test_generation_and_padding_are_as_before():
@@ -333,6 +304,7 @@ def test_rows_go_where_the_tokens_are():
     ("change", "message"),
     [
         ({"use_cache": True}, "keeps a key-value cache; pass use_cache=False"),
+        ({"attention_mask": torch.ones(1, 16)}, "attention_mask is given beside.*leave it out"),
         ({"token_type_ids": torch.zeros(1, 16)}, "token_type_ids are given.*leave them out"),
         ({"implementation": "sdpa"}, "does not know it; call model.set_attn_implementation"),
     ],
@@ -355,9 +327,23 @@ def test_other_attention_that_ignores_the_rows_gives_nan_and_no_leak(implementat
     assert logits.isnan().all()
 
 
-def test_compiled_whole_with_other_rows_of_the_same_shape():
+def test_compiled_in_one_graph_for_each_set_of_lengths():
+    torch._dynamo.reset()
+    counter = CompileCounter()
     model = patched("llama", PACKED_ATTENTION).train()
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
     batch = flattening(model)(features())
-    wanted, got = model(**batch), compiled(**batch)
-    torch.testing.assert_close(got.loss, wanted.loss)
+    turned = flattening(model)(features()[::-1])
+    other = flattening(model)(features()[:2])
+    for rows, graphs in ((batch, 1), (turned, 1), (batch, 1), (other, 2)):
+        torch.testing.assert_close(compiled(**rows).loss, model(**rows).loss)
+        assert counter.frame_count == graphs
+
+
+def test_a_model_that_was_set_to_it_by_hand_is_tried_before_it_is_believed():
+    model = patched("llama", PACKED_ATTENTION)
+    batch = flattening(model)(features())
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    with pytest.raises(ValueError, match="ckf_packed attention does not keep them apart"):
+        model(**batch)

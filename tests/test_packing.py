@@ -65,11 +65,7 @@ def packed_batch(**changes):
 # ---- equality
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", PACKING)
-def test_packed_rows_equal_padded_rows(family, implementation):
-    model = patched(family, implementation)
-
+def assert_packed_rows_equal_padded_rows(model):
     def loss_and_gradients(collate):
         model.zero_grad()
         output = model(**collate(features()))
@@ -85,13 +81,19 @@ def test_packed_rows_equal_padded_rows(family, implementation):
         torch.testing.assert_close(own, reference, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", PACKING)
+def test_packed_rows_equal_padded_rows(family, implementation):
+    assert_packed_rows_equal_padded_rows(patched(family, implementation))
+
+
 @pytest.mark.gpu
 def test_packed_rows_equal_padded_rows_with_flash_attention():
     pytest.importorskip("flash_attn")
     model = patched("llama", "flash_attention_2").to("cuda", torch.bfloat16)
     with torch.no_grad():
-        together = model(**to_gpu(flattening(model)(features()))).logits[0]
-        apart = model(**to_gpu(padding(model)(features()))).logits
+        together = model(**on("cuda", flattening(model)(features()))).logits[0]
+        apart = model(**on("cuda", padding(model)(features()))).logits
     rows = torch.cat([apart[i, :n] for i, n in enumerate(LENGTHS)])
     assert (together - rows).abs().max() < 2 * 2**-8 * rows.abs().max()
 
@@ -100,17 +102,24 @@ def test_packed_rows_equal_padded_rows_with_flash_attention():
 def test_rows_that_attend_within_themselves_equal_rows_alone_on_a_gpu():
     model = patched("llama", PACKED_ATTENTION).to("cuda", torch.bfloat16)
     assert packs_rows_right(model)
+    for own, alone in long_rows_packed_and_alone(model):
+        assert (own - alone).abs().max() < 4 * 2**-8 * alone.abs().max()
+
+
+def long_rows_packed_and_alone(model):
+    """Logits (tokens, vocabulary) of each of three rows, of up to 31 tokens."""
     lengths = (31, 17, 4)
     rows = [{"input_ids": tokens(1, n, seed=n)[0].tolist(), "task": "ctr"} for n in lengths]
+    batch = on(model.device, flattening(model)(rows))
     with torch.no_grad():
-        together = model(**to_gpu(flattening(model)(rows))).logits[0].split(lengths)
-        for row, own in zip(rows, together, strict=True):
-            alone = model(torch.tensor([row["input_ids"]]).cuda(), task_ids=["ctr"]).logits[0]
-            assert (own - alone).abs().max() < 4 * 2**-8 * alone.abs().max()
+        together = model(**batch).logits[0].split(lengths)
+        ids = [torch.tensor([row["input_ids"]], device=model.device) for row in rows]
+        alone = [model(row, task_ids=["ctr"]).logits[0] for row in ids]
+    return list(zip(together, alone, strict=True))
 
 
-def to_gpu(batch):
-    return {k: v.to("cuda") if hasattr(v, "to") else v for k, v in batch.items()}
+def on(device, batch):
+    return {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
