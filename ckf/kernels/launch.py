@@ -16,6 +16,7 @@ DENSE_RANK = 128  # up to here all rank columns of a tile are one block; past it
 STACK_EXPERTS = 32  # up to so many one kernel stacks them; 0: always torch's cat
 FEWEST_CHUNK_ROWS = 256
 FEWEST_SPLIT_COLUMNS = 256
+CALLS = 1024  # of which a rule remembers its answer: packed steps bring a new m each
 
 # How the base gets under the update; LOG.md has the bytes of each. "expand": cuBLAS writes the
 # base, the expand adds in place. "addmm": the expand stores, cuBLAS adds the base in place (as dx
@@ -74,6 +75,7 @@ class GemmLaunch:
     num_stages: int
 
 
+@lru_cache(maxsize=CALLS)
 def shrink_launch(m: int, k: int, r: int, dtype: torch.dtype, dropout: bool) -> ShrinkLaunch:
     """Tiles of 64 rows, k split where they are too few; blocks of 64 columns where R is large.
 
@@ -93,11 +95,12 @@ def shrink_launch(m: int, k: int, r: int, dtype: torch.dtype, dropout: bool) -> 
     warps = 8 if block_m * block_r == 64 * DENSE_RANK else 4
     if dropout and r % 16 and warps == 8:  # stores one by one: their offsets need the registers
         block_m = 32
-    tiles = -(-m // block_m) * -(-r // block_r)
+    tiles = ceil_div(m, block_m) * ceil_div(r, block_r)
     split = max(1, min(MULTIPROCESSORS // tiles, k // FEWEST_SPLIT_COLUMNS))
     return ShrinkLaunch(block_m, block_r, block_k, num_warps=warps, num_stages=3, split=split)
 
 
+@lru_cache(maxsize=CALLS)
 def expand_launch(m: int, n: int, r: int, dtype: torch.dtype) -> ExpandLaunch:
     """The rank is the contraction: one or two steps for most calls, so traffic of y decides.
 
@@ -109,11 +112,12 @@ def expand_launch(m: int, n: int, r: int, dtype: torch.dtype) -> ExpandLaunch:
         return ExpandLaunch(32, 64, 16, skip, num_warps=4, num_stages=2)
     if not _wide(n):
         return ExpandLaunch(32, 64, 16, skip, num_warps=4, num_stages=2)
-    many = -(-m // 64) * -(-n // 128) >= 4 * MULTIPROCESSORS  # as many as run at a time
+    many = ceil_div(m, 64) * ceil_div(n, 128) >= 4 * MULTIPROCESSORS  # as many as run at a time
     block_m = 64 if many else _rows(m)
     return ExpandLaunch(block_m, 128, _power(r, 16, 64), skip, num_warps=4, num_stages=2)
 
 
+@lru_cache(maxsize=CALLS)
 def outer_launch(m: int, r: int, c: int, dtype: torch.dtype) -> OuterLaunch:
     """As many chunks of rows as fit on the chip, none shorter than FEWEST_CHUNK_ROWS."""
     warps, stages = 4, 3
@@ -125,17 +129,17 @@ def outer_launch(m: int, r: int, c: int, dtype: torch.dtype) -> OuterLaunch:
     else:
         block_m, block_r, block_c = 64, _power(r, 64, DENSE_RANK), 128  # 64: the least for wgmma
         warps = 8  # with 4 Triton 3.6 spills for sm_100
-    chunk = _chunk(m, -(-r // block_r) * -(-c // block_c), block_m)
+    chunk = _chunk(m, ceil_div(r, block_r) * ceil_div(c, block_c), block_m)
     return OuterLaunch(block_m, block_r, block_c, chunk, num_warps=warps, num_stages=stages)
 
 
 def _chunk(m: int, blocks: int, block_m: int) -> int:
     """Rows a program sums, where each chunk of them takes ``blocks`` programs: not past a wave."""
     chunks = max(1, min(PROGRAMS // blocks, m // FEWEST_CHUNK_ROWS))
-    rows = -(-m // chunks)
-    return -(-rows // block_m) * block_m
+    return ceil_div(ceil_div(m, chunks), block_m) * block_m
 
 
+@lru_cache(maxsize=CALLS)
 def gather_shrink_launch(
     m: int, k: int, width: int, dtype: torch.dtype, dropout: bool
 ) -> ShrinkLaunch:
@@ -150,12 +154,14 @@ def gather_shrink_launch(
     return ShrinkLaunch(block_m, block_r, block_k, num_warps=warps, num_stages=3)
 
 
+@lru_cache(maxsize=CALLS)
 def gather_expand_launch(m: int, n: int, width: int, dtype: torch.dtype) -> ExpandLaunch:
     """As the dense expand's; nothing to skip, and fewer columns a step beside the gathered rows."""
     launch = expand_launch(m, n, width, dtype)
     return replace(launch, block_r=min(launch.block_r, 32), skip=False)
 
 
+@lru_cache(maxsize=CALLS)
 def gather_outer_launch(
     m: int, width: int, c: int, dtype: torch.dtype, dropout: bool, aligned: bool
 ) -> OuterLaunch:
@@ -174,24 +180,26 @@ def gather_outer_launch(
     narrow, full = block_r == 16, block_r == DENSE_RANK
     block_m = 32 if narrow else launch.block_m
     block_c = 64 if full else 128
-    chunk = _chunk(m, -(-width // block_r) * -(-c // block_c), block_m)
+    chunk = _chunk(m, ceil_div(width, block_r) * ceil_div(c, block_c), block_m)
     warps = 8 if full or (narrow and dropout) else 4
     stages = 4 if (full and aligned) or (narrow and not dropout) else 5
     return OuterLaunch(block_m, block_r, block_c, chunk, num_warps=warps, num_stages=stages)
 
 
+@lru_cache(maxsize=CALLS)
 def reduce_blocks(rank: int) -> tuple[int, int]:
     """Rank columns and linear columns of a program that adds up an outer's partials."""
     block_r = _power(rank, 1, 16)
     return block_r, 512 // block_r  # 16 bytes a thread, and programs enough for the chip
 
 
+@lru_cache(maxsize=CALLS)
 def gemm_launch(m: int, n: int, r: int, dropout: bool = False) -> GemmLaunch:
     """Wide tiles where there are enough of them to fill the chip; 16-bit operands only."""
     block_r = _power(r, 16, 64)
     if dropout:  # the mask of a tile lives in registers beside the accumulator
         return GemmLaunch(128, 128, 64, block_r, group_m=8, num_warps=8, num_stages=4)
-    if -(-m // 128) * -(-n // 256) * 2 >= PROGRAMS:
+    if ceil_div(m, 128) * ceil_div(n, 256) * 2 >= PROGRAMS:
         return GemmLaunch(128, 256, 64, block_r, group_m=8, num_warps=8, num_stages=3)
     return GemmLaunch(128, 128, 64, block_r, group_m=8, num_warps=4, num_stages=4)
 
@@ -229,4 +237,17 @@ def _rows(m: int) -> int:
 
 def _power(value: int, low: int, high: int) -> int:
     """The power of two at or above ``value``, inside [low, high]."""
-    return min(max(1 << (max(value, 1) - 1).bit_length(), low), high)
+    return min(max(next_power(value), low), high)
+
+
+# As triton.cdiv and triton.next_power_of_2, which take 3 us on the host: they also run in kernels.
+
+
+def ceil_div(size: int, block: int) -> int:
+    """Blocks that cover ``size``."""
+    return -(-size // block)
+
+
+def next_power(value: int) -> int:
+    """The power of two at or above ``value``; 1 below 1."""
+    return 1 << (max(value, 1) - 1).bit_length()

@@ -13,11 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ckf.kernels.dropout import dropout_scale, dropout_threshold
+from ckf.kernels.launch import ceil_div
 from ckf.kernels.triton_common import keep_mask
+from ckf.kernels.triton_launcher import remembered
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+@remembered
 @triton.jit(do_not_specialize=["m", "threshold"])
 def drop_kernel(
     p_x,
@@ -57,7 +60,7 @@ def drop(x: Tensor, seed: Tensor, p: float) -> Tensor:
         return y
     block_m, block_k = 8, 256
     with torch.cuda.device_of(x):
-        drop_kernel[(triton.cdiv(m, block_m) * triton.cdiv(k, block_k),)](
+        drop_kernel[(ceil_div(m, block_m) * ceil_div(k, block_k),)](
             p_x=x,
             p_y=y,
             p_seed=seed,

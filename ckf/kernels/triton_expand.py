@@ -13,10 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ckf.kernels.launch import ExpandLaunch, dot_precision, expand_launch
+from ckf.kernels.launch import ExpandLaunch, ceil_div, dot_precision, expand_launch
 from ckf.kernels.triton_common import keep_mask
+from ckf.kernels.triton_launcher import remembered
 
 
+@remembered
 @triton.jit(do_not_specialize=["m", "threshold"])
 def expand_kernel(
     p_h,
@@ -96,7 +98,7 @@ def expand(
         return
     launch = launch or expand_launch(m, n, r, h.dtype)
     seed, threshold, scale = dropout or (None, 0, 1.0)
-    grid = (triton.cdiv(m, launch.block_m) * triton.cdiv(n, launch.block_n),)
+    grid = (ceil_div(m, launch.block_m) * ceil_div(n, launch.block_n),)
     expand_kernel[grid](
         p_h=h,
         p_b=b,

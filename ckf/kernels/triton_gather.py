@@ -15,14 +15,18 @@ from torch import Tensor
 from ckf.kernels.launch import (
     ExpandLaunch,
     ShrinkLaunch,
+    ceil_div,
     dot_precision,
     gather_expand_launch,
     gather_shrink_launch,
+    next_power,
 )
 from ckf.kernels.triton_common import keep_mask
 from ckf.kernels.triton_groups import RowGroups, group_tile, most_tiles, slot_range
+from ckf.kernels.triton_launcher import remembered
 
 
+@remembered
 @triton.jit(do_not_specialize=["tasks", "low", "threshold"])
 def gather_shrink_kernel(
     p_x,
@@ -93,6 +97,7 @@ def gather_shrink_kernel(
     tl.store(p_out, gated.to(p_h.dtype.element_ty), mask=m_m[:, None] & m_s[None, :])
 
 
+@remembered
 @triton.jit(do_not_specialize=["tasks", "low", "threshold"])
 def gather_expand_kernel(
     p_h,
@@ -186,7 +191,7 @@ def gather_shrink(
     launch = launch or gather_shrink_launch(m, k, expected, x.dtype, dropout is not None)
     seed, threshold, scale = dropout or (None, 0, 1.0)
     tiles = most_tiles(m, groups.tasks, launch.block_m)
-    gather_shrink_kernel[(tiles, triton.cdiv(min(width, r), launch.block_r))](
+    gather_shrink_kernel[(tiles, ceil_div(min(width, r), launch.block_r))](
         p_x=x,
         p_a=a,
         p_h=h,
@@ -207,8 +212,8 @@ def gather_shrink(
         threshold=threshold,
         scale=scale,
         ALIGNED=aligned,
-        GROUPS=triton.next_power_of_2(groups.tasks + 2),
-        WIDTH=triton.next_power_of_2(width),
+        GROUPS=next_power(groups.tasks + 2),
+        WIDTH=next_power(width),
         BLOCK_M=launch.block_m,
         BLOCK_R=launch.block_r,
         BLOCK_K=launch.block_k,
@@ -246,7 +251,7 @@ def gather_expand(
     launch = launch or gather_expand_launch(m, n, min(width, r), h.dtype)
     seed, threshold, scale = dropout or (None, 0, 1.0)
     tiles = most_tiles(m, groups.tasks, launch.block_m)
-    gather_expand_kernel[(tiles * triton.cdiv(n, launch.block_n),)](
+    gather_expand_kernel[(tiles * ceil_div(n, launch.block_n),)](
         p_h=h,
         p_b=b,
         p_y=y,
@@ -267,8 +272,8 @@ def gather_expand(
         scale=scale,
         ACCUMULATE=accumulate,
         ALIGNED=aligned,
-        GROUPS=triton.next_power_of_2(groups.tasks + 2),
-        WIDTH=triton.next_power_of_2(width),
+        GROUPS=next_power(groups.tasks + 2),
+        WIDTH=next_power(width),
         BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n,
         BLOCK_R=launch.block_r,

@@ -17,12 +17,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ckf.kernels.launch import OuterLaunch, dot_precision, gather_outer_launch, reduce_blocks
+from ckf.kernels.launch import (
+    OuterLaunch,
+    ceil_div,
+    dot_precision,
+    gather_outer_launch,
+    next_power,
+    reduce_blocks,
+)
 from ckf.kernels.triton_common import keep_mask
 from ckf.kernels.triton_groups import RowGroups, slot_range
+from ckf.kernels.triton_launcher import remembered
 from ckf.kernels.triton_outer import rank_runs, store_expert
 
 
+@remembered
 @triton.jit(do_not_specialize=["tasks", "low", "threshold"])
 def gather_outer_kernel(
     p_l,
@@ -84,6 +93,7 @@ def gather_outer_kernel(
         position = stop
 
 
+@remembered
 @triton.jit(do_not_specialize=["tasks", "low", "base"])
 def gather_reduce_kernel(
     p_part,
@@ -163,10 +173,10 @@ def gather_outer(
     expected = -(-width * r // slots.shape[1])  # slots in these columns, if spread evenly
     masked = dropout is not None
     launch = launch or gather_outer_launch(m, expected, c, x.dtype, masked, aligned)
-    chunks = triton.cdiv(m, launch.chunk)
+    chunks = ceil_div(m, launch.chunk)
     parts = torch.empty(chunks + tasks, width, c, dtype=torch.float32, device=x.device)
     seed, threshold, scale = dropout or (None, 0, 1.0)
-    blocks = triton.cdiv(min(width, r), launch.block_r) * triton.cdiv(c, launch.block_c)
+    blocks = ceil_div(min(width, r), launch.block_r) * ceil_div(c, launch.block_c)
     common = {
         "p_part": parts,
         "p_starts": groups.starts,
@@ -174,7 +184,7 @@ def gather_outer(
         "width": width,
         "tasks": tasks,
         "chunk": launch.chunk,
-        "GROUPS": triton.next_power_of_2(tasks),
+        "GROUPS": next_power(tasks),
     }
     gather_outer_kernel[(blocks, chunks)](
         p_l=left,
@@ -188,7 +198,7 @@ def gather_outer(
         stride_x=x.stride(0),
         threshold=threshold,
         ALIGNED=aligned,
-        WIDTH=triton.next_power_of_2(width),
+        WIDTH=next_power(width),
         BLOCK_M=launch.block_m,
         BLOCK_R=launch.block_r,
         BLOCK_C=launch.block_c,
@@ -199,7 +209,7 @@ def gather_outer(
     )
     for first, count, rank in rank_runs(ranks):
         block_r, block_c = reduce_blocks(rank)
-        gather_reduce_kernel[(count * triton.cdiv(rank, block_r), triton.cdiv(c, block_c))](
+        gather_reduce_kernel[(count * ceil_div(rank, block_r), ceil_div(c, block_c))](
             p_out=out,
             p_slots=slots,
             low=first,

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ckf.kernels.launch import GemmLaunch, capability, gemm_launch, multiprocessors
+from ckf.kernels.launch import GemmLaunch, capability, ceil_div, gemm_launch, multiprocessors
 from ckf.kernels.triton_common import keep_mask
 
 # By compute capability: with a tensor memory accelerator, and shared memory enough for its pipeline
@@ -147,7 +147,7 @@ def _launch(x, weight, bias, h, b, dropout, launch: GemmLaunch, dx: bool) -> Ten
     (m, k), r, n = x.shape, h.shape[1], b.shape[1]
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     rows, columns, depth, rank = launch.block_m, launch.block_n, launch.block_k, launch.block_r
-    tiles = triton.cdiv(m, rows) * triton.cdiv(n, columns)
+    tiles = ceil_div(m, rows) * ceil_div(n, columns)
     programs = multiprocessors(x.device)
     seed, threshold, scale = dropout or (None, 0, 1.0)
     gemm_kernel[(min(programs, tiles),)](

@@ -13,6 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ckf.kernels.launch import next_power
+from ckf.kernels.triton_launcher import remembered
+
 
 @dataclass(frozen=True)
 class RowGroups:
@@ -22,6 +25,7 @@ class RowGroups:
     tasks: int
 
 
+@remembered
 @triton.jit(do_not_specialize=["m", "tasks"])
 def group_kernel(
     p_ids,
@@ -111,7 +115,7 @@ def group_rows(task_ids: Tensor, slots: Tensor, width: int) -> RowGroups:
     new = {"dtype": torch.int32, "device": task_ids.device}
     rows, starts = torch.empty(m, **new), torch.empty(tasks + 3, **new)
     columns = torch.empty(tasks, width, **new)
-    block = min(max(triton.next_power_of_2(m), 16), 4096)
+    block = min(max(next_power(m), 16), 4096)
     group_kernel[(tasks + 2,)](
         p_ids=task_ids,
         p_slots=slots,

@@ -17,10 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ckf.kernels.launch import OuterLaunch, dot_precision, outer_launch, reduce_blocks
+from ckf.kernels.launch import OuterLaunch, ceil_div, dot_precision, outer_launch, reduce_blocks
 from ckf.kernels.triton_common import keep_mask
+from ckf.kernels.triton_launcher import remembered
 
 
+@remembered
 @triton.jit(do_not_specialize=["m", "threshold"])
 def outer_kernel(
     p_l,
@@ -69,6 +71,7 @@ def outer_kernel(
     tl.store(p_out, acc, mask=m_r[:, None] & m_c[None, :])
 
 
+@remembered
 @triton.jit(do_not_specialize=["low", "chunks"])
 def reduce_kernel(
     p_part,
@@ -137,10 +140,10 @@ def outer(
     if 0 in (m, r, c):
         return out.zero_()
     launch = launch or outer_launch(m, r, c, x.dtype)
-    chunks = triton.cdiv(m, launch.chunk)
+    chunks = ceil_div(m, launch.chunk)
     parts = torch.empty(chunks, r, c, dtype=torch.float32, device=x.device)
     seed, threshold, scale = dropout or (None, 0, 1.0)
-    blocks = triton.cdiv(r, launch.block_r) * triton.cdiv(c, launch.block_c)
+    blocks = ceil_div(r, launch.block_r) * ceil_div(c, launch.block_c)
     outer_kernel[(blocks, chunks)](
         p_l=left,
         p_x=x,
@@ -164,7 +167,7 @@ def outer(
     )
     for low, count, rank in rank_runs(ranks) if transposed else [(0, 1, r)]:
         block_r, block_c = reduce_blocks(rank)
-        reduce_kernel[(count * triton.cdiv(rank, block_r), triton.cdiv(c, block_c))](
+        reduce_kernel[(count * ceil_div(rank, block_r), ceil_div(c, block_c))](
             p_part=parts,
             p_out=out,
             c=c,

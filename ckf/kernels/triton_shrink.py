@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ckf.kernels.launch import ShrinkLaunch, dot_precision, shrink_launch
+from ckf.kernels.launch import ShrinkLaunch, ceil_div, dot_precision, shrink_launch
 from ckf.kernels.triton_common import keep_mask, tile_gates, tile_slots
+from ckf.kernels.triton_launcher import remembered
 
 
 @triton.jit
@@ -71,6 +72,7 @@ def store_tile(
         tl.store(p_out, b_h.to(p_restored.dtype.element_ty), mask=m_out)
 
 
+@remembered
 @triton.jit(do_not_specialize=["m", "tasks", "threshold"])
 def shrink_kernel(
     p_x,
@@ -170,6 +172,7 @@ def shrink_kernel(
         )
 
 
+@remembered
 @triton.jit(do_not_specialize=["m", "tasks", "parts"])
 def shrink_sum_kernel(
     p_part,
@@ -263,8 +266,8 @@ def shrink(
         return
     launch = launch or shrink_launch(m, k, r, x.dtype, dropout is not None)
     seed, threshold, scale = dropout or (None, 0, 1.0)
-    part = triton.cdiv(max(k, 1), launch.split * launch.block_k) * launch.block_k
-    parts = max(1, triton.cdiv(k, part))
+    part = ceil_div(max(k, 1), launch.split * launch.block_k) * launch.block_k
+    parts = max(1, ceil_div(k, part))
     sums = torch.empty(parts, m, r, dtype=torch.float32, device=x.device) if parts > 1 else None
     common = {
         "p_part": sums,
@@ -287,7 +290,7 @@ def shrink(
         "stride_gates": column_gates.stride(0),
         "stride_slots": _stride(slots),
     }
-    grid = (triton.cdiv(m, launch.block_m) * triton.cdiv(r, launch.block_r), parts)
+    grid = (ceil_div(m, launch.block_m) * ceil_div(r, launch.block_r), parts)
     shrink_kernel[grid](
         p_x=x,
         p_a=a,
@@ -309,7 +312,7 @@ def shrink(
         **common,
     )
     if sums is not None:
-        grid = (triton.cdiv(m, 16) * triton.cdiv(r, 32),)
+        grid = (ceil_div(m, 16) * ceil_div(r, 32),)
         shrink_sum_kernel[grid](
             parts=parts, size=m * r, BLOCK_M=16, BLOCK_R=32, num_warps=4, **common
         )

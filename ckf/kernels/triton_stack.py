@@ -19,13 +19,16 @@ from torch import Tensor
 
 from ckf.kernels import launch
 from ckf.kernels.group import GroupShape
+from ckf.kernels.launch import ceil_div
 from ckf.kernels.stacks import Stacks
+from ckf.kernels.triton_launcher import remembered
 
 ALIGNMENT = 16  # elements: the B of every linear starts where 16-byte loads can
 ROWS = 16  # rank columns, or tasks, that a program copies at once
 BLOCK = 256  # elements of k or n
 
 
+@remembered
 @triton.jit(do_not_specialize=["tasks"])
 def stack_kernel(
     p_as,
@@ -91,17 +94,14 @@ def stack(
 ) -> Stacks:
     """``Stacks.of`` in one launch; that itself for many experts, for strided or unlike ones."""
     rank, k, tasks = shape.columns, a[0].shape[1], gates[0].shape[0]
-    experts = shape.experts
-    alike = len({t.dtype for t in (*a, *b)}) == 1 and len({gate.dtype for gate in gates}) == 1
-    whole = all(t.is_contiguous() for t in (*a, *b, *gates))
-    if experts > launch.STACK_EXPERTS or not (alike and whole):
+    experts = len(a)
+    if experts > launch.STACK_EXPERTS or not (_alike([*a, *b]) and _alike(gates)):
         return Stacks.of(shape, gates, a, b, dtype)
-    layout, views, size = _layout(shape, tuple(t.shape[0] for t in b))
+    layout, views, size, widest, aligned = _layout(shape, tuple([t.shape[0] for t in b]))
     new = {"dtype": dtype, "device": a[0].device}
     stacked, flat = torch.empty(rank, k, **new), torch.empty(size, **new)
     columns = torch.empty(tasks, rank, dtype=torch.float32, device=a[0].device)
-    widest = max(k, *(n for _, _, n in views))
-    blocks = max(triton.cdiv(widest, BLOCK), triton.cdiv(tasks, ROWS))
+    blocks = max(ceil_div(max(k, widest), BLOCK), ceil_div(tasks, ROWS))
     stack_kernel[(blocks, 3 * experts)](
         p_as=tuple(a),
         p_bs=tuple(b),
@@ -114,12 +114,18 @@ def stack(
         R=rank,
         EXPERTS=experts,
         LAYOUT=layout,
-        ALIGNED=all(r % 8 == 0 and n % 8 == 0 for r, _, n, *_ in layout),
+        ALIGNED=aligned,
         ROWS=ROWS,
         BLOCK=BLOCK,
         num_warps=4,
     )
     return Stacks(stacked, [flat[at : at + r * n].view(r, n) for at, r, n in views], columns)
+
+
+def _alike(tensors: Sequence[Tensor]) -> bool:
+    """All of one dtype, all contiguous."""
+    dtype = tensors[0].dtype
+    return all([t.dtype is dtype and t.is_contiguous() for t in tensors])
 
 
 @lru_cache(maxsize=256)
@@ -129,7 +135,7 @@ def _layout(shape: GroupShape, heights: tuple[int, ...]):
     Returns:
         Per expert: rank, first rank column, n, start in the buffer of all B, linear, column of its
         linear's gates, columns of these. Per linear: start in the buffer, R_l, n_l. The buffer's
-        length.
+        length. The largest n. Whether all ranks and n are multiples of 8.
     """
     layout, views, expert, column, at = [], [], 0, 0, 0
     for linear, ranks in enumerate(shape.ranks):
@@ -140,4 +146,5 @@ def _layout(shape: GroupShape, heights: tuple[int, ...]):
             layout.append((rank, column + start, n, at + start * n, linear, own, len(ranks)))
         expert, column = expert + len(ranks), column + sum(ranks)
         at += -(-sum(ranks) * n // ALIGNMENT) * ALIGNMENT
-    return tuple(layout), tuple(views), at
+    aligned = all(rank % 8 == 0 and n % 8 == 0 for rank, _, n, *_ in layout)
+    return tuple(layout), tuple(views), at, max(heights), aligned

@@ -27,6 +27,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from ckf.kernels import triton_launcher
 from ckf.kernels.group import GroupShape
 from ckf.kernels.launch import (
     DENSE_RANK,
@@ -92,10 +93,12 @@ class Compiler:
             return kernel
 
         JITFunction.run = run
+        triton_launcher.REMEMBER = False
         return self
 
     def __exit__(self, *_):
         JITFunction.run = self._run
+        triton_launcher.REMEMBER = True
 
     def target(self, arch: int) -> None:
         self.arch = arch

@@ -1,0 +1,88 @@
+"""Launches that do not ask Triton anew which binary to run.
+
+``kernel[grid](...)`` binds, specialises and looks up in Python at every launch: 20 to 50 us for two
+dozen arguments, where handing a known binary to the driver takes 3. A decoder layer's training step
+has some 60 launches, so that for small models the host, not the GPU, would set the pace. Here the
+binaries are remembered by what Triton specialises on; ``CompiledKernel.__getitem__`` runs them.
+
+Kernels so launched follow the naming of this package: pointers (a tensor, None, or a tuple of
+tensors) begin with ``p_``; what is neither a pointer nor a constexpr is an int or a float.
+"""
+
+from collections.abc import Callable
+
+from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
+
+REMEMBER = True  # False: every launch goes through Triton, as the compile tests need
+ALIGNMENT = 16  # bytes of addresses, and the divisor of ints, that Triton specialises on
+LARGEST_INT32 = 2**31 - 1
+
+
+def remembered(kernel: JITFunction) -> "RememberedKernel":
+    """A ``triton.jit`` kernel launched in the same words, ``kernel[grid](...)``, all by keyword.
+
+    In Triton's interpreter the kernel itself.
+    """
+    return RememberedKernel(kernel) if isinstance(kernel, JITFunction) else kernel
+
+
+class RememberedKernel:
+    """A kernel and its binaries, by device, constants and kinds of arguments."""
+
+    def __init__(self, kernel: JITFunction) -> None:
+        self.kernel = kernel
+        self.bind = _binder(kernel)
+        self._binaries: dict[tuple, CompiledKernel] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        """``grid``: one to three numbers of programs."""
+
+        def launch(**arguments) -> None:
+            key, values = self.bind(**arguments)
+            binary = self._binaries.get(key)
+            if binary is not None and REMEMBER:
+                binary[(*grid, 1, 1)[:3]](*values)
+                return
+            binary = self.kernel[grid](**arguments)
+            if isinstance(binary, CompiledKernel):
+                self._binaries[key] = binary
+
+        return launch
+
+
+def _binder(kernel: JITFunction) -> Callable[..., tuple[tuple, tuple]]:
+    """A function of the kernel's arguments: a key, and the arguments in order.
+
+    Keys are equal only where Triton would take the same binary. Written out for each kernel, as
+    Triton does too: a loop over the arguments would take half the time of the launch.
+    """
+    names = [p.name for p in kernel.params]
+    parts = ["num_warps", "num_stages"]
+    for p in kernel.params:
+        if p.is_constexpr:
+            parts.append(p.name)
+        elif p.name.startswith("p_"):
+            parts.append(f"pointer({p.name}) if {p.name} is not None else None")
+        else:
+            parts += [f"{p.name}.__class__", f"{p.name} > {LARGEST_INT32}"]
+            if not p.do_not_specialize:
+                parts += [f"{p.name} == 1", f"{p.name} % {ALIGNMENT} == 0"]
+    source = f"""
+def bind(*, {", ".join(names)}, num_warps=4, num_stages=3):
+    return (device({names[0]}), {", ".join(parts)}), ({", ".join(names)},)
+"""
+    space = {"pointer": _pointer, "device": _device}
+    exec(source, space)
+    return space["bind"]
+
+
+def _pointer(value):
+    """Type and alignment of a tensor, or of each of a tuple."""
+    if type(value) is tuple:
+        return tuple([t.dtype if t.data_ptr() % ALIGNMENT == 0 else (t.dtype,) for t in value])
+    return value.dtype if value.data_ptr() % ALIGNMENT == 0 else (value.dtype,)
+
+
+def _device(value) -> int:
+    return (value[0] if type(value) is tuple else value).get_device()
