@@ -1,4 +1,4 @@
-"""The command line: ckf train | evaluate | report | export | prepare | experiment | info."""
+"""The command line: ckf train, evaluate, report, export, prepare, experiment, info, tune."""
 
 import argparse
 import sys
@@ -73,6 +73,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_sizes(info)
     info.set_defaults(command=_info)
+
+    tune = commands.add_parser(
+        "tune", help="measure this GPU, so that backend auto takes the fastest; minutes"
+    )
+    tune.add_argument("--model", help="whose linears (default: a 135M and an 8B model's)")
+    tune.add_argument("--tasks", type=int, default=4, help="how many (default 4)")
+    tune.add_argument("--r", type=int, default=16, help="rank of every LoRA (default 16)")
+    tune.add_argument("--rows", type=int, nargs="+", help="of training steps: tokens in a batch")
+    tune.set_defaults(command=_tune)
     return parser
 
 
@@ -261,6 +270,21 @@ def _info(options) -> None:
     print(f"backend auto takes {explain_auto()}")
     for key, value in cuda.build_info().items():
         print(f"CUDA extension {key}: {value}")
+
+
+def _tune(options) -> None:
+    from ckf.kernels import tune
+
+    if min(options.tasks, options.r, *(options.rows or [1])) < 1:
+        raise ValueError("--tasks, --r and --rows are 1 or more")
+    groups = tune.LAYERS
+    if options.model is not None:
+        from ckf.sizes import linear_groups, read_config
+
+        groups = linear_groups(read_config(options.model))
+    calls = tune.calls_of(groups, options.tasks, options.r, options.rows or tune.TRAIN_ROWS)
+    file = tune.tune(calls)
+    print(f"backend auto goes by {file} from now on; remove it to forget")
 
 
 def _print_sizes(options) -> None:

@@ -113,6 +113,25 @@ def model_sizes(
     )
 
 
+def linear_groups(config: PreTrainedConfig, **patching) -> list[tuple[int, tuple[int, ...]]]:
+    """The distinct (k, (n, ...)) of a causal LM of this config; linears fed one tensor together.
+
+    ``patching``: of ``patch_model``.
+    """
+    with torch.device("meta"):
+        model = _empty_model(config, torch.bfloat16)
+    patch_model(model, ["task"], **patching)
+    layers = patched_layers(model).values()
+    followers = {id(sibling) for layer in layers for sibling in layer._siblings}
+    return list(
+        dict.fromkeys(
+            (layer.in_features, (layer.out_features, *(s.out_features for s in layer._siblings)))
+            for layer in layers
+            if id(layer) not in followers
+        )
+    )
+
+
 def _empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
     """The model with plain causal attention; on fake tensors the usual one would make a mask."""
     AttentionInterface.register(_ATTENTION, _causal_attention)

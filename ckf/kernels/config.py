@@ -35,10 +35,10 @@ def explain_auto() -> str:
     device = torch.cuda.get_device_name()
     table = load_table(device)
     if table is None:
-        return f"torch: nothing was measured on {device} yet (make gpu, benchmarks/make_table.py)"
+        return f"torch: nothing was measured on {device} yet; ckf tune does it in minutes"
     return (
-        f"the fastest at the nearest of {len(table['rows'])} shapes measured on {device} (commit "
-        f"{table['record']['commit']}); "
+        f"the fastest at the nearest of {len(table['rows'])} shapes measured on {device} "
+        f"({table['record']['commit']}); "
         "each choice is logged once (logger ckf.kernels, level INFO)"
     )
 
@@ -102,6 +102,11 @@ def _measured_once(index: int, floats: bool, call: Call) -> tuple[str, str, str]
     if floats and _outside_cuda(call) is None and _cuda_usable()[0]:
         usable.append("cuda")
     return tuple(measured_choice(_device_name(index), call, tuple(usable)))
+
+
+def forget_choices() -> None:
+    """After a table has changed."""
+    _measured_once.cache_clear()
 
 
 def _bucketed(call: Call) -> Call:

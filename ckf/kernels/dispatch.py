@@ -1,17 +1,22 @@
 """What "auto" takes on a GPU: the fastest backend of the nearest shape that was measured there.
 
-``tables/<gpu>.json`` holds milliseconds by backend (``benchmarks/make_table.py`` makes it from the
-records of ``make gpu``). Nearest: the least sum of doublings between m, k, n and R; farther than
-FARTHEST says nothing, and then torch's own products are taken, as on a GPU without a table.
+A table, ``<gpu>.json``, holds milliseconds by backend: measured on this very machine by
+``ckf tune`` (``own_tables()``), or brought along in ``tables/`` (``benchmarks/make_table.py`` makes
+it from the records of ``make gpu``). Nearest: the least sum of doublings between m, k, n and R,
+one's own rows first; farther than FARTHEST says nothing, and then torch's own products are taken,
+as on a GPU without a table.
 """
 
 import json
 import logging
 import math
 import re
+import warnings
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
+
+from ckf.cache import cache_folder
 
 logger = logging.getLogger("ckf.kernels")
 
@@ -19,6 +24,7 @@ TABLES = Path(__file__).parent / "tables"
 FARTHEST = 4.0  # doublings
 LEAST_GAIN = 0.03  # of torch's time, below which its well-worn products are kept
 _SIZES = ("m", "k", "n", "rank")
+_ROW = (*_SIZES, "pass", "tasks", "dropout", "torch", "triton", "cuda", "triton_plan")
 
 
 class Choice(NamedTuple):
@@ -46,13 +52,43 @@ def device_slug(name: str) -> str:
     return words.removeprefix("nvidia-")
 
 
+def own_tables() -> Path:
+    """Where ``ckf tune`` keeps its tables."""
+    return cache_folder() / "tables"
+
+
 @lru_cache
 def load_table(device: str, folder: Path | None = None) -> dict | None:
-    """The table of a GPU by its name, or None."""
-    file = (folder or TABLES) / f"{device_slug(device)}.json"
-    if not file.exists():
+    """The table of a GPU by its name, or None.
+
+    The rows of one's own table come before the package's. ``folder``: tables of there alone.
+    """
+    file = f"{device_slug(device)}.json"
+    folders = [own_tables(), TABLES] if folder is None else [folder]
+    found = [table for table in (read_table(place / file) for place in folders) if table]
+    if not found:
         return None
-    return json.loads(file.read_text(encoding="utf-8"))
+    return found[0] | {"rows": [row for table in found for row in table["rows"]]}
+
+
+def read_table(file: Path) -> dict | None:
+    """A table; None where there is none, or, with a warning, where the file is no table."""
+    try:
+        table = json.loads(file.read_text(encoding="utf-8"))
+        for row in table["rows"]:
+            missing = [name for name in _ROW if name not in row]
+            if missing:
+                raise ValueError(f"a row lacks {', '.join(missing)}")
+        return {"gpu": table["gpu"], "record": dict(table["record"]), "rows": table["rows"]}
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        warnings.warn(
+            f"{file} is no table of measurements ({type(error).__name__}: {error}) and is not "
+            "used; remove it, or make it again with ckf tune",
+            stacklevel=2,
+        )
+        return None
 
 
 def measured_choice(
@@ -66,7 +102,7 @@ def measured_choice(
 
 def _choose(table: dict | None, device: str, call: Call, usable: tuple[str, ...]) -> Choice:
     if table is None:
-        return Choice("torch", f"nothing was measured on {device} yet: make gpu measures")
+        return Choice("torch", f"nothing was measured on {device} yet: ckf tune measures")
     wanted = "train" if call.train else "forward"
     rows = [r for r in table["rows"] if r["pass"] == wanted and r["dropout"] == call.dropout]
     near = min(rows, key=lambda row: _doublings(row, call), default=None)

@@ -3,6 +3,7 @@
 Run by test_triton_interpreter.py like interpreter_suite.py, whose poisoned memory it shares.
 """
 
+import json
 from unittest.mock import patch
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckf.kernels import dropout_mask, group, launch, multi_lora_linear
+from ckf.kernels import dropout_mask, group, launch, multi_lora_linear, tune
 from ckf.kernels.dropout import dropout_scale
 from ckf.kernels.group import GroupShape
 from ckf.kernels.launch import PLANS, dot_precision
@@ -230,3 +231,19 @@ def test_backward_inside_autocast_keeps_its_precision():
             inside = torch.autograd.grad(y.float().sum(), leaves, retain_graph=True)
         outside = torch.autograd.grad(y.float().sum(), leaves)
         assert all(torch.equal(p, q) for p, q in zip(inside, outside, strict=True))
+
+
+def test_tuning_measures_every_plan(tmp_path, monkeypatch):
+    """``ckf tune`` with real kernels; the figures are the interpreter's and mean nothing."""
+    for name, value in {"ROUNDS": 1, "ROUND_SECONDS": 0.0, "CACHED_BYTES": 1}.items():
+        monkeypatch.setattr(tune, name, value)
+    calls = [
+        tune.Timed("train", 9, 16, (16, 8), tasks=2, rank=4, dropout=0.1),
+        tune.Timed("forward", 3, 16, (16,), tasks=2, rank=4),
+    ]
+    said: list[str] = []
+    file = tune.tune(calls, "cpu", said.append, tmp_path)
+    rows = json.loads(file.read_text())["rows"]
+    assert len(rows) == 2 and all(row["triton"] > 0 for row in rows)
+    for line in said:
+        assert all(f"triton:{plan} " in line for plan in PLANS) and "no triton" not in line

@@ -1,12 +1,13 @@
 """The Triton backend on a real GPU: values, bits, graphs, no synchronisation."""
 
+import json
 from functools import partial
 from unittest.mock import patch
 
 import pytest
 import torch
 
-from ckf.kernels import group, multi_lora_linear, ops
+from ckf.kernels import group, multi_lora_linear, ops, tune
 from ckf.kernels.group import GroupShape
 from ckf.kernels.reference import multi_lora_reference
 from ckf.kernels.slots import compact_slots
@@ -317,3 +318,14 @@ def test_gemm_of_dx(sizes, dtype, p):
     allowed += 4 * torch.finfo(dtype).eps * exact.abs().max()
     dx = gemm_dx(dy, w, ds, a, dropout if p else None)
     assert (dx.double() - exact).abs().max() <= allowed
+
+
+def test_tuning_measures_every_plan(tmp_path):
+    """``ckf tune``: no plan is refused for its values; the fastest is what the table has."""
+    said: list[str] = []
+    calls = [tune.Timed("train", 2048, 576, (576, 192, 192), 4, 16, p) for p in (0.0, 0.05)]
+    calls.append(tune.Timed("forward", 16, 576, (1536,), 4, 16))
+    tune.tune(calls, "cuda", said.append, tmp_path)
+    assert not [line for line in said if "no triton" in line]
+    (file,) = tmp_path.iterdir()
+    assert [row["triton"] > 0 for row in json.loads(file.read_text())["rows"]] == [True] * 3
