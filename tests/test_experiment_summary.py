@@ -63,14 +63,15 @@ def test_figures_and_verdicts_are_those_of_the_record(record):
         "the opposite holds",
         "open",
     ]
-    assert claims[-1].count("; ") == 1 and "ckf - cf AUC 0.005 [" in claims[-1]
-    assert "ckf - one AUC 0.050" in claims[-1]  # two seeds that disagree
+    assert claims[-1].endswith(": ckf over cf; ckf over one")  # of the latter, two seeds disagree
+    assert "| ckf over cf | ckf - cf | 0.005 [" in text
+    assert "| ckf over one | ckf - one | 0.050 [" in text
     assert "(results/small.json)" in text and "Reduced" not in text and "Not complete" not in text
 
 
 def test_reduced_and_unfinished_records_say_so(record):
     text = summary(record | {"reduced": ["1 seed instead of 3"], "runs_done": 1}, "x.json")
-    assert text.startswith("**Reduced run** (1 seed instead of 3)")
+    assert text.startswith("**Reduced run**: ") and "\n* 1 seed instead of 3\n" in text
     assert "AUC (reduced)" in text and "**Not complete: 1 of 2 runs.**" in text
 
 

@@ -35,15 +35,19 @@ def _what(record: Mapping, path: str) -> str:
         f"{seeds} seed(s) a cell, {record['split']} split ({rows}); "
         f"record [`{path}`]({path}). 95% intervals by bootstrap over users."
     )
-    if record["reduced"]:
-        cut = "; ".join(record["reduced"])
-        said = (
-            f"**Reduced run** ({cut}): it shows that the parts work and large effects, not how "
-            f"good the full system is. {said}"
-        )
     if record["runs_done"] < record["runs"]:
         said += f" **Not complete: {record['runs_done']} of {record['runs']} runs.**"
+    if record["reduced"]:
+        said = (
+            "**Reduced run**: it shows that the parts work and large effects, not how good the "
+            f"full system is. {said}"
+        )
+        said += "\n\n" + _folded("What was cut", "\n".join(f"* {cut}" for cut in record["reduced"]))
     return said
+
+
+def _folded(title: str, text: str) -> str:
+    return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"
 
 
 def _entries(part: Mapping) -> list[Mapping]:
@@ -69,26 +73,44 @@ def _figures(record: Mapping) -> str:
 
 
 def _claims(record: Mapping) -> str:
-    """CTR comparisons that are decided, and one line with the differences that are open."""
+    """CTR comparisons that are decided, the claims that are open, and their figures, folded."""
+    entries = [e for e in record["comparisons"] if e["task"] == "ctr" and e["value"] is not None]
     lines, undecided = [], []
-    for entry in record["comparisons"]:
-        if entry["task"] != "ctr" or entry["value"] is None:
-            continue
-        found = verdict(entry)
-        result = {"A better": "holds", "B better": "the opposite holds"}.get(found)
-        pair, name = f"{entry['a']} - {entry['b']}", metric(entry["metric"]).label
-        value = f"{number(entry['value'])} [{number(entry['low'])}, {number(entry['high'])}]"
+    for entry in entries:
+        result = {"A better": "holds", "B better": "the opposite holds"}.get(verdict(entry))
         if result is None:
-            undecided.append(f"{pair} {name} {value}")
+            undecided.append(entry)
             continue
         lines.append(
-            f"* {entry['claim']} ({pair}, {name}): "
-            f"**{result}**, {value}, p {number(entry['p_holm'])} (Holm)"
+            f"* {entry['claim']} ({_pair(entry)}, {metric(entry['metric']).label}): "
+            f"**{result}**, {_difference(entry)}, p {number(entry['p_holm'])} (Holm)"
         )
-    if undecided:
-        why = "not decided once corrected for the number of tests"
-        lines.append(f"* **open**, {why}: {'; '.join(undecided)}.")
-    return "\n".join(lines)
+    half = {e["claim"] for e in entries if e not in undecided}
+    claims = [c for c in dict.fromkeys(e["claim"] for e in undecided) if c not in half]
+    if not undecided:
+        return "\n".join(lines)
+    lines.append(
+        "* **open**, not decided once corrected for the number of tests: "
+        f"{'; '.join(claims) or 'only what stands in the table'}"
+    )
+    head = ["claim", "", *(metric(name).label for name in ("auc", "uauc"))]
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for entry in undecided:
+        cells.setdefault((entry["claim"], _pair(entry)), {})[entry["metric"]] = _difference(entry)
+    rows = [
+        [*key, *(found.get(name, "decided") for name in ("auc", "uauc"))]
+        for key, found in cells.items()
+    ]
+    table = "\n".join(as_table(head, rows))
+    return "\n".join(lines) + "\n\n" + _folded("Differences that are open", table)
+
+
+def _pair(entry: Mapping) -> str:
+    return f"{entry['a']} - {entry['b']}"
+
+
+def _difference(entry: Mapping) -> str:
+    return f"{number(entry['value'])} [{number(entry['low'])}, {number(entry['high'])}]"
 
 
 def main(arguments: list[str] | None = None) -> int:
