@@ -1,6 +1,6 @@
 """Putting a run's parts together: data, CF vectors, backbone, prompts, meta-network."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -27,7 +27,10 @@ Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 @dataclass
 class Assembly:
-    """All parts of a run, ready to train or to answer."""
+    """All parts of a run, ready to train or to answer.
+
+    weights: what the language model counts beside a prior, by task (ckf.weighing); 1 where missing.
+    """
 
     config: RunConfig
     data: PreparedData
@@ -37,6 +40,7 @@ class Assembly:
     maker: QuestionMaker
     batcher: RowBatcher
     packed: bool
+    weights: dict[str, float] = field(default_factory=dict)
 
     @property
     def tasks(self) -> list[str]:

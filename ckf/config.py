@@ -161,10 +161,14 @@ class TrainConfig:
 
 @dataclass
 class EvaluateConfig:
-    """batch_tokens: tokens in one evaluation pass. untrained: also evaluate the bare model."""
+    """batch_tokens: tokens in one evaluation pass. untrained: also evaluate the bare model.
+
+    weigh: beside a prior, count the language model as much as valid rows say (ckf.weighing).
+    """
 
     batch_tokens: int = 4096
     untrained: bool = True
+    weigh: bool = True
     bootstrap: int = 1000
 
 

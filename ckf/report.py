@@ -245,6 +245,12 @@ def _facts(about: dict, config: dict, manifest: dict, log: list[dict]) -> list[d
         ("Device", about.get("device"), ""),
         ("Seed", about.get("seed"), ""),
     ]
+    weights = {t: w for t, w in mapping(about.get("weights")).items() if is_finite(w)}
+    if weights and mapping(config.get("evaluate")).get("weigh") is not False:
+        listed = ", ".join(
+            f"{rm.task_label(task)} {weight:.2f}" for task, weight in weights.items()
+        )
+        facts.append(("Weight of the language model", listed, "beside the prior; from valid rows"))
     missing = "not recorded"
     return [
         {"label": label, "value": missing if value is None else str(value), "detail": detail}

@@ -10,9 +10,11 @@ predictions/          Parquet per task         report.html           see ckf.rep
 import dataclasses
 import datetime
 import json
+import math
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -35,6 +37,7 @@ from ckf.prompts import Encoded, Question
 from ckf.requests import Names
 from ckf.scoring import Scorer
 from ckf.train import METANET_FILE, load_trained, train
+from ckf.weighing import fit_weights
 
 CONFIG, VECTORS, ABOUT, METRICS = "config.yaml", "cf.safetensors", "run.json", "metrics.json"
 _OWN_NAMES = {CONFIG, VECTORS, ABOUT, METRICS, METANET_FILE, "data", "adapters", "checkpoints"} | {
@@ -169,6 +172,7 @@ def load_run(
     vectors = _read_vectors(folder / VECTORS)
     assembly = assemble(config, data, vectors, pick_device(device))
     load_trained(assembly, folder)
+    _take_weights(assembly, read_about(folder).get("weights", {}))
     assembly.model.eval()
     return Run(folder, assembly)
 
@@ -243,14 +247,40 @@ def train_or_load(
     if (folder / ABOUT).is_file():  # written last
         log(f"{folder} is trained already; --overwrite trains it anew")
         load_trained(assembly, folder)
+        weights = read_about(folder).get("weights", {})
     else:
         check_prompts(assembly)
         seconds["train"] = train(assembly, folder, device)["seconds"]
-        about = _about(assembly.config, assembly, device, trainable, seconds)
+        weights = _fit_weights(assembly, seconds, log) if is_main_process() else {}
+        about = _about(assembly.config, assembly, device, trainable, seconds, weights)
         if is_main_process():
             write_json(about, folder / ABOUT)
+    _take_weights(assembly, weights)
     assembly.model.eval()
     return Run(folder, assembly)
+
+
+def _fit_weights(assembly: Assembly, seconds: dict, log: Log) -> dict[str, float]:
+    if assembly.batcher.collator.prior is None:
+        return {}
+    log("weighing the language model against the prior on valid rows")
+    start = time.perf_counter()
+    weights = fit_weights(assembly)
+    seconds["weigh"] = round(time.perf_counter() - start, 1)
+    return weights
+
+
+def _take_weights(assembly: Assembly, weights: dict[str, float]) -> None:
+    """Count the language model beside its prior by these; ValueError for what are no weights."""
+    numbers = isinstance(weights, dict) and all(
+        type(w) in (int, float) and 0 <= w < math.inf for w in weights.values()
+    )
+    if not numbers:
+        raise ValueError(
+            f"{ABOUT} holds the weights {weights!r}; expected a number from 0 on for a task; train "
+            "the run again"
+        )
+    assembly.weights = dict(weights) if assembly.config.evaluate.weigh else {}
 
 
 def check_prompts(assembly: Assembly) -> None:
@@ -399,7 +429,9 @@ def _sizes(assembly: Assembly) -> str:
     return ", ".join(f"{len(rows(t, 'train'))} {t} rows" for t in assembly.tasks)
 
 
-def _about(config: RunConfig, assembly: Assembly, device, trainable: int, seconds: dict) -> dict:
+def _about(
+    config: RunConfig, assembly: Assembly, device, trainable: int, seconds: dict, weights: dict
+) -> dict:
     now = datetime.datetime.now(datetime.UTC)
     rows = assembly.data.rows
     return {
@@ -411,6 +443,7 @@ def _about(config: RunConfig, assembly: Assembly, device, trainable: int, second
         "device": torch.cuda.get_device_name() if device.type == "cuda" else str(device),
         "trainable_parameters": trainable,
         "packed": assembly.packed,
+        "weights": weights,
         "seconds": seconds,
         "rows": {s: {t: len(rows(t, s)) for t in assembly.tasks} for s in ("train", "test")},
     }

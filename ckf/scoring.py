@@ -11,6 +11,7 @@ from ckf.assembly import Assembly
 from ckf.batches import Collator
 from ckf.packed_attention import PackedRows
 from ckf.prompts import ANSWERS, Encoded, Question
+from ckf.weighing import weigh
 
 Progress = Callable[[int], None]
 
@@ -40,6 +41,7 @@ class Scorer:
     ) -> None:
         self.assembly, self.model = assembly, assembly.model
         self.base_only = base_only
+        self.weights = assembly.weights  # of the language model beside a prior, by task
         own = assembly.batcher.collator
         self.padded = own.padded()
         # sorted by length there is next to nothing to pad, and attention stays within a row
@@ -54,16 +56,35 @@ class Scorer:
     @torch.no_grad()
     def answers(self, prompts: Sequence[Encoded], users, histories) -> Answers:
         """One-token answers of prompts (N) of one task; users (N,), histories (N, h)."""
-        index = self._words(prompts[0].task if prompts else "ctr")
+        task = prompts[0].task if prompts else "ctr"
+        index = self._words(task)
         logits = np.zeros((len(prompts), len(index)), np.float64)
         total, greedy = np.zeros(len(prompts)), np.full(len(prompts), -1)
         for rows, batch in self._batches(prompts, users, histories):
             out = self.model.answer_logits(batch)  # (b, vocabulary)
-            logits[rows] = out[:, index.to(out.device)].double().cpu().numpy()
+            own = self._weighed(task, out[:, index.to(out.device)], batch, index)
+            logits[rows] = own
             total[rows] = out.logsumexp(1).double().cpu().numpy()
-            says = out.argmax(1).cpu().unsqueeze(1) == index
-            greedy[rows] = torch.where(says.any(1), says.int().argmax(1), -1).numpy()
+            says = (out.argmax(1).cpu().unsqueeze(1) == index).any(1).numpy()
+            greedy[rows] = np.where(says, own.argmax(1), -1)
         return Answers(logits, total, greedy)
+
+    @torch.no_grad()
+    def word_logits_and_prior(
+        self, prompts: Sequence[Encoded], users, histories
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Of prompts (N) of one task: logits (N, words) of the answer words, and the prior in them.
+
+        The prior is NaN for words that have none.
+        """
+        index = self._words(prompts[0].task)
+        logits = np.zeros((len(prompts), len(index)))
+        priors = np.zeros_like(logits)
+        for rows, batch in self._batches(prompts, users, histories):
+            out = self.model.answer_logits(batch)[:, index]
+            logits[rows] = out.double().cpu().numpy()
+            priors[rows] = _prior_of(batch, index, len(rows))
+        return logits, priors
 
     @torch.no_grad()
     def word_logits(self, prompts: Sequence[Encoded], users, histories) -> list[np.ndarray]:
@@ -76,7 +97,8 @@ class Scorer:
             for task in sorted(set(tasks)):
                 places = np.flatnonzero(tasks == task)
                 picked = out[torch.from_numpy(places)[:, None], words[task]]  # (places, words)
-                for row, own in zip(rows[places], picked.double().cpu().numpy(), strict=True):
+                weighed = self._weighed(task, picked, batch, words[task], places)
+                for row, own in zip(rows[places], weighed, strict=True):
                     found[row] = own
         return found
 
@@ -115,6 +137,15 @@ class Scorer:
                 texts[row] = text.strip().split("\n")[0].strip()
         return texts
 
+    def _weighed(
+        self, task: str, logits: Tensor, batch: dict, index: Tensor, places=slice(None)
+    ) -> np.ndarray:
+        """Logits (r, words) of the batch's rows ``places``, the language model's part weighed."""
+        own, weight = logits.double().cpu().numpy(), self.weights.get(task, 1.0)
+        if weight == 1.0 or "prior_rows" not in batch:
+            return own
+        return weigh(own, _prior_of(batch, index, batch["row_tasks"].shape[0])[places], weight)
+
     def _words(self, task: str) -> Tensor:
         """Tokens (words,) of a task's answer words, in the order of ANSWERS."""
         words = self.assembly.batcher.encoder.answer_tokens(task)[1]
@@ -151,9 +182,20 @@ class PriorScorer(Scorer):
         index = self._words(prompts[0].task if prompts else "ctr")
         logits = np.full((len(prompts), len(index)), -np.inf)
         for rows, batch in self._batches(prompts, users, histories):
-            column = (batch["prior_tokens"].cpu().unsqueeze(1) == index).int().argmax(1)
-            logits[rows[batch["prior_rows"].cpu()], column] = batch["prior_values"].cpu()
+            own = _prior_of(batch, index, len(rows))
+            logits[rows] = np.where(np.isnan(own), -np.inf, own)
         return Answers(logits, np.logaddexp.reduce(logits, axis=1), logits.argmax(1))
+
+
+def _prior_of(batch: dict, index: Tensor, rows: int) -> np.ndarray:
+    """(rows, words): the prior of the words ``index``, NaN where a row has none."""
+    found = np.full((rows, len(index)), np.nan)
+    if "prior_rows" in batch:
+        own = batch["prior_tokens"].cpu().unsqueeze(1) == index  # (entries, words)
+        known = own.any(1)
+        at = batch["prior_rows"].cpu()[known], own.int().argmax(1)[known]
+        found[at] = batch["prior_values"].cpu()[known]
+    return found
 
 
 def _by_length(prompts: Sequence[Encoded], budget: int) -> Iterator[np.ndarray]:
