@@ -4,14 +4,19 @@
 about the same length form a group, padded on the right: under a causal mask no token sees the
 padding, so each group is one ``scaled_dot_product_attention`` with ``is_causal`` and reads no mask.
 sdpa by itself works on all pairs of the packed sequence: sixteen rows cost sixteen times as much.
+On a GPU in half precision PyTorch's kernel for rows of any lengths (``varlen_attn``) takes all of
+them at once, where a trial of it there is right.
 
 Calls without ``packed_rows`` (padded, cached, generating) are sdpa's own.
 """
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -21,10 +26,17 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None
+
 PACKED_ATTENTION = "ckf_packed"
 _NARROWEST = 0.75  # of a group's widest row: a narrower one starts the next group
 _UNKNOWN = ("s_aux", "indices", "block_indices", "position_bias", "softcap")  # change the result
 _LAYERS = {"full_attention", "sliding_attention"}
+_VARLEN_DEVICE, _VARLEN_DTYPES = "cuda", (torch.float16, torch.bfloat16)
+_TRIED_LENGTHS, _TRIED_WINDOW = (37, 5, 130), 20
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no one truth
@@ -35,6 +47,8 @@ class PackedRows:
         gather: (P,) int64, the token that each padded place holds.
         scatter: (N,) int64, the padded place of each token.
         groups: rows and their padded width, group by group; P is the sum of their products.
+        starts: (rows + 1,) int32, where each row begins, and N.
+        longest: tokens of the longest row.
         mask: (1, 1, 1, 1), NaN: stands where transformers would make a mask of all pairs. An
             attention that knows nothing of rows adds it and gives NaN, not rows that see others.
         windows: a list that collects every layer's sliding window or None, for a trial.
@@ -43,6 +57,8 @@ class PackedRows:
     gather: Tensor
     scatter: Tensor
     groups: tuple[tuple[int, int], ...]
+    starts: Tensor
+    longest: int
     mask: Tensor
     windows: list[int | None] | None = None
 
@@ -69,7 +85,8 @@ class PackedRows:
             done, first = done + held.size, first + count
         mask = torch.full((1, 1, 1, 1), float("nan"))
         indices = torch.from_numpy(np.concatenate(gather)), torch.from_numpy(scatter)
-        return cls(*indices, tuple(groups), mask)
+        ends = torch.from_numpy(np.append(starts, sizes.sum()).astype(np.int32))
+        return cls(*indices, tuple(groups), ends, int(sizes.max()), mask)
 
     def inputs(self) -> dict[str, object]:
         """What a model's forward takes, beside the tokens and their positions.
@@ -87,7 +104,7 @@ class PackedRows:
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change) -> PackedRows:
-        names = ("gather", "scatter", "mask")
+        names = ("gather", "scatter", "starts", "mask")
         return replace(self, **{name: change(getattr(self, name)) for name in names})
 
 
@@ -163,6 +180,15 @@ def packed_attention(
     window = kwargs.pop("sliding_window", None)
     if packed_rows.windows is not None:
         packed_rows.windows.append(window)
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    if causal and not kwargs.get("dropout") and _takes_varlen(query, key, value):
+        return _varlen(query, key, value, packed_rows, window, kwargs.get("scaling")), None
+    return _by_groups(module, query, key, value, packed_rows, window, **kwargs), None
+
+
+def _by_groups(module, query, key, value, packed_rows: PackedRows, window, **kwargs) -> Tensor:
+    """Rows of about the same length at once, padded: (1, N, H, D)."""
     places = packed_rows.gather, packed_rows.scatter
     padded = [_Pad.apply(x[0].transpose(0, 1), *places) for x in (query, key, value)]  # (P, H, D)
     done, outputs = 0, []
@@ -173,7 +199,83 @@ def packed_attention(
         output, _ = sdpa_attention_forward(module, *group, mask, **kwargs)
         outputs.append(output.flatten(0, 1))
         done += count * width
-    return _Unpad.apply(torch.cat(outputs), *places).unsqueeze(0), None
+    return _Unpad.apply(torch.cat(outputs), *places).unsqueeze(0)
+
+
+def _varlen(query, key, value, packed_rows: PackedRows, window, scale: float | None) -> Tensor:
+    """All rows by one kernel: (1, N, H, D)."""
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, H, D)
+    shared = query.shape[1] // key.shape[1]
+    if shared > 1:
+        key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
+    back = -1 if window is None or window >= packed_rows.longest else window - 1
+    starts, longest = packed_rows.starts, packed_rows.longest
+    bounds = {"scale": scale, "window_size": (back, 0)}
+    return varlen_attn(query, key, value, starts, starts, longest, longest, **bounds).unsqueeze(0)
+
+
+def _takes_varlen(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    if query.device.type != _VARLEN_DEVICE or query.dtype not in _VARLEN_DTYPES:
+        return False
+    if not query.dtype == key.dtype == value.dtype or value.shape[-1] != query.shape[-1]:
+        return False
+    return _varlen_is_right(query.device, query.dtype, query.shape[-1])
+
+
+@torch.compiler.assume_constant_result  # not to be traced
+def _varlen_is_right(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    return _tried_varlen(device, dtype, width)
+
+
+@lru_cache
+def _tried_varlen(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Whether ``varlen_attn`` gives, there, what groups give: outputs and gradients."""
+    known = varlen_attn is not None and inspect.signature(varlen_attn).parameters.keys()
+    if not known or not {"scale", "window_size"} <= known:
+        return False
+    try:
+        with torch.enable_grad(), torch.inference_mode(False):
+            error = max(_varlen_error(device, dtype, width, w) for w in (None, _TRIED_WINDOW))
+    except Exception as failure:  # an old GPU, a build without the kernel
+        why = str(failure).splitlines()[0] if str(failure) else type(failure).__name__
+    else:
+        if error < 8 * torch.finfo(dtype).eps:  # NaN: False
+            return True
+        why = f"its results are off by {error:.2g}"
+    warnings.warn(
+        f"PyTorch's attention over rows of any lengths is not used on {device} ({why}); rows of "
+        "about the same length are padded together",
+        stacklevel=2,
+    )
+    return False
+
+
+def _varlen_error(device: torch.device, dtype: torch.dtype, width: int, window) -> float:
+    """The largest difference between the two ways, of the largest value."""
+
+    class Causal(nn.Module):
+        num_key_value_groups, is_causal = 2, True
+
+    rows, generator = PackedRows.of(_TRIED_LENGTHS).to(device), torch.Generator().manual_seed(0)
+    total = sum(_TRIED_LENGTHS)
+    inputs = [
+        torch.randn(1, total, heads, width, generator=generator)
+        .to(device, dtype)
+        .transpose(1, 2)
+        .requires_grad_()
+        for heads in (4, 2, 2)
+    ]
+    weights = torch.randn(1, total, 4, width, generator=generator).to(device, dtype)
+    found = []
+    for output in (
+        _varlen(*inputs, rows, window, None),
+        _by_groups(Causal(), *inputs, rows, window),
+    ):
+        found.append([output.detach(), *torch.autograd.grad((output * weights).sum(), inputs)])
+    return max(
+        ((one.float() - other.float()).abs().max() / other.float().abs().max()).item()
+        for one, other in zip(*found, strict=True)
+    )
 
 
 def _window_mask(width: int, window: int | None, device: torch.device) -> Tensor | None:

@@ -11,7 +11,7 @@ from transformers import (
 )
 
 import ckf
-from ckf.packed_attention import PACKED_ATTENTION
+from ckf.packed_attention import PACKED_ATTENTION, _tried_varlen
 from ckf.packing import packed, packs_rows_right
 from tests.tiny import FAMILIES, randomise_adapters, tiny_model, tokens
 
@@ -104,6 +104,14 @@ def test_rows_that_attend_within_themselves_equal_rows_alone_on_a_gpu():
     assert packs_rows_right(model)
     for own, alone in long_rows_packed_and_alone(model):
         assert (own - alone).abs().max() < 4 * 2**-8 * alone.abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("width", [64, 128])
+def test_pytorch_s_kernel_for_rows_of_any_lengths_is_right_on_a_gpu(dtype, width):
+    """Else groups are padded: slower, no fault, but a machine to know of."""
+    assert _tried_varlen(torch.device("cuda", 0), dtype, width)
 
 
 def long_rows_packed_and_alone(model):
