@@ -17,9 +17,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"ckf: {error}; pip install 'ckf[recsys]'", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            "ckf: interrupted; the same command goes on from the last checkpoint", file=sys.stderr
-        )
+        kept = getattr(options, "kept", "the same command goes on from the last checkpoint")
+        print(f"ckf: interrupted; {kept}", file=sys.stderr)
         return 130
     return 0
 
@@ -81,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--tasks", type=int, default=4, help="how many (default 4)")
     tune.add_argument("--r", type=int, default=16, help="rank of every LoRA (default 16)")
     tune.add_argument("--rows", type=int, nargs="+", help="of training steps: tokens in a batch")
-    tune.set_defaults(command=_tune)
+    tune.set_defaults(command=_tune, kept="what was measured is kept")
     return parser
 
 

@@ -217,6 +217,7 @@ def evaluate_run(
     """
     config, start = assembly.config, time.perf_counter()
     metrics: dict = {"run": about, "test": {}}
+    about["weights"] = assembly.weights  # those that are applied
     held_out: dict[str, dict] = {"after": {}}
     systems = [("test", False)] + [("untrained", True)] * config.evaluate.untrained
     predictions = folder / "predictions"

@@ -246,7 +246,7 @@ def _facts(about: dict, config: dict, manifest: dict, log: list[dict]) -> list[d
         ("Seed", about.get("seed"), ""),
     ]
     weights = {t: w for t, w in mapping(about.get("weights")).items() if is_finite(w)}
-    if weights and mapping(config.get("evaluate")).get("weigh") is not False:
+    if weights:
         listed = ", ".join(
             f"{rm.task_label(task)} {weight:.2f}" for task, weight in weights.items()
         )

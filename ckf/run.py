@@ -10,7 +10,6 @@ predictions/          Parquet per task         report.html           see ckf.rep
 import dataclasses
 import datetime
 import json
-import math
 import os
 import shutil
 import threading
@@ -37,7 +36,7 @@ from ckf.prompts import Encoded, Question
 from ckf.requests import Names
 from ckf.scoring import Scorer
 from ckf.train import METANET_FILE, load_trained, train
-from ckf.weighing import fit_weights
+from ckf.weighing import LARGEST, fit_weights
 
 CONFIG, VECTORS, ABOUT, METRICS = "config.yaml", "cf.safetensors", "run.json", "metrics.json"
 _OWN_NAMES = {CONFIG, VECTORS, ABOUT, METRICS, METANET_FILE, "data", "adapters", "checkpoints"} | {
@@ -172,7 +171,7 @@ def load_run(
     vectors = _read_vectors(folder / VECTORS)
     assembly = assemble(config, data, vectors, pick_device(device))
     load_trained(assembly, folder)
-    _take_weights(assembly, read_about(folder).get("weights", {}))
+    _take_weights(assembly, folder)
     assembly.model.eval()
     return Run(folder, assembly)
 
@@ -247,15 +246,15 @@ def train_or_load(
     if (folder / ABOUT).is_file():  # written last
         log(f"{folder} is trained already; --overwrite trains it anew")
         load_trained(assembly, folder)
-        weights = read_about(folder).get("weights", {})
     else:
         check_prompts(assembly)
         seconds["train"] = train(assembly, folder, device)["seconds"]
-        weights = _fit_weights(assembly, seconds, log) if is_main_process() else {}
-        about = _about(assembly.config, assembly, device, trainable, seconds, weights)
-        if is_main_process():
-            write_json(about, folder / ABOUT)
-    _take_weights(assembly, weights)
+        with main_process_first(device):  # the others read what it writes
+            if is_main_process():
+                weights = _fit_weights(assembly, seconds, log)
+                about = _about(assembly.config, assembly, device, trainable, seconds, weights)
+                write_json(about, folder / ABOUT)
+    _take_weights(assembly, folder)
     assembly.model.eval()
     return Run(folder, assembly)
 
@@ -270,15 +269,16 @@ def _fit_weights(assembly: Assembly, seconds: dict, log: Log) -> dict[str, float
     return weights
 
 
-def _take_weights(assembly: Assembly, weights: dict[str, float]) -> None:
-    """Count the language model beside its prior by these; ValueError for what are no weights."""
+def _take_weights(assembly: Assembly, folder: Path) -> None:
+    """Count the language model beside its prior as the run says; ValueError for no weights."""
+    weights = read_about(folder).get("weights", {})
     numbers = isinstance(weights, dict) and all(
-        type(w) in (int, float) and 0 <= w < math.inf for w in weights.values()
+        type(w) in (int, float) and 0 <= w <= LARGEST for w in weights.values()
     )
     if not numbers:
         raise ValueError(
-            f"{ABOUT} holds the weights {weights!r}; expected a number from 0 on for a task; train "
-            "the run again"
+            f"{folder / ABOUT} holds the weights {weights!r}; expected a number from 0 to "
+            f"{LARGEST:g} for a task; train the run again"
         )
     assembly.weights = dict(weights) if assembly.config.evaluate.weigh else {}
 
@@ -401,6 +401,8 @@ def check_rows(config: RunConfig, data: PreparedData) -> None:
         data.candidates("train", config.data.train_list)
         for name in config.data.test_lists:
             data.candidates("test", name)
+        if config.metanet.match == "prior" and len(data.rows("topk", "valid")):
+            data.candidates("valid", config.data.test_lists[0])  # for the language model's weight
     _check_settings(config, data)
 
 
@@ -452,7 +454,10 @@ def _about(
 def read_about(folder: Path) -> dict:
     """What a finished run says of itself; ValueError where it was not trained to the end."""
     try:
-        return json.loads((folder / ABOUT).read_text())
+        about = json.loads((folder / ABOUT).read_text())
+        if not isinstance(about, dict):
+            raise ValueError(f"it holds a {type(about).__name__}")
+        return about
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{folder / ABOUT} is missing or broken ({error}); train the run again"

@@ -73,7 +73,8 @@ def compiled_kernels() -> int:
         if not name.startswith("ckf.kernels.triton_"):
             continue
         for thing in vars(module).values():
-            caches = getattr(thing, "device_caches", None)
+            count += len(getattr(thing, "_binaries", ()))  # remembered launches
+            caches = getattr(getattr(thing, "kernel", thing), "device_caches", None)
             if isinstance(caches, dict):
                 count += sum(len(held[0]) for held in caches.values())
     return count

@@ -69,6 +69,12 @@ def test_figures_and_verdicts_are_those_of_the_record(record):
     assert "(results/small.json)" in text and "Reduced" not in text and "Not complete" not in text
 
 
+def test_weights_beside_a_prior_are_said(record):
+    assert "Weight of the language model" not in summary(record, "x.json")
+    record["cells"]["ckf"]["weights"] = {"ctr": [0.0, 0.5], "topk": [0.125, 1.0]}
+    assert "the prior in ckf, by seed: ctr 0.00, 0.50; topk 0.12, 1.00 (0:" in summary(record, "x")
+
+
 def test_reduced_and_unfinished_records_say_so(record):
     text = summary(record | {"reduced": ["1 seed instead of 3"], "runs_done": 1}, "x.json")
     assert text.startswith("**Reduced run**: ") and "\n* 1 seed instead of 3\n" in text

@@ -9,9 +9,9 @@ import pytest
 import ckf
 from ckf.evaluate import Evaluator
 from ckf.report import write_report
-from ckf.run import ABOUT, load_run, train_run
+from ckf.run import ABOUT, check_rows, load_run, train_run
 from ckf.scoring import Scorer
-from ckf.weighing import fit_weights, likeliest_weight, weigh
+from ckf.weighing import LARGEST, fit_weights, likeliest_weight, weigh
 from tests.ckf_fixtures import quiet, small_config
 
 CF = {"kind": "mf", "dim": 4, "epochs": 20, "batch_size": 64, "blend": 3}
@@ -37,9 +37,43 @@ def test_a_model_that_says_the_opposite_does_not_count():
     assert likeliest_weight(*made_up(-1.0)) == 0.0
 
 
+@pytest.mark.parametrize("scale", [0.01, 30.0, 1e5])
+def test_however_large_its_logits_are(scale):
+    """Where a step by the slope would leap or creep, the weight is found all the same."""
+    logits, prior, answers = made_up(0.5)
+    said = (logits - np.nan_to_num(prior)) * scale
+    found = likeliest_weight(np.nan_to_num(prior) + said, prior, answers)
+    assert found == pytest.approx(min(0.5 / scale, LARGEST), rel=0.1, abs=1e-9)
+
+
+def test_heavy_tails_do_not_make_it_swing():
+    rng = np.random.default_rng(0)
+    prior, said = np.zeros((200, 2)), rng.standard_cauchy((200, 2))
+    answers = (said + rng.gumbel(size=said.shape)).argmax(1)
+
+    def loss(weight):
+        odds = prior + weight * said
+        own = np.take_along_axis(odds, answers[:, None], 1)[:, 0]
+        return (np.logaddexp.reduce(odds, 1) - own).sum()
+
+    found = likeliest_weight(prior + said, prior, answers)
+    assert loss(found) <= min(loss(found * 0.9), loss(found * 1.1))
+
+
+def test_logits_that_are_not_finite_make_no_weight():
+    logits, prior, answers = made_up(1.0, rows=40)
+    for bad in (np.nan, np.inf):
+        logits[7, 0] = bad
+        with pytest.raises(ValueError, match="not finite"):
+            likeliest_weight(logits, prior, answers)
+    logits[7, 0] = 0.0
+    prior[7] = np.nan  # a row without a prior says nothing
+    assert 0.1 < likeliest_weight(logits, prior, answers) < LARGEST
+
+
 def test_a_model_that_says_nothing_keeps_its_weight():
     _, prior, answers = made_up(0.0)
-    assert likeliest_weight(np.nan_to_num(prior) + 3.0, prior, answers) == 1.0
+    assert likeliest_weight(np.nan_to_num(prior) + 3.0, prior, answers) == pytest.approx(1.0)
 
 
 def test_weighed_words_keep_their_chance_together_and_others_are_left():
@@ -126,13 +160,44 @@ def test_scores_and_predictions_are_weighed_alike(run, monkeypatch):
     assert found[0.0] != pytest.approx(found[1.0], abs=1e-3)
 
 
-@pytest.mark.parametrize("weights", [{"ctr": -1}, {"ctr": "much"}, [1.0], {"ctr": True}])
+def test_a_broken_model_gets_none_and_a_warning(run, monkeypatch):
+    assembly, real = run.assembly, run.assembly.model.answer_logits
+
+    def answer_logits(batch):
+        return real(batch) * float("nan")
+
+    monkeypatch.setattr(assembly.model, "answer_logits", answer_logits)
+    with pytest.warns(UserWarning, match="no weight for ctr: logits that are not finite"):
+        assert fit_weights(assembly) == {}
+
+
+def test_lists_that_are_missing_are_said_before_training(run, monkeypatch):
+    data = run.assembly.data
+    held = {k: v for k, v in data._candidates.items() if not k.startswith("valid.")}
+    monkeypatch.setattr(data, "_candidates", held)
+    monkeypatch.setattr(data, "rows", lambda task, split: np.arange(2))
+    with pytest.raises(ValueError, match="for split 'valid'"):
+        check_rows(run.config, data)
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "null", "{"])
+def test_what_the_run_says_of_itself_is_checked(run, tmp_path, content):
+    folder = tmp_path / "run"
+    shutil.copytree(run.folder, folder)
+    (folder / ABOUT).write_text(content)
+    with pytest.raises(ValueError, match="missing or broken"):
+        ckf.load_run(folder, "cpu")
+
+
+@pytest.mark.parametrize(
+    "weights", [{"ctr": -1}, {"ctr": "much"}, [1.0], {"ctr": True}, {"ctr": 10**400}]
+)
 def test_a_damaged_run_is_named(run, tmp_path, weights):
     folder = tmp_path / "run"
     shutil.copytree(run.folder, folder)
     about = json.loads((folder / ABOUT).read_text()) | {"weights": weights}
     (folder / ABOUT).write_text(json.dumps(about))
-    with pytest.raises(ValueError, match="expected a number from 0 on"):
+    with pytest.raises(ValueError, match="expected a number from 0 to 10"):
         ckf.load_run(folder, "cpu")
 
 
@@ -143,3 +208,6 @@ def test_the_report_shows_them(run):
     page = write_report(run.folder).read_text(encoding="utf-8")
     assert "Weight of the language model" in page
     assert f"{run.assembly.weights['ctr']:.2f}" in page
+    plain = load_run(run.folder, "cpu", overrides=["evaluate.weigh=false"])
+    plain.evaluate(log=quiet)  # the page says what was applied
+    assert "Weight of the language model" not in write_report(run.folder).read_text("utf-8")

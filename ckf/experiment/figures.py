@@ -179,12 +179,26 @@ def _of_runs(experiment: Experiment, cell, results: list[dict]) -> dict:
         "seconds": {
             "train": _mean([r["about"]["seconds"].get("train") for r in results]),
             "evaluate": _mean([r["evaluate_seconds"] for r in results]),
+            **_weigh_seconds(results),
         },
+        **_weights(results),
         "tokens_per_second": _mean([s["tokens_per_second"] for s in speeds]),
         "data_wait": _mean([s["data_wait"] for s in speeds]),
         "checks": checks,
         "curves": _curves(logs),
     }
+
+
+def _weights(results: list[dict]) -> dict[str, dict[str, list[float]]]:
+    """{"weights": {task: the language model's weight beside the prior, by seed}}, where fitted."""
+    found = [r["about"].get("weights") or {} for r in results]
+    tasks = [task for task in found[0] if all(task in own for own in found)]
+    return {"weights": {task: [own[task] for own in found] for task in tasks}} if tasks else {}
+
+
+def _weigh_seconds(results: list[dict]) -> dict[str, float]:
+    took = [r["about"]["seconds"].get("weigh") for r in results]
+    return {} if None in took else {"weigh": _mean(took)}
 
 
 def _curves(logs: list[list[dict]]) -> dict[str, list[list[float]]]:

@@ -25,7 +25,10 @@ _RECORDED = (
     ("review_rating", "mae"),
     ("explain", "loss"),
 )
-_OF_CELLS = ("title", "trainable_parameters", "seconds", "tokens_per_second", "data_wait", "checks")
+_OF_CELLS = (
+    *("title", "trainable_parameters", "seconds", "tokens_per_second", "data_wait", "checks"),
+    "weights",
+)
 
 
 def write_figures(experiment, data: PreparedData, vector_files: Mapping[str, Path], log: Log):

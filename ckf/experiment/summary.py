@@ -23,7 +23,8 @@ def summary(record: Mapping, path: str) -> str:
 
     record: as ``ckf report --record`` writes it; path: where it lies, for the link.
     """
-    return "\n\n".join([_what(record, path), _figures(record), _claims(record)])
+    parts = [_what(record, path), _figures(record), _weights(record), _claims(record)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _what(record: Mapping, path: str) -> str:
@@ -70,6 +71,22 @@ def _figures(record: Mapping) -> str:
         if any(key in part for key in keys)
     ]
     return "\n".join(as_table(head, rows))
+
+
+def _weights(record: Mapping) -> str:
+    """What the language model counts beside a prior, in the cells that have one."""
+    lines = []
+    for name, cell in record["cells"].items():
+        said = [
+            f"{task} {', '.join(f'{weight:.2f}' for weight in weights)}"
+            for task, weights in cell.get("weights", {}).items()
+        ]
+        if said:
+            lines.append(
+                f"Weight of the language model beside the prior in {name}, by seed: "
+                f"{'; '.join(said)} (0: the prior alone)."
+            )
+    return "\n".join(lines)
 
 
 def _claims(record: Mapping) -> str:

@@ -35,10 +35,10 @@ def explain_auto() -> str:
     device = torch.cuda.get_device_name()
     table = load_table(device)
     if table is None:
-        return f"torch: nothing was measured on {device} yet; ckf tune does it in minutes"
+        return f"torch: nothing was measured on {device} yet; ckf tune does"
     return (
         f"the fastest at the nearest of {len(table['rows'])} shapes measured on {device} "
-        f"({table['record']['commit']}); "
+        f"({table['record']['commit']}, torch {table['record'].get('torch', '?')}); "
         "each choice is logged once (logger ckf.kernels, level INFO)"
     )
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ckf.cache import cache_folder
+from ckf.kernels.launch import PLANS
 
 logger = logging.getLogger("ckf.kernels")
 
@@ -24,7 +25,6 @@ TABLES = Path(__file__).parent / "tables"
 FARTHEST = 4.0  # doublings
 LEAST_GAIN = 0.03  # of torch's time, below which its well-worn products are kept
 _SIZES = ("m", "k", "n", "rank")
-_ROW = (*_SIZES, "pass", "tasks", "dropout", "torch", "triton", "cuda", "triton_plan")
 
 
 class Choice(NamedTuple):
@@ -76,19 +76,31 @@ def read_table(file: Path) -> dict | None:
     try:
         table = json.loads(file.read_text(encoding="utf-8"))
         for row in table["rows"]:
-            missing = [name for name in _ROW if name not in row]
-            if missing:
-                raise ValueError(f"a row lacks {', '.join(missing)}")
-        return {"gpu": table["gpu"], "record": dict(table["record"]), "rows": table["rows"]}
+            _check_row(row)
+        record = {name: str(value) for name, value in table["record"].items()}
+        return {"gpu": str(table["gpu"]), "record": {"commit": "?"} | record, "rows": table["rows"]}
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         warnings.warn(
             f"{file} is no table of measurements ({type(error).__name__}: {error}) and is not "
             "used; remove it, or make it again with ckf tune",
             stacklevel=2,
         )
         return None
+
+
+def _check_row(row: dict) -> None:
+    """ValueError, KeyError or TypeError for a row that no choice can be made by."""
+    times = [row[name] for name in ("torch", "triton", "cuda")]
+    numbers = [row[name] for name in _SIZES] + [t for t in times if t is not None]
+    for number in numbers:
+        if type(number) not in (int, float) or not 0 <= number < math.inf:
+            raise ValueError(f"{number!r} in a row; expected a number")
+    if row["pass"] not in ("train", "forward") or type(row["dropout"]) is not bool:
+        raise ValueError(f"pass {row['pass']!r} and dropout {row['dropout']!r} in a row")
+    if row["triton"] is not None and row["triton_plan"] not in PLANS:
+        raise ValueError(f"no plan is named {row['triton_plan']!r}")
 
 
 def measured_choice(

@@ -3,7 +3,9 @@
 ``kernel[grid](...)`` binds, specialises and looks up in Python at every launch: 20 to 50 us for two
 dozen arguments, where handing a known binary to the driver takes 3. A decoder layer's training step
 has some 60 launches, so that for small models the host, not the GPU, would set the pace. Here the
-binaries are remembered by what Triton specialises on; ``CompiledKernel.__getitem__`` runs them.
+binaries are remembered by what Triton specialises on; ``CompiledKernel.__getitem__`` runs them, on
+the current stream and with launch hooks, as Triton itself. Not asked again after a kernel's first
+launch: Triton's pre-run hooks, its debug knobs, and whether globals of the kernel have changed.
 
 Kernels so launched follow the naming of this package: pointers (a tensor, None, or a tuple of
 tensors) begin with ``p_``; what is neither a pointer nor a constexpr is an int or a float.
@@ -11,20 +13,21 @@ tensors) begin with ``p_``; what is neither a pointer nor a constexpr is an int 
 
 from collections.abc import Callable
 
+import torch
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 REMEMBER = True  # False: every launch goes through Triton, as the compile tests need
 ALIGNMENT = 16  # bytes of addresses, and the divisor of ints, that Triton specialises on
-LARGEST_INT32 = 2**31 - 1
 
 
 def remembered(kernel: JITFunction) -> "RememberedKernel":
     """A ``triton.jit`` kernel launched in the same words, ``kernel[grid](...)``, all by keyword.
 
-    In Triton's interpreter the kernel itself.
+    The kernel itself in Triton's interpreter, and on ROCm, where the sizes of tensors count too.
     """
-    return RememberedKernel(kernel) if isinstance(kernel, JITFunction) else kernel
+    plain = torch.version.hip is not None or not isinstance(kernel, JITFunction)
+    return kernel if plain else RememberedKernel(kernel)
 
 
 class RememberedKernel:
@@ -61,11 +64,12 @@ def _binder(kernel: JITFunction) -> Callable[..., tuple[tuple, tuple]]:
     parts = ["num_warps", "num_stages"]
     for p in kernel.params:
         if p.is_constexpr:
-            parts.append(p.name)
+            parts += [f"{p.name}.__class__", p.name]  # 1 and True are equal
         elif p.name.startswith("p_"):
             parts.append(f"pointer({p.name}) if {p.name} is not None else None")
         else:
-            parts += [f"{p.name}.__class__", f"{p.name} > {LARGEST_INT32}"]
+            parts.append(f"{p.name}.__class__")
+            parts += [f"{-(2**31)} <= {p.name} < {2**31}", f"{p.name} < {2**63}"]  # its bits
             if not p.do_not_specialize:
                 parts += [f"{p.name} == 1", f"{p.name} % {ALIGNMENT} == 0"]
     source = f"""

@@ -6,13 +6,14 @@ what takes longer of host and GPU. They are kept in ``dispatch.own_tables()``, b
 that the package brings, which come from CUDA graphs (``benchmarks/make_table.py``).
 """
 
+import importlib.metadata
 import json
 import math
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,8 +38,8 @@ SEQUENCE = 128  # rows of one task next to each other
 DROPOUT = 0.05
 LARGEST_ERROR = 0.02  # of the norm; rounding to bfloat16 makes 0.002 to 0.005
 CACHED_BYTES = 2**28  # of the copies that calls take in turn: more than a GPU's L2 cache holds
-ROUNDS, ROUND_SECONDS = 7, 0.02
-SPARE_MEMORY = 0.5  # of what is free; larger calls are left out
+WARMUP, ROUNDS, ROUND_SECONDS = 3, 7, 0.02
+SPARE_MEMORY = 0.9  # of what is free; larger calls are left out
 
 Group = tuple[int, tuple[int, ...]]
 Clock = Callable[[Callable[[], object], int], float]  # seconds that so many calls take
@@ -75,6 +76,11 @@ class Timed:
         rows = self.m * (self.k + sum(self.n))
         return 2 * (self.k * sum(self.n) + rows * (3 if self.step == "train" else 1))
 
+    @property
+    def peak_bytes(self) -> int:
+        """While the results are compared: those in 16 bits, and a copy of everything in 32."""
+        return 3 * self.bytes
+
 
 def calls_of(
     groups: Sequence[Group],
@@ -104,8 +110,8 @@ def tune(
         calls: of :func:`calls_of`.
         device: the GPU; on a CPU (for tests, in Triton's interpreter) wall time is taken.
         say: gets a line a call.
-        folder: of tables, by default ``dispatch.own_tables()``. A row of the same call is replaced,
-            others stay.
+        folder: of tables, by default ``dispatch.own_tables()``. A row of the same call is replaced;
+            others stay, unless ckf, torch or Triton were of another version.
 
     Returns:
         The table's file.
@@ -118,37 +124,49 @@ def tune(
         raise ValueError("there is no GPU to measure: torch sees no CUDA device")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     file = (folder or dispatch.own_tables()) / f"{dispatch.device_slug(name)}.json"
-    known = {_identity(row): row for row in (dispatch.read_table(file) or {"rows": []})["rows"]}
-    about = {
-        "commit": f"ckf tune, {datetime.now(UTC):%Y-%m-%d}",
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "torch": torch.__version__,
-        "triton": _triton_version(),
-    }
+    now = datetime.now(UTC)
+    versions = {"ckf": _version("ckf"), "torch": torch.__version__, "triton": _version("triton")}
+    about = {"commit": f"ckf tune, {now:%Y-%m-%d}", "time": now.isoformat(timespec="seconds")}
+    about |= versions
+    there = dispatch.read_table(file)
+    known: dict[tuple, dict] = {}
+    if there is not None:
+        if versions.items() <= there["record"].items():
+            known = {_identity(row): row for row in there["rows"]}
+        else:
+            say(f"{file} was measured with other versions and is begun anew")
     _write(file, name, about, known)  # at once: a folder that cannot be written costs no minutes
     clock = _gpu_seconds if device.type == "cuda" else _wall_seconds
-    for index, call in enumerate(calls):
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
-        words = f"{index + 1}/{len(calls)} {describe(call)}"
-        if call.bytes > SPARE_MEMORY * free:
-            say(f"{words}: left out, it takes {call.bytes / 2**30:.1f} GiB")
-            continue
-        try:
-            seconds, refused = measure(call, device, clock)
-        except torch.OutOfMemoryError:
-            say(f"{words}: left out, the memory does not suffice")
-            continue
-        row = _row(call, seconds)
-        if row is not None:
-            known[_identity(row)] = row
-            _write(file, name, about, known)
-        times = ", ".join(f"{who} {1e3 * s:.3g} ms" for who, s in seconds.items())
-        say(
-            f"{words}: {times or 'nothing'}" + "".join(f"; no {w}: {y}" for w, y in refused.items())
-        )
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        for index, call in enumerate(calls):
+            row, words = _measured(call, device, clock)
+            if row is not None:
+                known[_identity(row)] = row
+                _write(file, name, about, known)
+            say(f"{index + 1}/{len(calls)} {describe(call)}: {words}")
     dispatch.load_table.cache_clear()
     config.forget_choices()
     return file
+
+
+def _measured(call: Timed, device: torch.device, clock: Clock) -> tuple[dict | None, str]:
+    """The call's row of a table, if there is one, and its times in words."""
+    if call.peak_bytes > SPARE_MEMORY * _free_bytes(device):
+        return None, f"left out, it takes {call.peak_bytes / 2**30:.1f} GiB"
+    try:
+        seconds, refused = measure(call, device, clock)
+    except torch.OutOfMemoryError:
+        return None, "left out, the memory does not suffice"
+    parts = [f"{backend} {1e3 * s:.3g} ms" for backend, s in seconds.items()]
+    parts += [f"no {backend}: {why}" for backend, why in refused.items()]
+    return _row(call, seconds), ", ".join(parts)
+
+
+def _free_bytes(device: torch.device) -> float:
+    if device.type != "cuda":
+        return math.inf
+    torch.cuda.empty_cache()  # of the calls before
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def describe(call: Timed) -> str:
@@ -164,12 +182,14 @@ def measure(
     copies = max(1, min(8, CACHED_BYTES // call.bytes))
     tensors = [_Tensors.random(call, device, seed) for seed in range(copies)]
     exact = tensors[0].exact()
-    steps, refused = {}, {}
+    steps, loops, refused = {}, {}, {}
     for backend in CANDIDATES:
         step = _in_turn(tensors, backend)
         try:
             error = _error(tensors[0].results(backend), exact)
-            step()
+            once = (
+                clock(step, WARMUP) / WARMUP
+            )  # waits for the GPU: its failures are this backend's
         except torch.OutOfMemoryError:
             refused[backend] = "memory"
         except Exception as failure:  # a GPU never seen may refuse any kernel
@@ -177,16 +197,18 @@ def measure(
             refused[backend] = _words(failure)
         else:
             if error <= LARGEST_ERROR:
-                steps[backend] = step
+                steps[backend], loops[backend] = step, max(1, round(ROUND_SECONDS / once))
             else:
                 refused[backend] = f"its result is off by {error:.2g} of the norm"
-    loops = {
-        name: max(1, round(ROUND_SECONDS / clock(step, 3) * 3)) for name, step in steps.items()
-    }
     found: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(ROUNDS):  # in turn, so that drift meets all
-        for name, step in steps.items():
-            found[name].append(clock(step, loops[name]) / loops[name])
+        for name in list(steps):
+            try:
+                found[name].append(clock(steps[name], loops[name]) / loops[name])
+            except Exception as failure:
+                _still_works(device, name, call, failure)
+                refused[name] = _words(failure)
+                del steps[name], found[name]
     return {name: statistics.median(times) for name, times in found.items()}, refused
 
 
@@ -356,23 +378,22 @@ def _identity(row: dict) -> tuple:
 
 def _write(file: Path, gpu: str, about: dict, rows: dict[tuple, dict]) -> None:
     """Whole or not at all."""
-    table = {"gpu": gpu, "record": about, "rows": list(rows.values())}
+    table = json.dumps({"gpu": gpu, "record": about, "rows": list(rows.values())}, indent=1)
+    part = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=file.parent, prefix=".table-", delete=False, encoding="utf-8"
-        ) as out:
-            json.dump(table, out, indent=1)
-        os.replace(out.name, file)
+        part.write_text(table + "\n", encoding="utf-8")
+        os.replace(part, file)
     except OSError as error:
+        with suppress(OSError):
+            part.unlink()
         raise ValueError(
             f"cannot write {file} ({error.strerror}); set CKF_CACHE to a folder that can be written"
         ) from error
 
 
-def _triton_version() -> str | None:
+def _version(package: str) -> str:
     try:
-        import triton
-    except ImportError:
-        return None
-    return triton.__version__
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"

@@ -56,8 +56,10 @@ class RecordingDriver(NamedDriver):
 def driver():
     config = triton.runtime.driver
     before, config._active = config._active, RecordingDriver(90)
+    expand_kernel._binaries.clear()  # what they launch goes to the driver they were made for
     yield config._active
     config._active = before
+    expand_kernel._binaries.clear()
 
 
 # addresses that are a multiple of 16 bytes, and that are not
@@ -68,7 +70,8 @@ TENSORS = st.sampled_from(
         for start in (0, 1)
     ]
 )
-INTS = st.sampled_from([0, 1, 2, 15, 16, 17, 64, 2**31 - 1, 2**31, 2**31 + 16, 2**40])
+POSITIVE = [0, 1, 2, 15, 16, 17, 64, 2**31 - 1, 2**31, 2**31 + 16, 2**40, 2**62, 2**63, 2**63 + 1]
+INTS = st.sampled_from([*POSITIVE, -1, -16, -(2**31), -(2**31) - 16, -(2**40)])
 ARGUMENTS = st.fixed_dictionaries(
     {
         "p_x": TENSORS,
@@ -77,7 +80,7 @@ ARGUMENTS = st.fixed_dictionaries(
         "m": INTS,
         "k": INTS,
         "scale": st.sampled_from([0.5, 1.0, 16.0, 1, 16]),
-        "FLAG": st.booleans(),
+        "FLAG": st.sampled_from([True, False, 1, 0]),
         "BLOCK": st.sampled_from([16, 32]),
         "num_warps": st.sampled_from([4, 8]),
     }

@@ -94,13 +94,100 @@ def test_a_backend_that_errs_gets_no_time(monkeypatch, tmp_path, outcome, why):
 
 
 def test_without_a_time_of_torch_there_is_no_row(monkeypatch, tmp_path):
+    others(monkeypatch, {})
+    real, calls = tune.run_group, []
+
+    def run_group(*arguments):
+        calls.append(arguments[9])
+        if arguments[9] == "torch" and calls.count("torch") > 1:  # the first gives what is exact
+            raise torch.OutOfMemoryError("all of it")
+        return real(*arguments)
+
+    monkeypatch.setattr(tune, "run_group", run_group)
+    said = []
+    assert rows_of(tune.tune([TRAIN], "cpu", said.append, tmp_path)) == []
+    assert "triton:expand " in said[0] and "no torch: memory" in said[0]
+
+
+def test_what_the_memory_does_not_hold_is_left_out(monkeypatch, tmp_path):
+    monkeypatch.setattr(tune, "_free_bytes", lambda _: TRAIN.peak_bytes)
+    said = []
+    (row,) = rows_of(tune.tune([TRAIN, FORWARD], "cpu", said.append, tmp_path))
+    assert "left out, it takes" in said[0] and row["pass"] == "forward"
+
     def no_memory(*_):
         raise torch.OutOfMemoryError("all of it")
 
     monkeypatch.setattr(tune, "measure", no_memory)
+    tune.tune([FORWARD], "cpu", said.append, tmp_path)
+    assert "the memory does not suffice" in said[-1]
+
+
+def test_wrong_gradients_are_seen(monkeypatch, tmp_path):
+    """Outputs that are right do not save a backend."""
+    others(monkeypatch, {})
+    real = tune.run_group
+
+    def run_group(*arguments):
+        outputs = real(*arguments)
+        if arguments[9] == "cuda":
+            outputs = tuple(y.detach() + 1.1 * (y - y.detach()) for y in outputs)
+        return outputs
+
+    monkeypatch.setattr(tune, "run_group", run_group)
     said = []
-    assert rows_of(tune.tune([TRAIN], "cpu", said.append, tmp_path)) == []
-    assert "left out" in said[0]
+    (row,) = rows_of(tune.tune([TRAIN], "cpu", said.append, tmp_path))
+    assert row["cuda"] is None and "no cuda: its result is off by 0.1" in said[0]
+
+
+def test_decoding_is_measured_with_its_kept_stacks(monkeypatch, tmp_path):
+    others(monkeypatch, {})
+    real, seen = tune.run_group, []
+    monkeypatch.setattr(tune, "run_group", lambda *a: seen.append(a[12]) or real(*a))
+    tune.tune([FORWARD], "cpu", print, tmp_path)
+    assert sum(cache is not None for cache in seen) > len(seen) / 2
+    seen.clear()
+    tune.tune([TRAIN], "cpu", print, tmp_path)
+    assert set(seen) == {None}
+
+
+def test_a_backend_that_fails_while_it_is_timed_costs_itself_alone(monkeypatch, tmp_path):
+    others(monkeypatch, {})
+    real, count = tune._wall_seconds, []
+
+    def clock(step, calls):
+        count.append(calls)
+        if len(count) == len(tune.CANDIDATES) + 2:  # the first round's second backend
+            raise RuntimeError("unspecified launch failure")
+        return real(step, calls)
+
+    monkeypatch.setattr(tune, "_wall_seconds", clock)
+    said = []
+    (row,) = rows_of(tune.tune([TRAIN], "cpu", said.append, tmp_path))
+    assert row["torch"] > 0 and "no triton:expand: unspecified launch failure" in said[0]
+
+
+def test_sums_of_a_group_are_what_auto_asks_by():
+    for n in ((16,), (16, 8, 8)):
+        key = Timed("train", 40, 16, n, tasks=2, rank=4).key
+        assert (key["n"], key["rank"]) == (sum(n), 4 * 3 * len(n))
+
+
+def test_rows_of_other_versions_are_begun_anew(tmp_path):
+    file = tune.tune([TRAIN], "cpu", print, tmp_path)
+    table = json.loads(file.read_text())
+    table["record"]["torch"] = "1.0"
+    file.write_text(json.dumps(table))
+    said = []
+    (row,) = rows_of(tune.tune([FORWARD], "cpu", said.append, tmp_path))
+    assert row["pass"] == "forward" and "other versions" in said[0]
+
+
+def test_a_table_is_read_by_others_too(tmp_path):
+    file = tune.tune([FORWARD], "cpu", print, tmp_path)
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    assert file.stat().st_mode == plain.stat().st_mode
 
 
 def test_rows_of_other_calls_stay_and_the_same_call_is_replaced(tmp_path):
@@ -135,7 +222,28 @@ def test_an_own_table_goes_before_the_package_s(tmp_path, monkeypatch):
     assert dispatch.load_table("NVIDIA Test 100")["record"]["commit"] == "own/tables"
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"gpu": "x", "record": {}, "rows": [{"m": 1}]}'])
+GOOD = TRAIN.key | {"torch": 2.0, "triton": 1.0, "cuda": None, "triton_plan": "gemm"}
+
+
+def table_of(row) -> str:
+    return json.dumps({"gpu": "x", "record": {}, "rows": [row]})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        "3",
+        '{"gpu": "x", "record": [], "rows": []}',
+        table_of({"m": 1}),
+        table_of([]),
+        *(table_of(GOOD | wrong) for wrong in (
+            {"m": "x"}, {"k": None}, {"torch": "fast"}, {"triton": float("nan")}, {"cuda": -1.0},
+            {"triton_plan": "nonsense"}, {"dropout": 1}, {"pass": "both"}, {"torch": True},
+        )),
+    ],
+)  # fmt: skip
 def test_a_file_that_is_no_table_is_not_used_and_named(tmp_path, monkeypatch, content):
     monkeypatch.setenv("CKF_CACHE", str(tmp_path))
     (tmp_path / "tables").mkdir()
@@ -163,6 +271,11 @@ def test_the_groups_of_a_model(tmp_path):
     assert groups == [(16, (16, 8, 8)), (16, (16,)), (16, (32, 32)), (32, (16,))]
     calls = tune.calls_of(groups, 2, 4, train_rows=[64], forward_rows=[1, 8])
     assert len(calls) == len(set(calls)) == 4 * (2 + 2)
+
+
+def test_a_good_row_is_one(tmp_path):
+    (tmp_path / "x.json").write_text(table_of(GOOD))
+    assert dispatch.read_table(tmp_path / "x.json")["rows"] == [GOOD]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
