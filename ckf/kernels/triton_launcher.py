@@ -2,7 +2,7 @@
 
 ``kernel[grid](...)`` binds, specialises and looks up in Python at every launch: 20 to 50 us for two
 dozen arguments, where handing a known binary to the driver takes 3. A decoder layer's training step
-has some 60 launches, so that for small models the host, not the GPU, would set the pace. Here the
+has 56 launches, so that for small models the host, not the GPU, may set the pace. Here the
 binaries are remembered by what Triton specialises on; ``CompiledKernel.__getitem__`` runs them, on
 the current stream and with launch hooks, as Triton itself. Not asked again after a kernel's first
 launch: Triton's pre-run hooks, its debug knobs, and whether globals of the kernel have changed.
@@ -12,6 +12,7 @@ tensors) begin with ``p_``; what is neither a pointer nor a constexpr is an int 
 """
 
 from collections.abc import Callable
+from operator import itemgetter
 
 import torch
 from triton.compiler import CompiledKernel
@@ -35,8 +36,15 @@ class RememberedKernel:
 
     def __init__(self, kernel: JITFunction) -> None:
         self.kernel = kernel
-        self.bind = _binder(kernel)
         self._binaries: dict[tuple, CompiledKernel] = {}
+        constants = [p.name for p in kernel.params if p.is_constexpr]
+        runtime = [p for p in kernel.params if not p.is_constexpr]
+        pointers = [p.name for p in runtime if p.name.startswith("p_")]
+        numbers = [p for p in runtime if not p.name.startswith("p_")]
+        plain = [p.name for p in numbers if p.do_not_specialize]
+        special = [p.name for p in numbers if not p.do_not_specialize]
+        self._values = _getter([p.name for p in kernel.params])
+        self._groups = tuple(_getter(names) for names in (constants, pointers, plain, special))
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         """``grid``: one to three numbers of programs."""
@@ -53,39 +61,47 @@ class RememberedKernel:
 
         return launch
 
+    def bind(self, num_warps: int = 4, num_stages: int = 3, **arguments) -> tuple[tuple, tuple]:
+        """A key, and the kernel's arguments in order.
 
-def _binder(kernel: JITFunction) -> Callable[..., tuple[tuple, tuple]]:
-    """A function of the kernel's arguments: a key, and the arguments in order.
+        Keys are equal only where Triton would take the same binary.
+        """
+        constants, pointers, plain, special = [get(arguments) for get in self._groups]
+        return (
+            _device(pointers[0]),
+            num_warps,
+            num_stages,
+            constants,
+            tuple(map(type, constants)),  # 1 and True are equal
+            tuple(map(_pointer, pointers)),
+            tuple(map(_width, plain)),
+            tuple([(_width(v), v == 1, v % ALIGNMENT == 0) for v in special]),
+        ), self._values(arguments)
 
-    Keys are equal only where Triton would take the same binary. Written out for each kernel, as
-    Triton does too: a loop over the arguments would take half the time of the launch.
-    """
-    names = [p.name for p in kernel.params]
-    parts = ["num_warps", "num_stages"]
-    for p in kernel.params:
-        if p.is_constexpr:
-            parts += [f"{p.name}.__class__", p.name]  # 1 and True are equal
-        elif p.name.startswith("p_"):
-            parts.append(f"pointer({p.name}) if {p.name} is not None else None")
-        else:
-            parts.append(f"{p.name}.__class__")
-            parts += [f"{-(2**31)} <= {p.name} < {2**31}", f"{p.name} < {2**63}"]  # its bits
-            if not p.do_not_specialize:
-                parts += [f"{p.name} == 1", f"{p.name} % {ALIGNMENT} == 0"]
-    source = f"""
-def bind(*, {", ".join(names)}, num_warps=4, num_stages=3):
-    return (device({names[0]}), {", ".join(parts)}), ({", ".join(names)},)
-"""
-    space = {"pointer": _pointer, "device": _device}
-    exec(source, space)
-    return space["bind"]
+
+def _getter(names: list[str]) -> Callable[[dict], tuple]:
+    """Takes these values from the arguments, as a tuple; KeyError for one that is missing."""
+    if len(names) < 2:  # itemgetter gives one value bare
+        return lambda arguments: tuple([arguments[name] for name in names])
+    return itemgetter(*names)
 
 
 def _pointer(value):
     """Type and alignment of a tensor, or of each of a tuple."""
+    if value is None:
+        return None
     if type(value) is tuple:
         return tuple([t.dtype if t.data_ptr() % ALIGNMENT == 0 else (t.dtype,) for t in value])
     return value.dtype if value.data_ptr() % ALIGNMENT == 0 else (value.dtype,)
+
+
+def _width(value: int | float) -> int:
+    """Bits of the signed integer that holds an int; 65 where it takes an unsigned one."""
+    if type(value) is not int:
+        return 0
+    if -(2**31) <= value < 2**31:
+        return 32
+    return 64 if value < 2**63 else 65
 
 
 def _device(value) -> int:
