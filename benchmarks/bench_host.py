@@ -10,88 +10,39 @@ least of all rounds. A real launch adds 2 to 3 us of driver.
 """
 
 import argparse
-import itertools
 import sys
 import time
 from pathlib import Path
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ckf.kernels import compact_slots, ops, triton_launcher  # noqa: E402
+from benchmarks.peers.ours import our_providers  # noqa: E402
+from benchmarks.problems import Case, make_problem  # noqa: E402
+from benchmarks.stub_driver import StubDriver  # noqa: E402
+from ckf.kernels import ops, triton_launcher  # noqa: E402
 from ckf.kernels.dispatch import Choice  # noqa: E402
 
-ROWS, WIDTH, RANK = 64, 64, 16
+ROWS, WIDTH = 64, 64
 GROUPS = {"q, k, v": 3, "o": 1, "gate, up": 2, "down": 1}
 
 
-class StubDriver:
-    """Names a GPU, loads nothing, launches nothing; counts the launches."""
-
-    def __init__(self) -> None:
-        self.launches = 0
-        self.utils = self
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_device_properties(self, device: int) -> dict:
-        return {"max_shared_mem": 232448}
-
-    def load_binary(self, *_) -> tuple:
-        return object(), object(), 32, 0, 1024
-
-    def unload_module(self, _) -> None:
-        pass
-
-    def launcher_cls(self, source, metadata):
-        def launch(*_) -> None:
-            self.launches += 1
-
-        return launch
-
-
-def a_pass(linears: int, tasks: int, dropout: float = 0.1):
+def a_pass(linears: int, tasks: int):
     """A function that runs forward, then backward, and returns the CPU seconds of each."""
-    gates = torch.zeros(tasks, tasks + 1)
-    gates[:, 0] = gates[range(tasks), range(1, tasks + 1)] = 1.0
-    live = (gates != 0).tolist()
-    slots = compact_slots([live] * linears, [[RANK] * (tasks + 1)] * linears)
-    x = torch.randn(ROWS, WIDTH, requires_grad=True)
-    weights = [torch.randn(WIDTH, WIDTH) for _ in range(linears)]
-    shapes = ((RANK, WIDTH), (WIDTH, RANK))
-    a, b = (
-        [
-            [torch.randn(*shape, requires_grad=True) for _ in range(tasks + 1)]
-            for _ in range(linears)
-        ]
-        for shape in shapes
-    )
-    ids = torch.arange(ROWS) % tasks
-    biases, dys = [None] * linears, [torch.ones(ROWS, WIDTH)] * linears
-    leaves = [x, *itertools.chain(*a, *b)]
+    case = Case("train", ROWS, ((WIDTH, (WIDTH,) * linears),), tasks, mix="token", dropout=0.1)
+    (kind,) = [kind for kind in our_providers() if kind.name == "ckf-triton:expand"]
+    provider = kind(make_problem(case, torch.device("cpu")))
+    leaves, dys = provider.leaves(), provider.problem.dys
 
     def run() -> tuple[float, float]:
         start = time.thread_time()
-        ys = ops.run_group(
-            x, weights, biases, a, b, [gates] * linears, ids, dropout, 1, "triton", *slots
-        )
+        ys = provider.forward()
         middle = time.thread_time()
-        torch.autograd.backward(ys, dys)
-        stop = time.thread_time()
-        for tensor in leaves:
-            tensor.grad = None
-        return middle - start, stop - middle
+        torch.autograd.grad(ys, leaves, dys)
+        return middle - start, time.thread_time() - middle
 
     return run
 
@@ -109,9 +60,9 @@ def main() -> None:
     counts = {}
     for name, run in runs.items():
         run()
-        before = driver.launches
+        before = driver.count
         run()
-        counts[name] = driver.launches - before
+        counts[name] = driver.count - before
     least = {}
     for _ in range(options.rounds):
         for name, run in runs.items():

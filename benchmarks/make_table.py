@@ -16,10 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.records import load_record, rows_of  # noqa: E402
-from ckf.kernels.dispatch import device_slug  # noqa: E402
+from ckf.kernels.dispatch import ROW_KEY, device_slug, table_row  # noqa: E402
 
 SOURCES = ("bench_linear", "bench_scaling", "bench_decode")
-KEY = ("pass", "m", "k", "n", "rank", "tasks", "dropout")
 
 
 def table_rows(records: list[dict]) -> list[dict]:
@@ -32,7 +31,7 @@ def table_rows(records: list[dict]) -> list[dict]:
         cases: dict[str, list[dict]] = {}
         for row in rows_of(record):
             if row["k"] is not None and row["dtype"] == "bfloat16":
-                case = json.dumps([row[c] for c in (*KEY, "mix", "adapters", "providers")])
+                case = json.dumps([row[c] for c in (*ROW_KEY, "mix", "adapters", "providers")])
                 cases.setdefault(case, []).append(row)
         order = sorted(
             cases.values(),
@@ -41,31 +40,16 @@ def table_rows(records: list[dict]) -> list[dict]:
         for rows in order:
             made = _table_row(rows)
             if made is not None:
-                found.setdefault(tuple(made[name] for name in KEY), made)
-    return sorted(found.values(), key=lambda row: tuple(row[name] for name in KEY))
+                found.setdefault(tuple(made[name] for name in ROW_KEY), made)
+    return sorted(found.values(), key=lambda row: tuple(row[name] for name in ROW_KEY))
 
 
 def _table_row(rows: list[dict]) -> dict | None:
     """None where ckf's backends were not measured."""
     ms = {row["provider"]: row["ms"] for row in rows}
-    if "ckf-torch" not in ms:
-        return None
-    plans = {name: t for name, t in ms.items() if name.split(":")[0] == "ckf-triton"}
-    best = min(plans, key=plans.__getitem__, default=None)
+    times = {name.removeprefix("ckf-"): t for name, t in ms.items() if name.startswith("ckf-")}
     case = rows[0]
-    return {
-        "pass": case["pass"],
-        "m": case["m"],
-        "k": case["k"],
-        "n": case["n"],
-        "rank": case["R"],
-        "tasks": case["tasks"],
-        "dropout": case["dropout"] > 0,
-        "torch": ms["ckf-torch"],
-        "triton": None if best is None else plans[best],
-        "cuda": ms.get("ckf-cuda"),
-        "triton_plan": best.partition(":")[2] if best else "",
-    }
+    return table_row(case | {"rank": case["R"], "dropout": case["dropout"] > 0}, times)
 
 
 def make_table(records: list[dict]) -> dict:

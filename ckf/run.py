@@ -7,7 +7,6 @@ train_log.jsonl       losses                   metrics.json          see ckf.eva
 predictions/          Parquet per task         report.html           see ckf.report
 """
 
-import dataclasses
 import datetime
 import json
 import os
@@ -26,7 +25,7 @@ from transformers import set_seed
 
 from ckf.assembly import Assembly, assemble
 from ckf.backbone import locate_model, pick_device
-from ckf.batches import Example, expected_stars
+from ckf.batches import expected_stars
 from ckf.cf import CFVectors, fit_cf
 from ckf.config import RunConfig, load_config, write_config
 from ckf.data.prepared import PreparedData, load_prepared
@@ -34,9 +33,10 @@ from ckf.evaluate import evaluate_run, write_json
 from ckf.processes import is_main_process, main_process_first
 from ckf.prompts import Encoded, Question
 from ckf.requests import Names
+from ckf.run_checks import check_prompts, check_rows
 from ckf.scoring import Scorer
 from ckf.train import METANET_FILE, load_trained, train
-from ckf.weighing import LARGEST, fit_weights
+from ckf.weighing import check_weights, fit_weights
 
 CONFIG, VECTORS, ABOUT, METRICS = "config.yaml", "cf.safetensors", "run.json", "metrics.json"
 _OWN_NAMES = {CONFIG, VECTORS, ABOUT, METRICS, METANET_FILE, "data", "adapters", "checkpoints"} | {
@@ -270,29 +270,12 @@ def _fit_weights(assembly: Assembly, seconds: dict, log: Log) -> dict[str, float
 
 
 def _take_weights(assembly: Assembly, folder: Path) -> None:
-    """Count the language model beside its prior as the run says; ValueError for no weights."""
-    weights = read_about(folder).get("weights", {})
-    numbers = isinstance(weights, dict) and all(
-        type(w) in (int, float) and 0 <= w <= LARGEST for w in weights.values()
-    )
-    if not numbers:
-        raise ValueError(
-            f"{folder / ABOUT} holds the weights {weights!r}; expected a number from 0 to "
-            f"{LARGEST:g} for a task; train the run again"
-        )
-    assembly.weights = dict(weights) if assembly.config.evaluate.weigh else {}
-
-
-def check_prompts(assembly: Assembly) -> None:
-    """ValueError, before training, where a prompt of a task or of a list has no room."""
-    maker, encoder = assembly.maker, assembly.batcher.encoder
-    for task in assembly.tasks:
-        lists = assembly.config.data.test_lists if task == "topk" else [None]
-        for split, name in [("train", None), *(("test", name) for name in lists)]:
-            rows, places = maker.rows_and_places(task, split, name)
-            if len(rows):
-                example = Example(task, int(rows[0]), int(places[0]))
-                encoder.encode(maker.question(example, split, name), assembly.uses_vectors)
+    """Count the language model beside its prior as the run says."""
+    try:
+        weights = check_weights(read_about(folder).get("weights", {}))
+    except ValueError as error:
+        raise ValueError(f"{folder / ABOUT} has {error}; train the run again") from error
+    assembly.weights = weights if assembly.config.evaluate.weigh else {}
 
 
 def with_absolute_model(config: RunConfig) -> RunConfig:
@@ -363,47 +346,6 @@ def _data_of(config: RunConfig, folder: Path, path, prepared, log: Log) -> Prepa
         data = prepare(config.data, config.tasks, path, target, config.seed, log)
     check_rows(config, data)
     return data
-
-
-_OF_THE_MACHINE = {"path", "source", "reviews", "metadata"}  # where raw files lay
-_OF_READING = {"max_bad_share", "max_line_bytes", "max_unpacked_bytes"}
-_LISTS = {"train_list", "test_lists"}  # looked for by name
-
-
-def _check_settings(config: RunConfig, data: PreparedData) -> None:
-    there = data.manifest["settings"]["data"]
-    for key, own in json.loads(json.dumps(dataclasses.asdict(config.data))).items():
-        if key not in _OF_THE_MACHINE | _OF_READING | _LISTS and there.get(key) != own:
-            raise ValueError(
-                f"{data.folder} was prepared with data.{key} {there.get(key)!r}, but the config "
-                f"says {own!r}; prepare it again, or change the config"
-            )
-    for task, wanted in config.tasks.items():
-        for split in ("train", "valid", "test"):
-            most, found = getattr(wanted, split), len(data.rows(task, split))
-            if most is not None and found > most:
-                raise ValueError(
-                    f"{data.folder} has {found} rows for tasks.{task}.{split}, but the config says "
-                    f"{most}; prepare it again, or change the config"
-                )
-
-
-def check_rows(config: RunConfig, data: PreparedData) -> None:
-    """ValueError where prepared data lack what the settings ask for, or were made by others."""
-    for task in config.tasks:
-        for split in ("train", "test"):
-            if len(data.rows(task, split)) == 0:
-                raise ValueError(
-                    f"the {split} split has no rows for {task}; leave the task out, or change "
-                    "data.split or the number of rows under tasks"
-                )
-    if "topk" in config.tasks:  # prepared elsewhere they may lack a list: say so before training
-        data.candidates("train", config.data.train_list)
-        for name in config.data.test_lists:
-            data.candidates("test", name)
-        if config.metanet.match == "prior" and len(data.rows("topk", "valid")):
-            data.candidates("valid", config.data.test_lists[0])  # for the language model's weight
-    _check_settings(config, data)
 
 
 def _vectors_of(config: RunConfig, folder: Path, data: PreparedData, log: Log):

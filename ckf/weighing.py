@@ -76,6 +76,15 @@ def likeliest_weight(logits: np.ndarray, prior: np.ndarray, answers: np.ndarray)
     return (low + high) / 2
 
 
+def check_weights(weights: object) -> dict[str, float]:
+    """The weights as a file says them; ValueError for anything else."""
+    if not isinstance(weights, dict) or not all(
+        type(w) in (int, float) and 0 <= w <= LARGEST for w in weights.values()
+    ):
+        raise ValueError(f"{weights!r} as weights; expected a number from 0 to {LARGEST:g} a task")
+    return weights
+
+
 def fit_weights(assembly: Assembly) -> dict[str, float]:
     """The weight of every task that has a prior and valid rows.
 
@@ -85,7 +94,6 @@ def fit_weights(assembly: Assembly) -> dict[str, float]:
 
     prior, maker, data = assembly.batcher.collator.prior, assembly.maker, assembly.data
     scorer, found = Scorer(assembly), {}
-    scorer.weights = {}  # as trained
     for task in prior.tokens if prior is not None else ():
         if not len(data.rows(task, "valid")):
             continue

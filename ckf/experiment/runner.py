@@ -43,7 +43,8 @@ from ckf.experiment.parts import (
 )
 from ckf.experiment.prompt_cache import PromptCache
 from ckf.experiment.scores import write_scores
-from ckf.run import check_rows, read_about, start_run, train_or_load, with_absolute_model
+from ckf.run import read_about, start_run, train_or_load, with_absolute_model
+from ckf.run_checks import check_rows
 
 Log = Callable[[str], None]
 SPLITS = ("test", "valid")

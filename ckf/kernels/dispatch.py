@@ -25,6 +25,7 @@ TABLES = Path(__file__).parent / "tables"
 FARTHEST = 4.0  # doublings
 LEAST_GAIN = 0.03  # of torch's time, below which its well-worn products are kept
 _SIZES = ("m", "k", "n", "rank")
+ROW_KEY = ("pass", *_SIZES, "tasks", "dropout")  # of what a row of a table is
 
 
 class Choice(NamedTuple):
@@ -101,6 +102,25 @@ def _check_row(row: dict) -> None:
         raise ValueError(f"pass {row['pass']!r} and dropout {row['dropout']!r} in a row")
     if row["triton"] is not None and row["triton_plan"] not in PLANS:
         raise ValueError(f"no plan is named {row['triton_plan']!r}")
+
+
+def table_row(key: dict, times: dict[str, float]) -> dict | None:
+    """A row of a table, with the best of Triton's plans; None where torch has no time.
+
+    Args:
+        key: what ROW_KEY names.
+        times: milliseconds of "torch", "triton:PLAN" and "cuda", where they were measured.
+    """
+    if "torch" not in times:
+        return None
+    plans = {name: t for name, t in times.items() if name.startswith("triton:")}
+    best = min(plans, key=plans.__getitem__, default=None)
+    return {name: key[name] for name in ROW_KEY} | {
+        "torch": times["torch"],
+        "triton": None if best is None else plans[best],
+        "cuda": times.get("cuda"),
+        "triton_plan": best.partition(":")[2] if best else "",
+    }
 
 
 def measured_choice(

@@ -159,7 +159,8 @@ def _measured(call: Timed, device: torch.device, clock: Clock) -> tuple[dict | N
         return None, "left out, the memory does not suffice"
     parts = [f"{backend} {1e3 * s:.3g} ms" for backend, s in seconds.items()]
     parts += [f"no {backend}: {why}" for backend, why in refused.items()]
-    return _row(call, seconds), ", ".join(parts)
+    ms = {backend: float(f"{1e3 * s:.4g}") for backend, s in seconds.items()}
+    return dispatch.table_row(call.key, ms), ", ".join(parts)
 
 
 def _free_bytes(device: torch.device) -> float:
@@ -187,9 +188,7 @@ def measure(
         step = _in_turn(tensors, backend)
         try:
             error = _error(tensors[0].results(backend), exact)
-            once = (
-                clock(step, WARMUP) / WARMUP
-            )  # waits for the GPU: its failures are this backend's
+            once = clock(step, WARMUP) / WARMUP  # waits for the GPU, so failures are its own
         except torch.OutOfMemoryError:
             refused[backend] = "memory"
         except Exception as failure:  # a GPU never seen may refuse any kernel
@@ -357,23 +356,8 @@ def _wall_seconds(step: Callable[[], object], calls: int) -> float:
     return time.perf_counter() - start
 
 
-def _row(call: Timed, seconds: dict[str, float]) -> dict | None:
-    """Of a table; None where torch's own products have no time to compare with."""
-    if "torch" not in seconds:
-        return None
-    ms = {name: float(f"{1e3 * s:.4g}") for name, s in seconds.items()}
-    plans = {name: t for name, t in ms.items() if name.startswith("triton:")}
-    best = min(plans, key=plans.__getitem__, default=None)
-    return call.key | {
-        "torch": ms["torch"],
-        "triton": None if best is None else plans[best],
-        "cuda": ms.get("cuda"),
-        "triton_plan": best.partition(":")[2] if best else "",
-    }
-
-
 def _identity(row: dict) -> tuple:
-    return tuple(row[name] for name in ("pass", "m", "k", "n", "rank", "tasks", "dropout"))
+    return tuple(row[name] for name in dispatch.ROW_KEY)
 
 
 def _write(file: Path, gpu: str, about: dict, rows: dict[tuple, dict]) -> None:

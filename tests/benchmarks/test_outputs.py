@@ -40,7 +40,7 @@ def test_the_table_has_every_backend_and_the_best_plan(results, tmp_path):
     assert row["triton_plan"] == "fused" and row["triton"] < row["torch"]
     assert row["cuda"] is None and row["dropout"] is False
     assert all(r["rank"] % (r["tasks"] + 1) == 0 for r in table["rows"])
-    keys = [tuple(r[name] for name in make_table.KEY) for r in table["rows"]]
+    keys = [tuple(r[name] for name in make_table.ROW_KEY) for r in table["rows"]]
     assert len(keys) == len(set(keys))
     assert {r["pass"] for r in table["rows"]} == {"forward", "train"}
 

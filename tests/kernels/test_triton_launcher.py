@@ -14,10 +14,10 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
+from benchmarks.stub_driver import StubDriver  # noqa: E402
 from ckf.kernels import triton_launcher  # noqa: E402
 from ckf.kernels.triton_expand import expand, expand_kernel  # noqa: E402
 from ckf.kernels.triton_launcher import RememberedKernel, remembered  # noqa: E402
-from tests.kernels.triton_compile import NamedDriver  # noqa: E402
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -28,34 +28,21 @@ def probe_kernel(p_x, p_more, p_y, m, k, scale, FLAG: tl.constexpr, BLOCK: tl.co
         tl.store(p_y + o_k, b_x)
 
 
-class RecordingDriver(NamedDriver):
-    """Loads and launches nothing; keeps what it was handed."""
+class RecordingDriver(StubDriver):
+    """Keeps what it was handed."""
 
-    def __init__(self, arch: int) -> None:
-        super().__init__(arch)
+    def __init__(self) -> None:
+        super().__init__()
         self.launches = []
-        self.utils = self
 
-    def launcher_cls(self, source, metadata):
-        def launch(x, y, z, stream, function, packed, launch_metadata, enter, leave, *arguments):
-            self.launches.append(((x, y, z), metadata.name, metadata.hash, arguments))
-
-        return launch
-
-    def get_device_properties(self, device: int) -> dict:
-        return {"max_shared_mem": 232448}
-
-    def load_binary(self, *_) -> tuple:
-        return object(), object(), 32, 0, 1024
-
-    def unload_module(self, _) -> None:
-        pass
+    def launched(self, grid, metadata, arguments) -> None:
+        self.launches.append((grid, metadata.name, metadata.hash, arguments))
 
 
 @pytest.fixture
 def driver():
     config = triton.runtime.driver
-    before, config._active = config._active, RecordingDriver(90)
+    before, config._active = config._active, RecordingDriver()
     expand_kernel._binaries.clear()  # what they launch goes to the driver they were made for
     yield config._active
     config._active = before
@@ -92,9 +79,9 @@ ARGUMENTS = st.fixed_dictionaries(
 def test_equal_keys_are_one_binary_of_triton(one, other):
     """A call, and the same with each of its arguments changed in turn."""
     config = triton.runtime.driver
-    before, config._active = config._active, RecordingDriver(90)
+    before, config._active = config._active, RecordingDriver()
     try:
-        *_, bind_of_triton = probe_kernel.device_caches[90]
+        *_, bind_of_triton = probe_kernel.device_caches[config._active.arch]
         kernel, found = RememberedKernel(probe_kernel), {}
         for call in [one, other, *(one | {name: other[name]} for name in one)]:
             bound, specialised, options = bind_of_triton(**call)

@@ -24,9 +24,9 @@ from pathlib import Path
 import torch
 import triton
 from triton import knobs
-from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from benchmarks.stub_driver import NamedDriver
 from ckf.kernels import triton_launcher
 from ckf.kernels.group import GroupShape
 from ckf.kernels.launch import (
@@ -54,22 +54,6 @@ ARCHS = (80, 90, 100)
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}  # bytes a program
 ROWS = (256, 3072, 8192)
 RANKS = (8, 32, 64, 128, 1024)
-
-
-class NamedDriver:
-    """A driver for a GPU that is not there; its device number is its compute capability."""
-
-    def __init__(self, arch: int):
-        self.arch = arch
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self) -> int:
-        return self.arch
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 class Compiler:
