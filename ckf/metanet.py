@@ -6,6 +6,10 @@
     v_i = Linear(e_i)
     m   = Linear(CF score of user and item)       (optional, see ckf.match)
 
+Who has no CF vector (all zeros) gets a learned embedding instead of u or v_i. A zero embedding
+would go through norms whose gradient there is 1 / sqrt(eps): 1e5 together in models that normalise
+queries and keys too (Gemma 3, Qwen3), and clipping would then take the step from all else.
+
 Source: Zhao et al., "Collaborative Knowledge Fusion", TKDE 2025. Simpler maps stand beside it for
 comparison: one W for all users, an MLP, or the linear layer alone.
 """
@@ -57,6 +61,7 @@ class MetaNetwork(nn.Module):
             self.match_out = nn.Linear(1, width)
             nn.init.normal_(self.match_out.weight, std=scale)
             nn.init.normal_(self.match_out.bias, std=scale)
+        self.no_user, self.no_item = (nn.Parameter(torch.randn(width) * scale) for _ in range(2))
 
     @torch.no_grad()
     def start_matches_at(self, yes: Tensor, no: Tensor) -> None:
@@ -82,19 +87,21 @@ class MetaNetwork(nn.Module):
 
     def forward(self, users: Tensor, history: Tensor, mask: Tensor) -> Tensor:
         """Users (b, d) with histories (b, h, d) and mask (b, h) to (b, width)."""
+        known = users.any(1, keepdim=True)
         if self.kind == "meta":
             users = torch.bmm(users.unsqueeze(1), self.user_maps(history, mask)).squeeze(1)
         elif self.kind == "constant":
             users = users @ self.map
         elif self.kind == "mlp":
             users = users + self.user_mlp(users)
-        return self.user_out(users)
+        return torch.where(known, self.user_out(users), self.no_user)
 
     def items(self, vectors: Tensor) -> Tensor:
         """Items (.., d) to (.., width)."""
+        known = vectors.any(-1, keepdim=True)
         if self.kind == "mlp":
             vectors = vectors + self.item_mlp(vectors)
-        return self.item_out(vectors)
+        return torch.where(known, self.item_out(vectors), self.no_item)
 
     def matches(self, scores: Tensor) -> Tensor:
         """Standardised CF scores (.., 1) to (.., width)."""

@@ -103,6 +103,7 @@ def test_the_default_map_is_for_empty_histories_only():
 def test_every_parameter_learns_and_no_gradient_is_nan(kind):
     made = trained(kind)
     users, history, mask = batch()
+    users[1] = 0  # known to no CF model
     loss = made(users, history, mask).square().sum() + made.items(users).square().sum()
     loss.backward()
     for name, parameter in made.named_parameters():
@@ -118,6 +119,22 @@ def test_mapped_vectors_start_at_the_scale_of_embeddings(kind):
     mask = torch.ones(200, 4, dtype=torch.bool)
     for vectors in (made(users, history, mask), made.items(users)):
         assert 0.7 * SCALE < vectors.std().item() < 1.4 * SCALE
+    unknown = torch.cat([made.no_user, made.no_item])
+    assert 0.7 * SCALE < unknown.std().item() < 1.4 * SCALE
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_who_has_no_vector_gets_an_embedding_learned_for_it(kind):
+    made = trained(kind)
+    users, history, mask = batch()
+    before = made(users, history, mask), made.items(users)
+    users[1] = 0
+    after = made(users, history, mask), made.items(users)
+    for old, new, own in zip(before, after, (made.no_user, made.no_item), strict=True):
+        assert torch.equal(new[1], own)
+        rest = [0, 2, 3]
+        assert torch.equal(new[rest], old[rest])
+    assert torch.equal(made.items(torch.zeros(2, 3, DIM)), made.no_item.expand(2, 3, WIDTH))
 
 
 def test_a_fresh_map_is_near_the_identity():

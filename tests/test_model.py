@@ -203,6 +203,29 @@ def test_vectors_start_at_what_the_embedding_module_gives(small_run):
     assert_close(matches.detach(), torch.stack([yes, no]))
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_vectors_that_are_unknown_leave_the_gradient_its_size(small_run, family):
+    """A zero embedding would not: norms of queries and keys multiply its gradient by 1e5."""
+    parts = small_run.assembly
+    backbone = tiny_model(family)
+    backbone.resize_token_embeddings(len(parts.tokenizer))
+    backbone.config.max_position_embeddings = parts.config.prompt.max_tokens
+    settings = small_config(parts.config.model.name)
+    made = assemble(
+        settings, parts.data, parts.vectors, torch.device("cpu"), (backbone, parts.tokenizer)
+    )
+    rows = [e for task in TASKS for e in made.maker.examples(task, "train")[:4]]
+    batch = make_batch(made, rows, packed=False)
+    _, known = losses_and_gradients(made.model, [batch])
+    for vectors in ("user_vectors", "item_vectors"):
+        batch[vectors] = torch.zeros_like(batch[vectors])
+    _, unknown = losses_and_gradients(made.model, [batch])
+    for name in ("no_user", "no_item"):
+        assert unknown[f"metanet.{name}"].abs().max() > 0
+    sizes = [sum(g.square().sum() for g in found.values()).sqrt() for found in (known, unknown)]
+    assert sizes[1] < 10 * sizes[0]
+
+
 @pytest.mark.parametrize("family, right", [("llama", True), ("qwen3", True), ("opt", False)])
 def test_families_that_mix_packed_rows_are_found_out(family, right):
     model = tiny_model(family)

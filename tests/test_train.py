@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 import ckf.batches
@@ -369,6 +369,21 @@ def test_a_damaged_meta_network_is_an_error(small_run, run_copy, content):
         file.write_bytes(whole[: len(whole) // 2] if content == "cut" else content)
     with pytest.raises(ValueError, match="metanet.safetensors is missing or damaged"):
         load_trained(small_run.assembly, run_copy)
+
+
+def test_a_meta_network_without_embeddings_for_the_unknown_is_read_as_it_was(
+    small_run, small_model, prepared, tmp_path, run_copy
+):
+    file = run_copy / "metanet.safetensors"
+    tensors = load_file(file)
+    save_file({k: v for k, v in tensors.items() if not k.startswith("no_") or "hist" in k}, file)
+    try:
+        load_trained(small_run.assembly, run_copy)
+        metanet = small_run.assembly.model.metanet
+        assert torch.equal(metanet.no_user, metanet.user_out.bias)
+        assert torch.equal(metanet.no_item, metanet.item_out.bias)
+    finally:
+        load_trained(small_run.assembly, small_run.folder)
 
 
 def test_a_meta_network_of_another_width_is_an_error(

@@ -3,6 +3,7 @@
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
     LlamaConfig,
@@ -28,6 +29,7 @@ _CONFIGS = {
     "qwen3": lambda: Qwen3Config(**_COMMON, head_dim=8),
     "mistral": lambda: MistralConfig(**_COMMON),
     "gemma": lambda: GemmaConfig(**_COMMON, head_dim=8),
+    "gemma3": lambda: Gemma3TextConfig(**_COMMON, head_dim=8, sliding_window=16),
     "phi": lambda: PhiConfig(**_COMMON),
     "opt": lambda: OPTConfig(
         vocab_size=VOCABULARY,
