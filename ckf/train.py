@@ -299,9 +299,10 @@ def _read_metanet(metanet: torch.nn.Module, file: Path) -> dict[str, torch.Tenso
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} is missing or damaged ({error}); train the run again") from error
-    for who in ("user", "item"):  # files without these: the bias stood in their place
+    for who in ("user", "item"):  # files of earlier versions: the bias stood in their place
         if f"{who}_out.bias" in tensors:
             tensors.setdefault(f"no_{who}", tensors[f"{who}_out.bias"])
+    tensors.setdefault("gain", torch.ones(()))
     own = {name: tuple(value.shape) for name, value in metanet.state_dict().items()}
     there = {name: tuple(value.shape) for name, value in tensors.items()}
     for name in sorted({*own, *there}):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ckf.metanet import MetaNetwork
+from ckf.metanet import UNIT, MetaNetwork
 
 DIM, WIDTH, SCALE = 5, 24, 0.2
 KINDS = ("meta", "constant", "mlp", "linear")
@@ -52,8 +52,9 @@ def test_vectors_follow_the_formula():
     users, history, mask = batch()
     maps = made.user_maps(history, mask)
     expected = torch.stack([made.user_out(u @ w) for u, w in zip(users, maps, strict=True)])
+    expected = made.gain * expected
     torch.testing.assert_close(made(users, history, mask), expected)
-    torch.testing.assert_close(made.items(users), made.item_out(users))
+    torch.testing.assert_close(made.items(users), made.gain * made.item_out(users))
 
 
 def test_every_user_has_a_map_of_their_own():
@@ -119,7 +120,7 @@ def test_mapped_vectors_start_at_the_scale_of_embeddings(kind):
     mask = torch.ones(200, 4, dtype=torch.bool)
     for vectors in (made(users, history, mask), made.items(users)):
         assert 0.7 * SCALE < vectors.std().item() < 1.4 * SCALE
-    unknown = torch.cat([made.no_user, made.no_item])
+    unknown = made.gain * torch.cat([made.no_user, made.no_item])
     assert 0.7 * SCALE < unknown.std().item() < 1.4 * SCALE
 
 
@@ -131,10 +132,42 @@ def test_who_has_no_vector_gets_an_embedding_learned_for_it(kind):
     users[1] = 0
     after = made(users, history, mask), made.items(users)
     for old, new, own in zip(before, after, (made.no_user, made.no_item), strict=True):
-        assert torch.equal(new[1], own)
+        assert torch.equal(new[1], made.gain * own)
         rest = [0, 2, 3]
         assert torch.equal(new[rest], old[rest])
-    assert torch.equal(made.items(torch.zeros(2, 3, DIM)), made.no_item.expand(2, 3, WIDTH))
+    assert torch.equal(
+        made.items(torch.zeros(2, 3, DIM)), (made.gain * made.no_item).expand(2, 3, WIDTH)
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vectors_of_any_scale_learn_at_the_same_relative_rate(kind):
+    """Gemma's embeddings are eight times larger than SmolLM2's, others ten times smaller."""
+
+    def first_step(scale):
+        torch.manual_seed(0)
+        made = MetaNetwork(DIM, WIDTH, scale, kind, hidden=7, matches=True)
+        yes, no = torch.randn(2, WIDTH) * scale
+        made.start_matches_at(yes, no)
+        optimizer = torch.optim.Adam(made.parameters(), lr=1e-3)
+        users, history, mask = batch()
+        users[1] = 0
+
+        def vectors():
+            mapped = [made(users, history, mask), made.items(users), made.matches(users[:, :1])]
+            return torch.cat(mapped) / scale
+
+        before = vectors()
+        before.sin().sum().backward()
+        size = torch.nn.utils.clip_grad_norm_(made.parameters(), 1.0)
+        optimizer.step()
+        return before.detach(), size, vectors().detach()
+
+    usual = first_step(UNIT)
+    assert (usual[2] - usual[0]).abs().amax(1).min() > 1e-3  # every vector moved
+    for scale in (8 * UNIT, UNIT / 10):
+        for found, expected in zip(first_step(scale), usual, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_fresh_map_is_near_the_identity():
