@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ckf.backbone import load_backbone
+from ckf.backbone import check_reads_embeddings, load_backbone
 from ckf.batches import Collator, QuestionMaker, RowBatcher, VectorLookup
 from ckf.cf import CFVectors
 from ckf.config import RunConfig
@@ -73,6 +73,7 @@ def assemble(
         ValueError: a model, tokenizer or setting that does not fit.
     """
     backbone, tokenizer = loaded or load_base(config, device)
+    check_reads_embeddings(backbone)
     lora = config.lora
     ranks = {task: (lora.ranks or {}).get(task, lora.r) for task in config.tasks}
     patch_model(

@@ -99,6 +99,47 @@ def unpacked(folder: Path, options: dict) -> tuple[str, dict]:
     return str(target), {}
 
 
+@torch.no_grad()
+def check_reads_embeddings(model: PreTrainedModel) -> None:
+    """Try whether a model answers embeddings in a padded batch as it answers tokens alone.
+
+    Prompts are given that way. Some models look tokens up a second time, scale embeddings only
+    where they made them, or do not skip padding.
+
+    Raises:
+        ValueError: its logits differ, or it does not take such a batch.
+    """
+    embedding, was_training = model.get_input_embeddings(), model.training
+    ids = 1 + torch.arange(14, device=model.device) * 7919 % (embedding.num_embeddings - 1)
+    long, short = ids[:9].unsqueeze(0), ids[9:].unsqueeze(0)
+    column = torch.arange(9, device=model.device).expand(2, -1)
+    pad = torch.tensor([[0], [4]], device=model.device)
+    tokens = torch.cat([long, torch.cat([ids[:4].unsqueeze(0), short], 1)])
+    try:
+        model.eval()
+        alone = [model(input_ids=row, use_cache=False).logits[0, -1:] for row in (long, short)]
+        found = model(
+            inputs_embeds=embedding(tokens),
+            attention_mask=(column >= pad).long(),
+            position_ids=(column - pad).clamp(min=0),
+            logits_to_keep=column[0, 8:],
+            use_cache=False,
+        ).logits
+    except TypeError as error:
+        raise ValueError(f"{type(model).__name__} cannot be given prompts: {error}") from error
+    finally:
+        model.train(was_training)
+    expected = torch.stack(alone).float()
+    same = found.shape == expected.shape
+    off = (found - expected).abs().max() / expected.abs().max() if same else torch.inf
+    if not off <= (0.02 if found.dtype == torch.float32 else 0.1):
+        raise ValueError(
+            f"{type(model).__name__} answers embeddings in a padded batch otherwise than tokens "
+            f"alone (off by {float(off):.2g} of the largest logit), so vectors cannot be written "
+            "into its prompts; choose another model"
+        )
+
+
 def locate_model(name: str) -> tuple[str, dict]:
     """A model's folder or hub name, and what ``from_pretrained`` needs beside it.
 

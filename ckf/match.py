@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 _ROWS_TO_SCALE_ON = 100_000  # of the train rows
 
 
+def spread(deviation: float) -> float:
+    """What to divide by; 1 where all is equal up to rounding, which says nothing of other rows."""
+    return deviation if deviation > 1e-6 else 1.0
+
+
 class MatchScores:
     """The CF model's score of a user and an item, of mean 0 and deviation 1 over the train rows.
 
@@ -39,7 +44,7 @@ class MatchScores:
         train = np.flatnonzero(data.split == 0)
         rows = train[:: max(1, len(train) // _ROWS_TO_SCALE_ON)]
         raw = self._raw(data.user[rows], data.history[rows], data.item[rows])
-        self.mean, self.std = float(raw.mean()), max(float(raw.std(correction=0)), 1e-9)
+        self.mean, self.std = float(raw.mean()), spread(float(raw.std(correction=0)))
 
     def __call__(self, users: np.ndarray, history: np.ndarray, items: Sequence[int]) -> Tensor:
         """Users (p,), -1 for a stranger, histories (p, h) padded with -1, items (p,): (p, 1)."""

@@ -69,7 +69,10 @@ class MetaNetwork(nn.Module):
             self.match_out = nn.Linear(1, width)
             nn.init.normal_(self.match_out.weight, std=UNIT)
             nn.init.normal_(self.match_out.bias, std=UNIT)
-        self.no_user, self.no_item = (nn.Parameter(torch.randn(width) * UNIT) for _ in range(2))
+        for who in ("user", "item"):
+            start = torch.randn(width) * UNIT
+            self.register_parameter(f"no_{who}", nn.Parameter(start))
+            self.register_buffer(f"start_{who}", start.clone(), persistent=False)
         self.register_buffer("gain", torch.tensor(scale / UNIT))
 
     @torch.no_grad()
@@ -82,6 +85,17 @@ class MetaNetwork(nn.Module):
         """
         self.match_out.weight[:, 0] = (yes - no) / (2 * self.gain)
         self.match_out.bias.copy_((yes + no) / (2 * self.gain))
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """After training: where no row lacked a vector, the bias, which all vectors have in common.
+
+        It has learned something; the random start of ``no_user`` or ``no_item`` would still be one.
+        """
+        for who in ("user", "item"):
+            own = getattr(self, f"no_{who}")
+            if torch.equal(own, getattr(self, f"start_{who}")):
+                own.copy_(getattr(self, f"{who}_out").bias)
 
     def user_maps(self, history: Tensor, mask: Tensor) -> Tensor:
         """W_u (b, d, d) from history vectors (b, h, d) and their mask (b, h), True where real."""

@@ -16,6 +16,9 @@ from ckf.weighing import weigh
 Progress = Callable[[int], None]
 
 
+LOGITS_AT_ONCE = 2**28  # a GiB in float32
+
+
 @dataclass
 class Answers:
     """One-token answers of rows: logits over the answer words and what greedy decoding says."""
@@ -154,14 +157,20 @@ class Scorer:
     def _batches(
         self, prompts, users, histories, collator: Collator | None = None
     ) -> Iterator[tuple[np.ndarray, dict]]:
-        """Row indices and their batch; sorted by length, at most batch_tokens tokens each."""
+        """Row indices and their batch; sorted by length, at most batch_tokens tokens each.
+
+        And no more logits than fit: vocabularies reach 262,144, and sentences are 64 tokens.
+        """
         collator = collator or self.collator
         users, histories = np.asarray(users), np.asarray(histories)
         device, was_training = self.model.device, self.model.training
         if was_training:  # else what decoding keeps would be forgotten
             self.model.eval()
         try:
-            for rows in _by_length(prompts, self.assembly.config.evaluate.batch_tokens):
+            columns = max((1 + len(p.answer) for p in prompts), default=1)
+            words = self.model.backbone.config.get_text_config().vocab_size
+            most = max(1, LOGITS_AT_ONCE // (words * columns))
+            for rows in _by_length(prompts, self.assembly.config.evaluate.batch_tokens, most):
                 batch = collator([prompts[r] for r in rows], users[rows], histories[rows])
                 batch = {k: _move(v, device) for k, v in batch.items()}
                 if self.base_only:
@@ -198,11 +207,11 @@ def _prior_of(batch: dict, index: Tensor, rows: int) -> np.ndarray:
     return found
 
 
-def _by_length(prompts: Sequence[Encoded], budget: int) -> Iterator[np.ndarray]:
+def _by_length(prompts: Sequence[Encoded], budget: int, most: int) -> Iterator[np.ndarray]:
     order = np.argsort([-p.length for p in prompts], kind="stable")
     start = 0
     while start < len(order):
-        count = max(1, budget // prompts[order[start]].length)
+        count = max(1, min(most, budget // prompts[order[start]].length))
         yield order[start : start + count]
         start += count
 

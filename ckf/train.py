@@ -129,15 +129,11 @@ class CKFTrainer(HalvedSteps, Trainer):
     def create_optimizer(self, *_args):
         """LoRAs and meta-network with their own learning rates; absent tasks stay put."""
         if self.optimizer is None:
-            train = self.assembly.config.train
-            lora = [p for p in self.assembly.model.backbone.parameters() if p.requires_grad]
-            groups = [{"params": lora, "lr": train.lr}]
-            if self.assembly.model.metanet is not None:
-                vector = list(self.assembly.model.metanet.parameters())
-                groups.append({"params": vector, "lr": train.vector_lr})
-            self.optimizer = torch.optim.AdamW(
-                groups, lr=train.lr, weight_decay=train.weight_decay, betas=(0.9, 0.99)
-            )
+            train, model = self.assembly.config.train, self.assembly.model
+            groups = _groups(model.backbone, train.lr, train.weight_decay)
+            if model.metanet is not None:
+                groups += _groups(model.metanet, train.vector_lr, train.weight_decay)
+            self.optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=(0.9, 0.99))
             self.presence.attach(self.optimizer)
         return self.optimizer
 
@@ -209,6 +205,23 @@ class CKFTrainer(HalvedSteps, Trainer):
         load_trained(self.assembly, Path(resume_from_checkpoint))
 
 
+def _groups(module: torch.nn.Module, lr: float, decay: float) -> list[dict]:
+    """Parameters that train. Matrices decay; gates, biases and maps do not rest at 0."""
+    matrix = ("lora_A", "lora_B", "weight")
+    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    own = [any(part in matrix for part in n.split(".")) for n, _ in named]
+    if not decay:
+        return [{"params": [p for _, p in named], "lr": lr, "weight_decay": 0.0}]
+    return [
+        {
+            "params": [p for (_, p), of in zip(named, own, strict=True) if of is decays],
+            "lr": lr,
+            "weight_decay": decay if decays else 0.0,
+        }
+        for decays in (True, False)
+    ]
+
+
 def training_arguments(config, folder: Path, device: torch.device) -> TrainingArguments:
     """Trainer's settings of a run."""
     train = config.train
@@ -253,6 +266,8 @@ def train(assembly: Assembly, folder: Path, device: torch.device) -> dict[str, f
         before = _cut_log(folder / "train_log.jsonl", _step(checkpoint) if checkpoint else 0)
     trainer = CKFTrainer(assembly, TrainStream(assembly), folder, device, before)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if assembly.model.metanet is not None:
+        assembly.model.metanet.settle()
     if is_main_process():
         with _writing(folder):
             save_trained(assembly, folder)

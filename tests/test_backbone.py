@@ -1,13 +1,15 @@
-"""A download's file is unpacked once; the same weights and tokens come back from the folder."""
+"""Loading: a download's file is unpacked once; models that cannot read prompts are refused."""
 
 import warnings
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, FalconH1Config, RwkvConfig
 
 from ckf import backbone
+from tests.tiny import FAMILIES, tiny_model
 
+SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
 GGUF = {"gguf_file": "model.gguf"}
 
 
@@ -61,3 +63,40 @@ def test_another_process_that_was_faster_is_no_error(loads, tmp_path, monkeypatc
 
     monkeypatch.setattr(backbone.os, "replace", lost_the_race)
     assert backbone.unpacked(tmp_path, GGUF) == (str(tmp_path / "float32"), {})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_that_read_embeddings_as_tokens_pass(family):
+    model = tiny_model(family).train()
+    state = torch.get_rng_state()
+    backbone.check_reads_embeddings(model)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def scales_tokens_alone():
+    config = FalconH1Config(
+        **SIZES, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
+        embedding_multiplier=5.66, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8,
+        mamba_d_state=8, mamba_n_groups=1,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config)
+
+
+def reads_padding():
+    config = RwkvConfig(**SIZES, attention_hidden_size=32, context_length=64)
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("make", [scales_tokens_alone, reads_padding])
+def test_models_that_do_not_are_refused(make):
+    torch.manual_seed(0)
+    model = make().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(3)
+    name = type(model).__name__
+    with pytest.raises(ValueError, match=f"{name} (answers embeddings .* otherwise|cannot be)"):
+        backbone.check_reads_embeddings(model)
+    assert not model.training

@@ -170,6 +170,15 @@ def test_vectors_of_any_scale_learn_at_the_same_relative_rate(kind):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_what_no_step_has_touched_settles_on_the_bias():
+    made = trained("linear")
+    made.start_user.copy_(made.no_user.detach())  # as a user embedding that never had a gradient
+    item = made.no_item.detach().clone()
+    made.settle()
+    assert torch.equal(made.no_user, made.user_out.bias)
+    assert torch.equal(made.no_item, item)
+
+
 def test_a_fresh_map_is_near_the_identity():
     _, history, mask = batch()
     maps = network().user_maps(history, mask)

@@ -1,5 +1,7 @@
 """The CF model's answer as log-odds: fitted without a row's own label, added where it belongs."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,11 +11,12 @@ from ckf.assembly import assemble
 from ckf.batches import star
 from ckf.cf import CFConfig, fit_cf
 from ckf.evaluate import evaluate_run
-from ckf.prior import softmax_regression
+from ckf.prior import AnswerPrior, softmax_regression
 from ckf.prompts import ANSWERS
 from ckf.report import metrics_table
 from ckf.scoring import PriorScorer, Scorer
 from tests.ckf_fixtures import TASKS, quiet, randomise, small_config
+from tests.prepared_data import prepared as prepared_data
 
 CF = {"kind": "mf", "dim": 4, "epochs": 20, "batch_size": 64, "blend": 3}
 ANSWERED = [task for task in TASKS if task != "explain"]
@@ -69,6 +72,27 @@ def test_a_train_row_counts_for_others_only(parts, prior):
         assert one == 1
     stranger = prior.features([-1], data.history[train[:1]], data.item[train[:1]])
     assert stranger[0, 1] > found[0, 1] and stranger[0, 3] == 0
+
+
+@pytest.mark.parametrize("rows_an_item", [1, 3, 4])
+def test_equal_popularity_says_nothing(rows_an_item):
+    """Up to rounding it is constant in training, and one row more would count 1e8 deviations."""
+    rng = np.random.default_rng(0)
+    items, users = 100, 60
+    item = np.repeat(np.arange(items), rows_an_item)
+    user = np.concatenate([rng.permutation(users)[:rows_an_item] for _ in range(items)])
+    label, test = rng.integers(0, 2, len(item)), np.arange(50)
+    data = prepared_data(
+        np.r_[user, test], np.r_[item, test], np.r_[label, np.ones(50, int)],
+        np.r_[np.zeros(len(item), int), np.full(50, 2)],
+    )  # fmt: skip
+    scores = torch.zeros(50, 1)
+    found = AnswerPrior(
+        lambda users, *_: torch.zeros(len(users), 1), SimpleNamespace(data=data), {"ctr": [1, 2]}
+    )
+    shown = found.features(test, np.full((50, 3), -1), test, scores)
+    odds = shown @ (found.weights["ctr"][0] - found.weights["ctr"][1])
+    assert np.abs(odds).max() < 2
 
 
 def test_the_score_is_the_one_of_the_placeholder(parts, prior, mixed):

@@ -228,6 +228,24 @@ def test_a_start_token_comes_once_and_first_where_the_tokenizer_adds_one():
     assert encoder().start == []
 
 
+@pytest.mark.parametrize(
+    "template, start", [("<a> <b> $A", ["<a>", "<b>"]), ("$A <b>", []), ("<a> $A <b>", ["<a>"])]
+)
+def test_a_prompt_begins_as_the_tokenizer_begins_a_text(template, start):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer(special=("<pad>", "<eos>", "<a>", "<b>"))
+    known = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<a>", "<b>")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=template, special_tokens=known
+    )
+    found = encoder(tokenizer)
+    assert tokenizer.convert_ids_to_tokens(found.start) == start
+    tokens = found.encode(question("ctr"), vectors=True).tokens
+    assert tokens[: len(start)] == found.start
+    assert not set(dict(known).values()) & set(tokens[len(start) :])
+
+
 def test_control_tokens_in_titles_and_reviews_are_plain_text():
     titles = ["A <eos> title<pad>", *TITLES[1:]]
     asked = question("review_rating", item=0, review="So <eos> bad <pad>.")

@@ -12,12 +12,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+import ckf
 import ckf.batches
 import ckf.train
 from ckf.config import TrainConfig
+from ckf.metanet import MetaNetwork
 from ckf.run import train_run
-from ckf.train import CKFTrainer, TrainStream, last_checkpoint, load_trained, text_share
+from ckf.train import (
+    CKFTrainer,
+    TrainStream,
+    _groups,
+    last_checkpoint,
+    load_trained,
+    text_share,
+)
 from tests.ckf_fixtures import STEPS, TASKS, quiet, read_log, small_config
+from tests.tiny import tiny_model
 
 
 def run_again(model, prepared, folder, **changes):
@@ -297,6 +307,24 @@ def test_an_interrupted_run_with_learned_gates_ends_in_the_same_bits(
     resumed = run_again(small_model, prepared, folder, **changes)
     assert any("ckf_gate" in key for key in trained_tensors(whole.folder))
     assert_same_bits(resumed.folder, whole.folder)
+
+
+def test_only_matrices_decay():
+    metanet = MetaNetwork(4, 8, 0.1, "constant", matches=True)
+    decays, rest = _groups(metanet, 1e-3, 0.1)
+    names = {id(p): n for n, p in metanet.named_parameters()}
+    assert {names[id(p)] for p in decays["params"]} == {
+        "user_out.weight", "item_out.weight", "match_out.weight"
+    }  # fmt: skip
+    assert len(decays["params"]) + len(rest["params"]) == len(names)
+    assert (decays["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
+    model = ckf.patch_model(tiny_model(), ["ctr"], r=2, gate="learned")
+    decays, rest = _groups(model, 1e-3, 0.1)
+    gates = [p for n, p in model.named_parameters() if "ckf_gate" in n]
+    assert gates and {id(p) for p in gates} == {id(p) for p in rest["params"]}
+    assert len(decays["params"]) == 2 * 7 * 2 * 2  # layers, linears, LoRAs, A and B
+    (whole,) = _groups(model, 1e-3, 0.0)
+    assert len(whole["params"]) == len(decays["params"]) + len(gates)
 
 
 @pytest.mark.parametrize("harm", ["missing", "cut", "other step", "empty"])
