@@ -110,7 +110,7 @@ def check_reads_embeddings(model: PreTrainedModel) -> None:
         ValueError: its logits differ, or it does not take such a batch.
     """
     embedding, was_training = model.get_input_embeddings(), model.training
-    ids = 1 + torch.arange(14, device=model.device) * 7919 % (embedding.num_embeddings - 1)
+    ids = 1 + torch.arange(14, device=model.device) * 7919 % (len(embedding.weight) - 1)
     long, short = ids[:9].unsqueeze(0), ids[9:].unsqueeze(0)
     column = torch.arange(9, device=model.device).expand(2, -1)
     pad = torch.tensor([[0], [4]], device=model.device)
