@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from ckf.backbone import KNOWN_DOWNLOADS, locate_model
 from ckf.patch import patch_model, patched_layers
 
 # Bytes of one weight of a linear; nf4: half a byte and an fp32 scale for 64 weights.
@@ -62,16 +63,20 @@ class ModelSizes:
 
 
 def read_config(name: str) -> PreTrainedConfig:
-    """A config by Hugging Face name, folder or config.json; ValueError where there is none."""
-    path = Path(name).expanduser()
+    """A config by what ``model.name`` takes, or a config.json; ValueError where there is none."""
+    path, options = Path(name).expanduser(), {}
+    if path.suffix == ".gguf" or name in KNOWN_DOWNLOADS:
+        folder, options = locate_model(name)
+        path = Path(folder)
     if not path.exists() and (path.is_absolute() or name.startswith((".", "~"))):
         raise ValueError(f"there is no {name}; give a folder with config.json, or the file itself")
     try:
-        return AutoConfig.from_pretrained(str(path) if path.exists() else name)
-    except (OSError, ValueError, KeyError) as error:
+        return AutoConfig.from_pretrained(str(path) if path.exists() else name, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(
             f"cannot read the config of {name!r}: {str(error).splitlines()[0]}\nGive a Hugging "
-            "Face name that can be reached from here, a folder with config.json, or that file"
+            "Face name that can be reached from here, a folder with config.json, that file, or a "
+            ".gguf file"
         ) from error
 
 

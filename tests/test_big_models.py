@@ -199,6 +199,17 @@ def test_sizes_equal_those_of_the_real_model(family):
     assert sizes.token_bytes == slope
 
 
+def test_a_config_is_found_where_a_run_finds_its_model(small_model, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("ckf.sizes.locate_model", lambda name: (str(small_model), {}))
+        assert read_config("smollm2-135m").hidden_size == 32
+    with pytest.raises(ValueError, match="there is no such file"):
+        read_config(str(tmp_path / "none.gguf"))
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match="cannot read the config of .*cut.gguf"):
+        read_config(str(tmp_path / "cut.gguf"))
+
+
 def test_quantized_bases_take_less(llama_8b):
     config = read_config(str(llama_8b))
     config.num_hidden_layers = 1
