@@ -1,6 +1,7 @@
 """Loading the language model: by Hugging Face name, folder, GGUF file, or a known download."""
 
 import os
+import struct
 import tempfile
 import warnings
 from pathlib import Path
@@ -17,6 +18,8 @@ from transformers import (
 from ckf.config import ModelConfig
 
 KNOWN_DOWNLOADS = ("smollm2-135m",)
+# Of files that are missing, damaged (struct.error, IndexError: a GGUF file cut short) or unknown.
+READ_ERRORS = (OSError, ImportError, LookupError, ValueError, SafetensorError, struct.error)
 
 
 def pick_device(device: str | None = None) -> torch.device:
@@ -53,7 +56,7 @@ def load_backbone(
         if config.name in KNOWN_DOWNLOADS and options:
             folder, options = unpacked(Path(folder), options)
         model, tokenizer = _load(folder, options, dtype)
-    except (OSError, ImportError, KeyError, ValueError, SafetensorError) as error:
+    except READ_ERRORS as error:
         raise ValueError(
             f"cannot load the model {config.name!r} from {folder}: {error}\n"
             "Give model.name as a Hugging Face name that can be reached, a folder with "

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from ckf.backbone import KNOWN_DOWNLOADS, locate_model
+from ckf.backbone import KNOWN_DOWNLOADS, READ_ERRORS, locate_model
 from ckf.patch import patch_model, patched_layers
 
 # Bytes of one weight of a linear; nf4: half a byte and an fp32 scale for 64 weights.
@@ -72,11 +72,11 @@ def read_config(name: str) -> PreTrainedConfig:
         raise ValueError(f"there is no {name}; give a folder with config.json, or the file itself")
     try:
         return AutoConfig.from_pretrained(str(path) if path.exists() else name, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except READ_ERRORS as error:
+        why = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"cannot read the config of {name!r}: {str(error).splitlines()[0]}\nGive a Hugging "
-            "Face name that can be reached from here, a folder with config.json, that file, or a "
-            ".gguf file"
+            f"cannot read the config of {name!r}: {why}\nGive a Hugging Face name that can be "
+            "reached from here, a folder with config.json, that file, or a .gguf file"
         ) from error
 
 

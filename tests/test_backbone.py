@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, FalconH1Config, RwkvConfig
 
 from ckf import backbone
+from ckf.config import ModelConfig
 from tests.tiny import FAMILIES, tiny_model
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
@@ -63,6 +64,14 @@ def test_another_process_that_was_faster_is_no_error(loads, tmp_path, monkeypatc
 
     monkeypatch.setattr(backbone.os, "replace", lost_the_race)
     assert backbone.unpacked(tmp_path, GGUF) == (str(tmp_path / "float32"), {})
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF" + bytes(40), b"<html>not found</html>"])
+def test_a_damaged_file_is_one_clear_error(tmp_path, content):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="cannot load the model '.*model.gguf'"):
+        backbone.load_backbone(ModelConfig(name=str(file)), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
