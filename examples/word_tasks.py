@@ -1,6 +1,6 @@
 """The same word, three tasks, three answers, in one batch; then one ordinary LoRA for each task.
 
-    python examples/word_tasks.py                  # SmolLM2-135M; about a minute on two CPU cores
+    python examples/word_tasks.py                  # SmolLM2-135M; 1.5 minutes on two CPU cores
     python examples/word_tasks.py --model NAME     # any causal LM, by name or folder
 
 The prompts do not say which task is meant: a row's task id does. The shared LoRA learns the form of
