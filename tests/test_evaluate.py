@@ -10,6 +10,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from ckf.run import load_run, train_run
+from ckf.scoring import Scorer
 from ckf.train import TrainStream
 from tests.ckf_fixtures import TASKS, quiet, small_config
 
@@ -244,3 +245,25 @@ def test_without_vectors_nothing_but_text_is_trained(small_model, prepared, tmp_
     assert not any(stream[p][1] for p in range(len(stream)))
     assert set(run.evaluate(quiet)["test"]) == set(TASKS)
     assert run.predict([{"task": "ctr", "user": "u1", "item": "i1"}])[0]["score"]
+
+
+def test_batches_hold_no_more_logits_than_fit(small_run, monkeypatch):
+    """A sentence of 65 positions over 262,144 words is 68 MB, whatever its prompt's tokens."""
+    parts, sizes = small_run.assembly, []
+    examples = parts.maker.examples("explain", "train")
+    rows = [e.row for e in examples]
+    prompts = [parts.batcher.encode(e, "train", vectors=True) for e in examples]
+    words = parts.model.backbone.config.vocab_size
+    columns = 1 + max(len(p.answer) for p in prompts)
+
+    def losses():
+        sizes.clear()
+        scorer = Scorer(parts, progress=sizes.append)
+        return scorer.losses(prompts, parts.data.user[rows], parts.data.history[rows])
+
+    free = losses()
+    assert max(sizes) > 2
+    monkeypatch.setattr("ckf.scoring.LOGITS_AT_ONCE", 2 * words * columns)
+    bounded = losses()
+    assert max(sizes) == 2 and sum(sizes) == len(rows)
+    np.testing.assert_allclose(bounded, free, rtol=1e-4, atol=1e-5)
