@@ -18,16 +18,12 @@ import torch
 from torch import Tensor
 
 from ckf.cf import CFVectors, fold_in_users
+from ckf.cf.blend import spread
 
 if TYPE_CHECKING:
     from ckf.data.prepared import PreparedData
 
 _ROWS_TO_SCALE_ON = 100_000  # of the train rows
-
-
-def spread(deviation: float) -> float:
-    """What to divide by; 1 where all is equal up to rounding, which says nothing of other rows."""
-    return deviation if deviation > 1e-6 else 1.0
 
 
 class MatchScores:
@@ -44,7 +40,7 @@ class MatchScores:
         train = np.flatnonzero(data.split == 0)
         rows = train[:: max(1, len(train) // _ROWS_TO_SCALE_ON)]
         raw = self._raw(data.user[rows], data.history[rows], data.item[rows])
-        self.mean, self.std = float(raw.mean()), spread(float(raw.std(correction=0)))
+        self.mean, self.std = float(raw.mean()), float(spread(float(raw.std(correction=0))))
 
     def __call__(self, users: np.ndarray, history: np.ndarray, items: Sequence[int]) -> Tensor:
         """Users (p,), -1 for a stranger, histories (p, h) padded with -1, items (p,): (p, 1)."""

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ckf.baselines import ITEM_PRIOR_OF_SUM, USER_PRIOR
 from ckf.batches import QuestionMaker, star
+from ckf.cf.blend import spread
 from ckf.data.prepared import PreparedData
-from ckf.match import MatchScores, spread
+from ckf.match import MatchScores
 from ckf.prompts import ANSWERS
 
 _MOST_CHOICES = 50_000  # rows x words that a regression is fitted on, evenly from all
@@ -59,7 +60,7 @@ class AnswerPrior:
         self.pairs, place = np.unique(user * data.n_items + item, return_inverse=True)
         self.by_pair = _sums(what, place, len(self.pairs))
         logs = np.log1p(self.by_item[0, item] - self.by_pair[0, place])
-        self.mean, self.std = logs.mean(), spread(logs.std())
+        self.mean, self.std = logs.mean(), float(spread(logs.std()))
         # by task (words, 5): weights of the features; one row for a list, whose words are places
         self.weights = {
             task: self._fit_list(maker) if task == "topk" else self._fit_words(data, task)

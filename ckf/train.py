@@ -207,19 +207,11 @@ class CKFTrainer(HalvedSteps, Trainer):
 
 def _groups(module: torch.nn.Module, lr: float, decay: float) -> list[dict]:
     """Parameters that train. Matrices decay; gates, biases and maps do not rest at 0."""
-    matrix = ("lora_A", "lora_B", "weight")
-    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-    own = [any(part in matrix for part in n.split(".")) for n, _ in named]
-    if not decay:
-        return [{"params": [p for _, p in named], "lr": lr, "weight_decay": 0.0}]
-    return [
-        {
-            "params": [p for (_, p), of in zip(named, own, strict=True) if of is decays],
-            "lr": lr,
-            "weight_decay": decay if decays else 0.0,
-        }
-        for decays in (True, False)
-    ]
+    matrices, parts = {"lora_A", "lora_B", "weight"}, {decay: [], 0.0: []}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            parts[0.0 if matrices.isdisjoint(name.split(".")) else decay].append(parameter)
+    return [{"params": p, "lr": lr, "weight_decay": own} for own, p in parts.items() if p]
 
 
 def training_arguments(config, folder: Path, device: torch.device) -> TrainingArguments:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ckf.baselines import (
@@ -107,8 +108,7 @@ def fit_blend(
         dots[fold == number] = _dots(refit(replace(data, split=split)), data, rows)
     known = regression_features(data, train, means, year, leave_out=True)[:, _USED]
     x = np.column_stack([known, dots])
-    centre, scale = x.mean(0), x.std(0)
-    scale[scale < 1e-9] = 1.0
+    centre, scale = x.mean(0), spread(x.std(0))
     weights, intercept = _logistic((x - centre) / scale, labels)
     weights = weights / scale
     bias = intercept - centre @ weights
@@ -132,6 +132,11 @@ def _dots(vectors: CFVectors, data: PreparedData, rows: np.ndarray) -> np.ndarra
     users = vectors.users[torch.from_numpy(data.user[rows].astype(np.int64))]
     items = vectors.items[torch.from_numpy(data.item[rows].astype(np.int64))]
     return (users[:, :-1] * items[:, :-1]).sum(1).double().numpy()
+
+
+def spread(deviations: ArrayLike) -> np.ndarray:
+    """What to divide by: 1 where all is equal up to rounding, which says nothing of other rows."""
+    return np.where(np.asarray(deviations) < 1e-9, 1.0, deviations)
 
 
 def _logistic(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
