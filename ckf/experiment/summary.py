@@ -1,13 +1,15 @@
 """What a record of an experiment says, as the paragraph and table that a README shows.
 
-    python -m ckf.experiment.summary benchmarks/results/ml-1m-collm.json
+    python -m ckf.experiment.summary benchmarks/results/ml-1m-collm.json [PAGE]
 
+PAGE: the page it will stand on, for its link to the record; README.md unless told.
 Every figure and every claim comes from the record, so the text can be made again and tested.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,23 +20,25 @@ from ckf.report_metrics import metric, number
 _COLUMNS = (("ctr", "auc"), ("ctr", "uauc"), ("topk", "mrr"), ("rating", "rmse"))
 
 
-def summary(record: Mapping, path: str) -> str:
+def summary(record: Mapping, path: str, page: str = "README.md") -> str:
     """Markdown: what was run, the table of cells and baselines, what is better and what is open.
 
-    record: as ``ckf report --record`` writes it; path: where it lies, for the link.
+    record: as ``ckf report --record`` writes it; path: where it lies, page: where the text will
+    stand (both from the repository's root), for the link.
     """
-    parts = [_what(record, path), _figures(record), _weights(record), _claims(record)]
+    link = Path(os.path.relpath(path, Path(page).parent)).as_posix()
+    parts = [_what(record, path, link), _figures(record), _weights(record), _claims(record)]
     return "\n\n".join(part for part in parts if part)
 
 
-def _what(record: Mapping, path: str) -> str:
+def _what(record: Mapping, path: str, link: str) -> str:
     counts = {len(f["seeds"]) for cell in record["cells"].values() for f in _entries(cell)}
     seeds = " or ".join(map(str, sorted(counts)))
     rows = ", ".join(f"{count:,} {task} rows" for task, count in record["rows"].items())
     said = (
         f"{record['model']['name']} on {', '.join(record['environment']['devices'])}, "
         f"{seeds} seed(s) a cell, {record['split']} split ({rows}); "
-        f"record [`{path}`]({path}). 95% intervals by bootstrap over users."
+        f"record [`{path}`]({link}). 95% intervals by bootstrap over users."
     )
     if record["runs_done"] < record["runs"]:
         said += f" **Not complete: {record['runs_done']} of {record['runs']} runs.**"
@@ -132,8 +136,8 @@ def _difference(entry: Mapping) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the summary of a record."""
-    (path,) = arguments if arguments is not None else sys.argv[1:]
-    print(summary(json.loads(Path(path).read_text(encoding="utf-8")), path))
+    path, *page = arguments if arguments is not None else sys.argv[1:]
+    print(summary(json.loads(Path(path).read_text(encoding="utf-8")), path, *page))
     return 0
 
 
