@@ -98,6 +98,8 @@ def test_a_page_says_what_its_record_says(file):
     path, page = file.relative_to(ROOT).as_posix(), PAGES.get(file.name, "README.md")
     expected = summary(json.loads(file.read_text()), path, page)
     said = (ROOT / page).read_text()
-    assert expected in said, f"put the output of python -m ckf.experiment.summary {path} {page} there"
+    assert expected in said, (
+        f"put the output of python -m ckf.experiment.summary {path} {page} there"
+    )
     (link,) = set(re.findall(r"\]\(([^)]*\.json)\)", expected))
     assert (ROOT / page).parent.joinpath(link).resolve() == file
