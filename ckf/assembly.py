@@ -1,9 +1,11 @@
 """Putting a run's parts together: data, CF vectors, backbone, prompts, meta-network."""
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ckf.backbone import check_reads_embeddings, load_backbone
@@ -20,8 +22,11 @@ from ckf.packing import attend_packed, packs_rows_right
 from ckf.patch import patch_model
 from ckf.prior import AnswerPrior
 from ckf.prompts import ANSWERS, PromptEncoder
+from ckf.titles import read_titles
 
 ONE_LORA = "all"  # the name of the only LoRA where lora.per_task is false
+_SECONDS_BETWEEN_LINES = 15
+Log = Callable[[str], None]
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
@@ -123,6 +128,21 @@ def load_base(config: RunConfig, device: torch.device) -> Loaded:
     if config.model.layers is not None:
         keep_layers(backbone, config.model.layers)
     return backbone, tokenizer
+
+
+def title_states(config: RunConfig, data: PreparedData, base: Loaded, log: Log = print) -> Tensor:
+    """All items' titles (I, width) as the unpatched backbone reads them."""
+    titles = [data.title(i) for i in range(data.n_items)]
+    log(f"reading {len(titles):,} titles with {config.model.name}")
+    said = time.monotonic()
+
+    def progress(done: int) -> None:
+        nonlocal said
+        if time.monotonic() - said > _SECONDS_BETWEEN_LINES:
+            said = time.monotonic()
+            log(f"{done:,} titles read")
+
+    return read_titles(*base, titles, config.prompt.item_word, progress)
 
 
 def keep_layers(backbone: PreTrainedModel, count: int) -> None:

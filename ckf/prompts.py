@@ -123,7 +123,7 @@ class PromptEncoder:
         known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)  # an id of 0 is as good as any
         self.filler = next(token for token in known if token is not None)
         self.end = self.filler if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-        self.start = self._start()
+        self.start = start_tokens(tokenizer)
         # Llama-2's kind puts a space before every text; only the first of a prompt shall have it
         self.adds_space = self._tokens("\nx") != self._tokens("\n") + self._tokens("x")
 
@@ -253,12 +253,6 @@ class PromptEncoder:
             self._cache[text, first] = tokens
         return tokens
 
-    def _start(self) -> list[int]:
-        """What the tokenizer puts before a text: a BOS token, several, or none."""
-        whole, bare = self.tokenizer("x").input_ids, self._tokens("x")
-        places = range(len(whole) - len(bare) + 1)
-        return next((whole[:i] for i in places if whole[i : i + len(bare)] == bare), [])
-
     def _tokens_inside(self, text: str) -> list[int]:
         """Tokens of a text that stands behind another: encoded with it, which is then taken off."""
         for before in _BEFORE:
@@ -269,8 +263,19 @@ class PromptEncoder:
         return self._tokens(text)
 
     def _tokens(self, text: str) -> list[int]:
-        # a review that spells out a control token gets its letters, not the token
-        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return plain_tokens(self.tokenizer, text)
+
+
+def plain_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of a text alone; one that spells out a control token gets its letters."""
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+
+def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before a text: a BOS token, several, or none."""
+    whole, bare = tokenizer("x").input_ids, plain_tokens(tokenizer, "x")
+    places = range(len(whole) - len(bare) + 1)
+    return next((whole[:i] for i in places if whole[i : i + len(bare)] == bare), [])
 
 
 @dataclass

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import set_seed
 
-from ckf.assembly import Assembly, assemble
+from ckf.assembly import Assembly, Loaded, assemble, load_base, title_states
 from ckf.backbone import locate_model, pick_device
 from ckf.batches import expected_stars
 from ckf.cf import CFVectors, fit_cf
@@ -230,10 +230,10 @@ def train_run(
                 if made:  # mended settings shall not meet what is left of the wrong ones
                     shutil.rmtree(folder)
                 raise
-            vectors, seconds = _vectors_of(config, folder, data, log)
+            base = cache(partial(_load_base, config, chosen, log))
+            vectors, seconds = _vectors_of(config, folder, data, base, log)
         set_seed(config.seed)
-        log(f"loading {config.model.name}")
-        assembly = assemble(config, data, vectors, chosen)
+        assembly = assemble(config, data, vectors, chosen, base())
         return train_or_load(assembly, folder, chosen, seconds, log)
 
 
@@ -348,13 +348,21 @@ def _data_of(config: RunConfig, folder: Path, path, prepared, log: Log) -> Prepa
     return data
 
 
-def _vectors_of(config: RunConfig, folder: Path, data: PreparedData, log: Log):
+def _load_base(config: RunConfig, device: torch.device, log: Log) -> Loaded:
+    log(f"loading {config.model.name}")
+    return load_base(config, device)
+
+
+def _vectors_of(
+    config: RunConfig, folder: Path, data: PreparedData, base: Callable[[], Loaded], log: Log
+):
     file = folder / VECTORS
     if file.exists():
         return _read_vectors(file), {}
-    log(f"fitting CF vectors ({config.cf.kind})")
     start = datetime.datetime.now()
-    vectors = fit_cf(replace(config.cf, seed=config.seed), data, log)
+    titles = title_states(config, data, base(), log) if config.cf.titles else None
+    log(f"fitting CF vectors ({config.cf.kind})")
+    vectors = fit_cf(replace(config.cf, seed=config.seed), data, log, titles)
     temporary = file.with_name(file.name + ".part")
     vectors.save(temporary)
     temporary.replace(file)

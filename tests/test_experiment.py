@@ -231,7 +231,7 @@ def test_the_cf_row_is_the_configs_own_model(finished, small_model, tmp_path, mo
     """Another LightGCN among the cells must not take the place of the config's."""
     fitted = []
 
-    def quick_fit(cf, data, log):
+    def quick_fit(cf, data, log, titles=None):
         fitted.append((cf.kind, cf.dim))
         return fit_cf(CFConfig(dim=2, epochs=1), data, log)
 
@@ -244,7 +244,7 @@ def test_the_cf_row_is_the_configs_own_model(finished, small_model, tmp_path, mo
     assert [name for name, _ in fitted] == ["lightgcn", "lightgcn", "mf"]  # none of them twice
     assert fitted[0][1] == 4 and fitted[1][1] == widths
     assert list(files) == ["lightgcn", "lightgcn-2", "mf"]
-    own = shared_vectors(config, tmp_path, data, quiet)
+    own = shared_vectors(config, tmp_path, data, None, quiet)
     assert files["lightgcn"] == own and len(set(files.values())) == 3
 
 

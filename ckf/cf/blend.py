@@ -1,13 +1,13 @@
-"""The CF model's score beside what simple means know, by a regression that sees no own label.
+"""The CF model's score beside what else is known of user and item, by a regression.
 
-    score = w . p_u . q_i + user part + item part + bias
+    score = w p_u . q_i + user part + item part + z_i . taste of the user + bias
 
-user part: mean of the user's train labels; item part: mean of the item's, log popularity, year. A
-logistic regression finds the weights on train rows. For a train row the means leave its own label
-out, and p . q comes from a model fitted without the row's fold; otherwise the regression, and the
-language model after it, would trust vectors that know the answer. Rows of one pair of user and item
-tell of one another: they are left out together. Those scores of train pairs are kept: training sees
-what it will meet on new rows.
+The regression (ckf.cf.effects) is fitted on train rows; an item's part and axes z_i come from its
+release year, its popularity and, with ``cf.titles``, its title as the language model reads it, so
+that an item without train rows has a score too. A train row is scored as if it were new, by a CF
+model and a regression fitted without the row's fold; otherwise the language model after it would
+trust scores that know the answer. Rows of one pair of user and item tell of one another: they are
+left out together. Those scores of train pairs are kept: training sees what new rows will show.
 """
 
 from __future__ import annotations
@@ -21,21 +21,14 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ckf.baselines import (
-    ITEM_PRIOR,
-    USER_PRIOR,
-    TrainMeans,
-    pair_numbers,
-    regression_features,
-    release_years,
-)
+from ckf.baselines import pair_numbers, release_years
+from ckf.cf.effects import Effects, ItemSide, Observations, fit_effects
 
 if TYPE_CHECKING:
     from ckf.cf.vectors import CFVectors
     from ckf.data.prepared import PreparedData
 
-_USED = [0, 1, 2, 4]  # of the features: item mean, user mean, log popularity, year
-_RIDGE = 1.0  # on weights of standardised features
+_TASTE_IN_YEARS = 0.35  # length of an axis; a title's axes have length 1 together
 _LEFT_OUT = 3  # a split that no model reads
 
 
@@ -43,12 +36,15 @@ _LEFT_OUT = 3  # a split that no model reads
 class Blend:
     """users (U,) and items (I,): what is added to ``weight`` x p . q; zero where nothing is known.
 
+    tastes (U, k) and axes (I, k): their product is added too.
     pairs (L,): user * n_items + item of the train rows, ascending; pair_scores (L,): their scores
     from without the pair. scalars (2,): weight and bias.
     """
 
     users: Tensor
     items: Tensor
+    tastes: Tensor
+    axes: Tensor
     pairs: Tensor
     pair_scores: Tensor
     scalars: Tensor
@@ -59,7 +55,11 @@ class Blend:
         if not tensors:
             return None
         count = len(tensors.get("pairs", ()))
+        if not {"tastes", "axes"} & tensors.keys():  # a file of before they were there
+            tensors |= {"tastes": torch.zeros(n_users, 0), "axes": torch.zeros(n_items, 0)}
+        width = tensors.get("axes", torch.empty(0)).shape[-1]
         expected = {"users": (n_users,), "items": (n_items,), "scalars": (2,)}
+        expected |= {"tastes": (n_users, width), "axes": (n_items, width)}
         expected |= {"pairs": (count,), "pair_scores": (count,)}
         found = {name: tuple(value.shape) for name, value in tensors.items()}
         if found != expected or tensors["pairs"].dtype != torch.int64:
@@ -72,6 +72,7 @@ class Blend:
         """Scores of pairs in the shape of both; dots: p . q of each, biases left out."""
         weight, bias = self.scalars
         scores = weight * dots + self.users[user_idx] + self.items[item_idx] + bias
+        scores = scores + (self.tastes[user_idx] * self.axes[item_idx]).sum(-1)
         if len(self.pairs) == 0:
             return scores
         wanted = user_idx * len(self.items) + item_idx
@@ -85,10 +86,16 @@ def fit_blend(
     refit: Callable[[PreparedData], CFVectors],
     folds: int,
     seed: int,
+    titles: Tensor | None = None,
 ) -> CFVectors:
-    """The vectors with a blend. refit: the same model, fitted on other data.
+    """The vectors with a blend.
 
-    Raises ValueError where the train rows have not both labels.
+    Args:
+        refit: the same model, fitted on other data.
+        titles: (I, c) principal components of the items' titles.
+
+    Raises:
+        ValueError: the train rows have not both labels.
     """
     train = np.flatnonzero((data.split == 0) & (data.label >= 0))
     labels = data.label[train].astype(np.float64)
@@ -97,7 +104,6 @@ def fit_blend(
             f"cf.blend is {folds}, but the train rows have not both labels, which its regression "
             "needs: set cf.blend to 0"
         )
-    means, year = TrainMeans.of(data, "label"), release_years(data)
     pair = pair_numbers(data, train)
     fold = np.random.default_rng([seed, 0xB1E2D]).permutation(pair.max() + 1)[pair] % folds
     dots = np.zeros(len(train))
@@ -106,26 +112,56 @@ def fit_blend(
         split = data.split.copy()
         split[rows] = _LEFT_OUT
         dots[fold == number] = _dots(refit(replace(data, split=split)), data, rows)
-    known = regression_features(data, train, means, year, leave_out=True)[:, _USED]
-    x = np.column_stack([known, dots])
-    centre, scale = x.mean(0), spread(x.std(0))
-    weights, intercept = _logistic((x - centre) / scale, labels)
-    weights = weights / scale
-    bias = intercept - centre @ weights
-    item_mean, popularity = means.item_mean(ITEM_PRIOR), np.log1p(means.item_count)
-    # what is unknown stands at zero, as in the vectors: its value belongs to the bias
-    nothing = np.array([means.mean, means.mean, 0.0, year[data.item[train]].mean()])
-    items = np.column_stack([item_mean, popularity, year]) - nothing[[0, 2, 3]]
-    keys = data.user[train].astype(np.int64) * data.n_items + data.item[train]
-    order = np.argsort(keys, kind="stable")
+    centre, scale = dots.mean(), float(spread(dots.std()))
+    seen = Observations(
+        users=torch.from_numpy(data.user[train].astype(np.int64)),
+        items=torch.from_numpy(data.item[train].astype(np.int64)),
+        dots=torch.from_numpy((dots - centre) / scale),
+        labels=torch.from_numpy(labels),
+    )
+    pair_scores = torch.zeros(len(train), dtype=torch.float64)
+    for number in range(folds):
+        new = torch.from_numpy(fold == number)
+        found, side = _fit(data, _of(seen, ~new), titles)
+        pair_scores[new] = found.logits(_of(seen, new), side)
+    found, side = _fit(data, seen, titles)
+    keys = seen.users * data.n_items + seen.items
+    order = torch.argsort(keys, stable=True)
+    weight, bias = found.scalars
     blend = Blend(
-        users=_tensor((means.user_mean(USER_PRIOR) - nothing[1]) * weights[1]),
-        items=_tensor((items @ weights[[0, 2, 3]]) * vectors.item_known.numpy()),
-        pairs=torch.from_numpy(keys[order]),
-        pair_scores=_tensor((x @ weights + bias)[order]),
-        scalars=_tensor(np.array([weights[4], bias + nothing @ weights[:4]])),
+        users=found.users.float(),
+        items=found.items.float(),
+        tastes=found.tastes.float(),
+        axes=side.axes.float(),
+        pairs=keys[order],
+        pair_scores=pair_scores[order].float(),
+        scalars=torch.stack([weight / scale, bias - weight * centre / scale]).float(),
     )
     return replace(vectors, blend=blend)
+
+
+def _fit(data: PreparedData, rows: Observations, titles: Tensor | None) -> tuple[Effects, ItemSide]:
+    side = _item_side(data, rows, titles)
+    return fit_effects(rows, side, data.n_users), side
+
+
+def _item_side(data: PreparedData, rows: Observations, titles: Tensor | None) -> ItemSide:
+    """Features and axes of all items; year and popularity standardised over the rows."""
+    count = torch.bincount(rows.items, minlength=data.n_items)
+    # an item that nobody saw counts as one seen once, which the regression has met
+    known = [torch.from_numpy(release_years(data)), count.clamp(min=1).double().log1p()]
+    known = torch.stack([value.double() for value in known], 1)  # (I, 2)
+    met = known[rows.items]
+    known = (known - met.mean(0)) / torch.from_numpy(spread(met.std(0, correction=0)))
+    if titles is None:
+        titles = torch.zeros(data.n_items, 0)
+    titles = titles.double()
+    features = torch.cat([titles, known, known.square() / 3], 1)
+    return ItemSide(features, torch.cat([titles, known * _TASTE_IN_YEARS], 1))
+
+
+def _of(rows: Observations, chosen: Tensor) -> Observations:
+    return Observations(*(values[chosen] for values in vars(rows).values()))
 
 
 def _dots(vectors: CFVectors, data: PreparedData, rows: np.ndarray) -> np.ndarray:
@@ -134,25 +170,20 @@ def _dots(vectors: CFVectors, data: PreparedData, rows: np.ndarray) -> np.ndarra
     return (users[:, :-1] * items[:, :-1]).sum(1).double().numpy()
 
 
+def principal_components(states: Tensor, count: int) -> Tensor:
+    """Principal components (I, count) float32 of states (I, width), of mean squared length 1.
+
+    Fewer where states or width are few. Signs are fixed, so that the same states give the same.
+    """
+    centred = states.double() - states.double().mean(0)
+    _, axes = torch.linalg.eigh(centred.T @ centred)  # ascending
+    axes = axes[:, -min(count, len(states)) :].flip(1)
+    largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
+    found = centred @ (axes * largest.sign())
+    length = found.square().sum(1).mean().sqrt()
+    return (found / length if length > 1e-9 else torch.zeros_like(found)).float()
+
+
 def spread(deviations: ArrayLike) -> np.ndarray:
     """What to divide by: 1 where all is equal up to rounding, which says nothing of other rows."""
     return np.where(np.asarray(deviations) < 1e-9, 1.0, deviations)
-
-
-def _logistic(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
-    """Weights and intercept of a logistic regression with a ridge on the weights, by Newton."""
-    design = np.column_stack([x, np.ones(len(x))])
-    ridge = np.diag([_RIDGE] * x.shape[1] + [0.0])
-    found = np.zeros(design.shape[1])
-    for _ in range(25):
-        p = 1 / (1 + np.exp(-np.clip(design @ found, -30, 30)))
-        slope = design.T @ (p - y) + ridge @ found
-        step = np.linalg.solve((design * (p * (1 - p))[:, None]).T @ design + ridge, slope)
-        found -= step
-        if np.abs(step).max() < 1e-8:
-            break
-    return found[:-1], float(found[-1])
-
-
-def _tensor(values: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ckf import metrics
-from ckf.cf.blend import fit_blend
+from ckf.cf.blend import fit_blend, principal_components
 from ckf.cf.models import LightGCNWithBiases, MatrixFactorisation
 from ckf.cf.vectors import CFVectors, fit_fold_in, load_vectors
 
@@ -31,10 +31,11 @@ class CFConfig:
     of each row. Where either is a list, every pair is tried and the best on valid kept.
     patience: epochs without a gain on valid before the best is taken. layers: propagation steps of
     LightGCN. users, items: files of vectors for kind "file". blend: folds, 2 or more, of the
-    regression that joins the model's score with item means, user means, popularity and release year
-    (ckf.cf.blend); 0 leaves the score alone. beside: models ("mf", "lightgcn") that an experiment
-    fits as rows of their own, without blend. weight_decay and batch_size None: what
-    suits the kind, 0.03 and 1024 for "mf", 0.005 and 4096 for "lightgcn".
+    regression that joins the model's score with what else is known of user and item
+    (ckf.cf.blend); 0 leaves the score alone. titles: principal components of the items' titles, as
+    the language model reads them, that the blend knows too; 0 for none. beside: models ("mf",
+    "lightgcn") that an experiment fits as rows of their own, without blend. weight_decay and
+    batch_size None: what suits the kind, 0.03 and 1024 for "mf", 0.005 and 4096 for "lightgcn".
     """
 
     kind: str = "mf"
@@ -49,6 +50,7 @@ class CFConfig:
     users: str | None = None
     items: str | None = None
     blend: int = 0
+    titles: int = 0
     beside: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -73,6 +75,12 @@ class CFConfig:
             raise ValueError(
                 f"cf.blend is {self.blend} and cf.kind {self.kind!r}; expected 2 folds or more of "
                 "a model that can be fitted again (mf, lightgcn), or 0"
+            )
+        _check("titles", self.titles, isinstance(self.titles, int), 0)
+        if self.titles and not self.blend:
+            raise ValueError(
+                f"cf.titles is {self.titles}, which only a blend reads: set cf.blend, for example "
+                "to 5, or cf.titles to 0"
             )
         _check("lr", self.lr, isinstance(self.lr, (int, float)), 1e-12)
         for name in ("dim", "weight_decay"):
@@ -123,31 +131,40 @@ class _Problem:
         return self.train.users[liked], self.train.items[liked]
 
 
-def fit_cf(config: CFConfig, data: PreparedData, log: Log = print) -> CFVectors:
+def fit_cf(
+    config: CFConfig, data: PreparedData, log: Log = print, titles: Tensor | None = None
+) -> CFVectors:
     """The CF vectors that the config asks for, with their fold-in. Same seed, same vectors.
 
     Only rows of the train split shape the vectors; valid rows choose the epoch and the width; test
     rows are never read.
+
+    titles: (I, width) the items' titles as the language model reads them
+    (ckf.titles.read_titles); needed where ``config.titles`` is not 0.
     """
     if config.kind == "mf":
-        return fit_mf(config, data, log)
+        return fit_mf(config, data, log, titles)
     if config.kind == "lightgcn":
-        return fit_lightgcn(config, data, log)
+        return fit_lightgcn(config, data, log, titles)
     vectors = load_vectors(config.users, config.items, data.n_users, data.n_items)
     log(f"cf file: {vectors.dim} dimensions, {int(vectors.user_known.sum())} users with a vector")
     return _with_fold_in(vectors, data)
 
 
-def fit_mf(config: CFConfig, data: PreparedData, log: Log = print) -> CFVectors:
+def fit_mf(
+    config: CFConfig, data: PreparedData, log: Log = print, titles: Tensor | None = None
+) -> CFVectors:
     """Matrix factorisation with biases: BCE on labels, MSE on ratings where there are no labels."""
 
     def build(problem: _Problem, dim: int, generator: torch.Generator):
         return MatrixFactorisation(problem.n_users, problem.n_items, dim, generator)
 
-    return _fit("mf", config, data, build, log)
+    return _fit("mf", config, data, build, log, titles)
 
 
-def fit_lightgcn(config: CFConfig, data: PreparedData, log: Log = print) -> CFVectors:
+def fit_lightgcn(
+    config: CFConfig, data: PreparedData, log: Log = print, titles: Tensor | None = None
+) -> CFVectors:
     """LightGCN over the liked train rows, with biases appended; needs torch_geometric."""
 
     def build(problem: _Problem, dim: int, generator: torch.Generator):
@@ -155,10 +172,22 @@ def fit_lightgcn(config: CFConfig, data: PreparedData, log: Log = print) -> CFVe
         sizes = problem.n_users, problem.n_items
         return LightGCNWithBiases(*sizes, dim, config.layers, *edges, generator)
 
-    return _fit("lightgcn", config, data, build, log)
+    return _fit("lightgcn", config, data, build, log, titles)
 
 
-def _fit(kind: str, config: CFConfig, data: PreparedData, build: Callable, log: Log) -> CFVectors:
+def _fit(
+    kind: str,
+    config: CFConfig,
+    data: PreparedData,
+    build: Callable,
+    log: Log,
+    titles: Tensor | None = None,
+) -> CFVectors:
+    if config.titles and (titles is None or len(titles) != data.n_items):
+        raise ValueError(
+            f"cf.titles is {config.titles}, so fit_cf needs titles ({data.n_items}, width), as "
+            "ckf.titles.read_titles gives them, or set cf.titles to 0"
+        )
     problem = _problem(data, config.seed)
     trials = config.trials()
     if len(trials) > 1 and len(problem.valid.users) == 0:
@@ -188,12 +217,13 @@ def _fit(kind: str, config: CFConfig, data: PreparedData, build: Callable, log: 
         bias=problem.bias,
     )
     if config.blend:
-        alone = replace(config, dim=chosen[0], weight_decay=chosen[1], blend=0)
+        alone = replace(config, dim=chosen[0], weight_decay=chosen[1], blend=0, titles=0)
 
         def refit(part: PreparedData) -> CFVectors:
             return _fit(kind, alone, part, build, lambda line: None)
 
-        vectors = fit_blend(vectors, data, refit, config.blend, config.seed)
+        kinds = principal_components(titles, config.titles) if config.titles else None
+        vectors = fit_blend(vectors, data, refit, config.blend, config.seed, kinds)
         _log_blend(vectors, problem.valid, log)
     return _with_fold_in(vectors, data)
 
@@ -202,7 +232,7 @@ def _log_blend(vectors: CFVectors, valid: _Rows, log: Log) -> None:
     if len(valid.users):
         scores = vectors.score(valid.users, valid.items)
         quality = metrics.auc(scores.numpy(), valid.targets.numpy())
-        log(f"cf {vectors.kind} with means and popularity: valid AUC {quality:.4f}")
+        log(f"cf {vectors.kind} in the blend: valid AUC {quality:.4f}")
 
 
 def _train(model, problem: _Problem, config: CFConfig, weight_decay: float, generator):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from ckf.assembly import Loaded, load_base
+from ckf.assembly import Loaded, load_base, title_states
 from ckf.cf import CFVectors, fit_cf
 from ckf.config import RunConfig, TaskRows
 from ckf.data.config import LISTS
@@ -95,18 +95,21 @@ def counted(config: RunConfig, data: PreparedData) -> RunConfig:
     return replace(config, tasks=tasks)
 
 
-def shared_vectors(config: RunConfig, out: Path, data: PreparedData, log: Log) -> Path:
+def shared_vectors(config: RunConfig, out: Path, data: PreparedData, base: Base, log: Log) -> Path:
     """The file of the CF vectors of these settings, fitted where it is not there yet."""
     own = asdict(config.cf) | {"beside": [], "seed": config.seed}  # other models change nothing
     settings = json.dumps(own, sort_keys=True)
     settings += json.dumps(data.manifest["files"], sort_keys=True)
+    if (
+        config.cf.titles
+    ):  # their model by its weights: a prepared folder may meet it at another path
+        settings += base.fingerprint(config) + config.prompt.item_word
     key = hashlib.sha256(settings.encode()).hexdigest()[:16]
     file = out / "cf" / f"{config.cf.kind}-{key}.safetensors"
     about, sources = file.with_suffix(".json"), _sources(config)
     if _whole(file, about, sources):
         return file
     file.parent.mkdir(parents=True, exist_ok=True)
-    log(f"fitting CF vectors ({config.cf.kind})")
     start = time.perf_counter()
     lines: list[str] = []
 
@@ -114,7 +117,11 @@ def shared_vectors(config: RunConfig, out: Path, data: PreparedData, log: Log) -
         lines.append(line)
         log(line)
 
-    vectors = fit_cf(replace(config.cf, seed=config.seed), data, note)
+    titles = None
+    if config.cf.titles:
+        titles = title_states(config, data, base.loaded(config), log)
+    log(f"fitting CF vectors ({config.cf.kind})")
+    vectors = fit_cf(replace(config.cf, seed=config.seed), data, note, titles)
     temporary = file.with_name(file.name + ".part")
     vectors.save(temporary)
     temporary.replace(file)
@@ -143,13 +150,25 @@ class Base:
         self.device, self.log = device, log
         self._config = self._loaded = None
 
-    def fresh(self, config: RunConfig) -> Loaded:
-        """An unpatched backbone and its tokenizer."""
+    def loaded(self, config: RunConfig) -> Loaded:
+        """The backbone that all copies are made of, and its tokenizer."""
         if self._loaded is None or self._config != config.model:
             self.log(f"loading {config.model.name}")
             self._loaded, self._config = load_base(config, self.device), config.model
-        backbone, tokenizer = self._loaded
+        return self._loaded
+
+    def fresh(self, config: RunConfig) -> Loaded:
+        """An unpatched backbone and its tokenizer."""
+        backbone, tokenizer = self.loaded(config)
         return copy.deepcopy(backbone), tokenizer
+
+    def fingerprint(self, config: RunConfig) -> str:
+        """The same for a model at any path and in float32 or bfloat16."""
+        backbone, _ = self.loaded(config)
+        some = backbone.get_input_embeddings().weight[:64].detach()
+        depth = backbone.config.get_text_config().num_hidden_layers
+        values = some.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
+        return hashlib.sha256(values).hexdigest() + f"-{depth}"
 
 
 def link(target: Path, at: Path) -> None:

@@ -241,7 +241,7 @@ class _Runner:
 
     def _vectors(self, config: RunConfig) -> Path:
         config = replace(config, seed=self.experiment.config.seed)  # the same for all seeds
-        return shared_vectors(config, self.experiment.out, self.whole, self.log)
+        return shared_vectors(config, self.experiment.out, self.whole, self.base, self.log)
 
     def _assemble(self, config: RunConfig) -> Assembly:
         vectors = read_vectors(self._vectors(config))
