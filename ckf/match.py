@@ -29,7 +29,7 @@ _ROWS_TO_SCALE_ON = 100_000  # of the train rows
 class MatchScores:
     """The CF model's score of a user and an item, of mean 0 and deviation 1 over the train rows.
 
-    Users without train rows are folded in.
+    Users without train rows are folded in; in a blend they have the items' part.
 
     Args:
         vectors: CF vectors before standardising.

@@ -226,12 +226,13 @@ def train_run(
             set_seed(config.seed)
             try:
                 data = _data_of(config, folder, data_path, prepared, log)
-            except Exception:
-                if made:  # mended settings shall not meet what is left of the wrong ones
+                base = cache(partial(_load_base, config, chosen, log))
+                vectors, seconds = _vectors_of(config, folder, data, base, log)
+            except Exception as error:
+                # mended settings shall not meet what is left of the wrong ones
+                if made and (isinstance(error, ValueError) or not (folder / "data").exists()):
                     shutil.rmtree(folder)
                 raise
-            base = cache(partial(_load_base, config, chosen, log))
-            vectors, seconds = _vectors_of(config, folder, data, base, log)
         set_seed(config.seed)
         assembly = assemble(config, data, vectors, chosen, base())
         return train_or_load(assembly, folder, chosen, seconds, log)

@@ -32,20 +32,37 @@ def read_titles(
         backbone: unpatched.
         word: what an item is called, ``prompt.item_word``.
         progress: told how many are read so far, of those that differ.
+
+    Raises:
+        ValueError: a state that is not finite.
     """
-    lead = start_tokens(tokenizer) + plain_tokens(tokenizer, _LEAD.format(word=word))
-    tail = plain_tokens(tokenizer, _TAIL)
     unique = list(dict.fromkeys(titles))
-    texts = [lead + plain_tokens(tokenizer, title)[:_MOST_TOKENS] + tail for title in unique]
+    texts = [title_tokens(tokenizer, title, word) for title in unique]
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    states = torch.empty(len(texts), backbone.config.get_text_config().hidden_size)
+    states = torch.empty(0)
     while order:
         length = len(texts[order[0]])  # texts of one length at once: nothing is padded
         batch = [i for i in order[: max(1, _TOKENS_AT_ONCE // length)] if len(texts[i]) == length]
         tokens = torch.tensor([texts[i] for i in batch], device=backbone.device)
-        found = backbone.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-        states[batch] = found[:, -1].float().cpu()
+        found = backbone.base_model(input_ids=tokens, use_cache=False)[0][:, -1].float().cpu()
+        if len(states) == 0:
+            states = torch.empty(len(texts), found.shape[1])
+        states[batch] = found
         order = order[len(batch) :]
         progress(len(texts) - len(order))
+    if not states.isfinite().all():
+        raise ValueError(
+            f"{type(backbone).__name__} in {backbone.dtype} reads some titles as NaN or infinite: "
+            "set model.dtype to float32 or bfloat16, or cf.titles to 0"
+        )
+    if len(unique) == len(titles):
+        return states
     place = {title: i for i, title in enumerate(unique)}
     return states[[place[title] for title in titles]]
+
+
+def title_tokens(tokenizer: PreTrainedTokenizerBase, title: str, word: str = "item") -> list[int]:
+    """What the model reads of a title, at most 64 tokens of it."""
+    lead = start_tokens(tokenizer) + plain_tokens(tokenizer, _LEAD.format(word=word))
+    shown = plain_tokens(tokenizer, title)[:_MOST_TOKENS]
+    return lead + shown + plain_tokens(tokenizer, _TAIL)

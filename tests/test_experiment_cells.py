@@ -301,12 +301,13 @@ def test_switches_that_do_not_fit_together_are_named(small_model, changes, words
 
 
 def test_cf_models_alone_are_plain_and_chosen_on_valid(base):
-    cf = replace(base.cf, blend=4, beside=["mf", "lightgcn"])
+    cf = replace(base.cf, blend=4, titles=8, beside=["mf", "lightgcn"])
     mf, lightgcn = cf_alone(replace(base, cf=cf))
     assert [cf_name(c) for c in (replace(base, cf=cf), mf, lightgcn)] == [
         "mf-blend",
         "mf",
         "lightgcn",
     ]
-    assert mf.cf == replace(base.cf, blend=0, beside=[]) and lightgcn.cf.blend == 0
+    assert mf.cf == replace(base.cf, blend=0, titles=0, beside=[])
+    assert lightgcn.cf.blend == lightgcn.cf.titles == 0
     assert (min(lightgcn.cf.dim), max(lightgcn.cf.dim)) == (8, 256)

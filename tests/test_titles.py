@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from ckf.cf import CFConfig, CFVectors, fit_cf
+from ckf.cf import CFConfig, CFVectors, blend, fit_cf
 from ckf.cf.blend import principal_components
 from ckf.data.prepared import load_prepared
 from ckf.experiment.parts import Base, shared_vectors
@@ -24,25 +24,30 @@ from tests.tiny import tiny_model
 
 
 def tiny(family, tokenizer):
-    model = tiny_model(family)
+    if family == "opt, projected":
+        config = tiny_model("opt").config
+        config.word_embed_proj_dim = 16
+        model = AutoModelForCausalLM.from_config(config).eval()
+    else:
+        model = tiny_model(family)
     model.resize_token_embeddings(len(tokenizer))
     return model
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "opt"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "opt", "opt, projected"])
 def test_every_title_is_read_as_if_alone(family, tokenizer):
     model = tiny(family, tokenizer)
     titles = ["Heat", "The Long Good Friday", "", "Heat", "It"]
     counts = []
     found = read_titles(model, tokenizer, titles, "movie", counts.append)
-    assert found.shape == (5, 32) and found.dtype == torch.float32
+    assert found.shape == (5, 16 if "projected" in family else 32) and found.dtype == torch.float32
     assert counts == sorted(counts) and counts[-1] == 4  # "Heat" is read once
     for title, state in zip(titles, found, strict=True):
         tokens = start_tokens(tokenizer)
         for part in ('The movie "', title, '" is of the genre'):
             tokens = tokens + plain_tokens(tokenizer, part)
-        hidden = model(torch.tensor([tokens]), output_hidden_states=True).hidden_states[-1]
-        assert torch.allclose(state, hidden[0, -1], atol=1e-5)
+        logits = model(torch.tensor([tokens])).logits[0, -1]  # of the state behind the last token
+        assert torch.allclose(model.lm_head(state), logits, atol=1e-5)
     assert torch.equal(found[0], found[3]) and not torch.equal(found[0], found[1])
 
 
@@ -52,8 +57,11 @@ def test_a_long_title_is_cut(tokenizer):
     assert torch.equal(found[0], found[1])
 
 
-def test_components_are_the_principal_ones():
-    states = torch.randn(50, 8, generator=torch.Generator().manual_seed(0)) @ torch.randn(8, 8)
+@pytest.mark.parametrize("at_once", [7, 100])
+def test_components_are_the_principal_ones(monkeypatch, at_once):
+    monkeypatch.setattr(blend, "_STATES_AT_ONCE", at_once)
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(50, 8, generator=generator) @ torch.randn(8, 8, generator=generator) + 3
     found = principal_components(states, 3)
     centred = states.double() - states.double().mean(0)
     left, size, _ = torch.linalg.svd(centred, full_matrices=False)
@@ -64,11 +72,17 @@ def test_components_are_the_principal_ones():
     assert torch.allclose(found, principal_components(states.flip(1) * 3, 3), atol=1e-5)
 
 
-@pytest.mark.parametrize("states", [torch.ones(4, 3), torch.ones(1, 3), torch.randn(2, 3)])
-def test_few_or_equal_titles_have_components_too(states):
-    found = principal_components(states, 5)
-    assert len(found) == len(states) and found.shape[1] <= 3
-    assert found.isfinite().all()
+def test_equal_titles_have_components_of_zero():
+    assert torch.equal(principal_components(torch.ones(4, 3), 2), torch.zeros(4, 2))
+    with pytest.raises(ValueError, match="cf.titles is 4, but 9 titles of width 3 have 3"):
+        principal_components(torch.ones(9, 3), 4)
+
+
+def test_states_that_are_not_finite_are_named(tokenizer):
+    model = tiny("llama", tokenizer).half()
+    torch.nn.init.constant_(model.model.norm.weight, 65_000)
+    with pytest.raises(ValueError, match="in torch.float16 reads some titles as NaN or infinite"):
+        read_titles(model, tokenizer, ["Heat", "It"])
 
 
 def by_kind(seed=0, n_users=120, n_items=80):
@@ -130,7 +144,9 @@ def test_mistakes_are_named(kinds):
         CFConfig(titles=4)
     with pytest.raises(ValueError, match="cf.titles is -1"):
         CFConfig(titles=-1, blend=5)
-    for wrong in (None, states[:-1]):
+    with pytest.raises(ValueError, match="cf.titles is 1.5, expected a whole number"):
+        CFConfig(titles=1.5, blend=5)
+    for wrong in (None, states[:-1], states[:, 0]):
         with pytest.raises(ValueError, match=r"needs titles \(80, width\).*read_titles"):
             fit_cf(CFConfig(**SMALL, titles=2), data, quiet, wrong)
 

@@ -22,19 +22,21 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ckf.baselines import pair_numbers, release_years
-from ckf.cf.effects import Effects, ItemSide, Observations, fit_effects
+from ckf.cf.effects import ItemSide, Observations, fit_effects
 
 if TYPE_CHECKING:
     from ckf.cf.vectors import CFVectors
     from ckf.data.prepared import PreparedData
 
 _TASTE_IN_YEARS = 0.35  # length of an axis; a title's axes have length 1 together
+REGRESSION = 2  # the regression's version: scores of another are not these
+_STATES_AT_ONCE = 65_536
 _LEFT_OUT = 3  # a split that no model reads
 
 
 @dataclass(frozen=True)
 class Blend:
-    """users (U,) and items (I,): what is added to ``weight`` x p . q; zero where nothing is known.
+    """users (U,) and items (I,): what is added to ``weight`` x p . q; zero for unknown users.
 
     tastes (U, k) and axes (I, k): their product is added too.
     pairs (L,): user * n_items + item of the train rows, ascending; pair_scores (L,): their scores
@@ -119,12 +121,18 @@ def fit_blend(
         dots=torch.from_numpy((dots - centre) / scale),
         labels=torch.from_numpy(labels),
     )
+    if titles is None:
+        titles = torch.zeros(data.n_items, 0)
+    years = torch.from_numpy(release_years(data)).double()
     pair_scores = torch.zeros(len(train), dtype=torch.float64)
     for number in range(folds):
         new = torch.from_numpy(fold == number)
-        found, side = _fit(data, _of(seen, ~new), titles)
-        pair_scores[new] = found.logits(_of(seen, new), side)
-    found, side = _fit(data, seen, titles)
+        others = _chosen(seen, ~new)
+        side = _item_side(others, years, titles.double())
+        found = fit_effects(others, side, data.n_users)
+        pair_scores[new] = found.logits(_chosen(seen, new), side)
+    side = _item_side(seen, years, titles.double())
+    found = fit_effects(seen, side, data.n_users)
     keys = seen.users * data.n_items + seen.items
     order = torch.argsort(keys, stable=True)
     weight, bias = found.scalars
@@ -140,28 +148,20 @@ def fit_blend(
     return replace(vectors, blend=blend)
 
 
-def _fit(data: PreparedData, rows: Observations, titles: Tensor | None) -> tuple[Effects, ItemSide]:
-    side = _item_side(data, rows, titles)
-    return fit_effects(rows, side, data.n_users), side
-
-
-def _item_side(data: PreparedData, rows: Observations, titles: Tensor | None) -> ItemSide:
+def _item_side(rows: Observations, years: Tensor, titles: Tensor) -> ItemSide:
     """Features and axes of all items; year and popularity standardised over the rows."""
-    count = torch.bincount(rows.items, minlength=data.n_items)
+    count = torch.bincount(rows.items, minlength=len(years))
     # an item that nobody saw counts as one seen once, which the regression has met
-    known = [torch.from_numpy(release_years(data)), count.clamp(min=1).double().log1p()]
-    known = torch.stack([value.double() for value in known], 1)  # (I, 2)
+    known = torch.stack([years, count.clamp(min=1).double().log1p()], 1)  # (I, 2)
     met = known[rows.items]
+    known = known.clamp(met.min(0).values, met.max(0).values)  # a parabola goes far beyond
     known = (known - met.mean(0)) / torch.from_numpy(spread(met.std(0, correction=0)))
-    if titles is None:
-        titles = torch.zeros(data.n_items, 0)
-    titles = titles.double()
     features = torch.cat([titles, known, known.square() / 3], 1)
     return ItemSide(features, torch.cat([titles, known * _TASTE_IN_YEARS], 1))
 
 
-def _of(rows: Observations, chosen: Tensor) -> Observations:
-    return Observations(*(values[chosen] for values in vars(rows).values()))
+def _chosen(rows: Observations, mask: Tensor) -> Observations:
+    return Observations(*(values[mask] for values in vars(rows).values()))
 
 
 def _dots(vectors: CFVectors, data: PreparedData, rows: np.ndarray) -> np.ndarray:
@@ -173,13 +173,24 @@ def _dots(vectors: CFVectors, data: PreparedData, rows: np.ndarray) -> np.ndarra
 def principal_components(states: Tensor, count: int) -> Tensor:
     """Principal components (I, count) float32 of states (I, width), of mean squared length 1.
 
-    Fewer where states or width are few. Signs are fixed, so that the same states give the same.
+    Signs are fixed, so that the same states give the same.
+
+    Raises:
+        ValueError: more components than states or their width have.
     """
-    centred = states.double() - states.double().mean(0)
-    _, axes = torch.linalg.eigh(centred.T @ centred)  # ascending
-    axes = axes[:, -min(count, len(states)) :].flip(1)
+    if count > min(states.shape):
+        raise ValueError(
+            f"cf.titles is {count}, but {len(states)} titles of width {states.shape[1]} have "
+            f"{min(states.shape)} components: lower it"
+        )
+    mean = states.mean(0, dtype=torch.float64)
+    parts = states.split(_STATES_AT_ONCE)
+    spreads = sum((part - mean).T @ (part - mean) for part in parts)
+    _, axes = torch.linalg.eigh(spreads)  # ascending
+    axes = axes[:, -count:].flip(1)
     largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
-    found = centred @ (axes * largest.sign())
+    axes = axes * largest.sign()
+    found = torch.cat([(part - mean) @ axes for part in parts])
     length = found.square().sum(1).mean().sqrt()
     return (found / length if length > 1e-9 else torch.zeros_like(found)).float()
 

@@ -88,7 +88,7 @@ class CFConfig:
                 raise ValueError(f"cf.{name} is an empty list, expected at least one value")
         for dim, weight_decay in self.trials():
             _check("dim", dim, isinstance(dim, int), 1)
-            _check("weight_decay", weight_decay, isinstance(weight_decay, (int, float)), 0)
+            _check("weight_decay", weight_decay, isinstance(weight_decay, (int, float)), 0.0)
 
     def trials(self) -> list[tuple[int, float]]:
         """The pairs of dim and weight_decay to try."""
@@ -183,7 +183,7 @@ def _fit(
     log: Log,
     titles: Tensor | None = None,
 ) -> CFVectors:
-    if config.titles and (titles is None or len(titles) != data.n_items):
+    if config.titles and (titles is None or titles.ndim != 2 or len(titles) != data.n_items):
         raise ValueError(
             f"cf.titles is {config.titles}, so fit_cf needs titles ({data.n_items}, width), as "
             "ckf.titles.read_titles gives them, or set cf.titles to 0"
@@ -222,8 +222,8 @@ def _fit(
         def refit(part: PreparedData) -> CFVectors:
             return _fit(kind, alone, part, build, lambda line: None)
 
-        kinds = principal_components(titles, config.titles) if config.titles else None
-        vectors = fit_blend(vectors, data, refit, config.blend, config.seed, kinds)
+        components = principal_components(titles, config.titles) if config.titles else None
+        vectors = fit_blend(vectors, data, refit, config.blend, config.seed, components)
         _log_blend(vectors, problem.valid, log)
     return _with_fold_in(vectors, data)
 
@@ -339,5 +339,5 @@ def _with_fold_in(vectors: CFVectors, data: PreparedData) -> CFVectors:
 
 def _check(name: str, value, right_type: bool, least: float) -> None:
     if isinstance(value, bool) or not right_type or value < least:
-        kind = "a whole number" if least == 1 else "a number"
+        kind = "a whole number" if isinstance(least, int) else "a number"
         raise ValueError(f"cf.{name} is {value!r}, expected {kind} of at least {least}")

@@ -39,8 +39,8 @@ class CFVectors:
     "lightgcn", "file"). ``score_form`` says how `score` works: "biased_dot" (last dimension = bias,
     plus the global ``bias``), "dot", or "none" (after `standardised`). fold_in (I, d) and
     fold_in_offset (d,) place a user without train rows by the items in the history (see
-    `fold_in_users`); None until `fit_fold_in` ran. blend: replaces the biases in the score, see
-    ckf.cf.blend; the vectors keep their own.
+    `fold_in_users`); None until `fit_fold_in` ran. blend: what the score has beside p . q in place
+    of the biases, see ckf.cf.blend; the vectors keep their own.
     """
 
     users: Tensor | MappedTable

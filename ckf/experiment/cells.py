@@ -197,7 +197,7 @@ COMPARISONS = (
     ("ckf", "=cf", "the LLM adds to the CF model"),
     ("ckf", "=item_user_mean", "better than item and user means"),
     ("ckf", "=logistic_regression", "better than a regression on means"),
-    ("=cf", "=cf-mf", "means and popularity beside the CF score help"),
+    ("=cf", "=cf-mf", "what else is known beside the CF score helps"),
     ("ckf-match", "ckf", "showing the CF score helps"),
     ("ckf-match", "text", "all of it with the CF score helps"),
     ("ckf-match", "=cf", "with the score shown, the LLM adds to it"),

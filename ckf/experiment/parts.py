@@ -17,9 +17,11 @@ from safetensors import SafetensorError
 
 from ckf.assembly import Loaded, load_base, title_states
 from ckf.cf import CFVectors, fit_cf
+from ckf.cf.blend import REGRESSION
 from ckf.config import RunConfig, TaskRows
 from ckf.data.config import LISTS
 from ckf.data.prepared import MANIFEST, PreparedData, file_sha256, load_prepared
+from ckf.titles import title_tokens
 
 Log = Callable[[str], None]
 SHARED_FOLDERS = ("data", "cf", "prompts")
@@ -98,11 +100,13 @@ def counted(config: RunConfig, data: PreparedData) -> RunConfig:
 def shared_vectors(config: RunConfig, out: Path, data: PreparedData, base: Base, log: Log) -> Path:
     """The file of the CF vectors of these settings, fitted where it is not there yet."""
     own = asdict(config.cf) | {"beside": [], "seed": config.seed}  # other models change nothing
+    if config.cf.blend:
+        own["regression"] = REGRESSION
+    if not own["titles"]:
+        del own["titles"]
     settings = json.dumps(own, sort_keys=True)
     settings += json.dumps(data.manifest["files"], sort_keys=True)
-    if (
-        config.cf.titles
-    ):  # their model by its weights: a prepared folder may meet it at another path
+    if config.cf.titles:
         settings += base.fingerprint(config) + config.prompt.item_word
     key = hashlib.sha256(settings.encode()).hexdigest()[:16]
     file = out / "cf" / f"{config.cf.kind}-{key}.safetensors"
@@ -148,13 +152,14 @@ class Base:
 
     def __init__(self, device: torch.device, log: Log) -> None:
         self.device, self.log = device, log
-        self._config = self._loaded = None
+        self._config = self._loaded = self._fingerprint = None
 
     def loaded(self, config: RunConfig) -> Loaded:
         """The backbone that all copies are made of, and its tokenizer."""
         if self._loaded is None or self._config != config.model:
             self.log(f"loading {config.model.name}")
             self._loaded, self._config = load_base(config, self.device), config.model
+            self._fingerprint = None
         return self._loaded
 
     def fresh(self, config: RunConfig) -> Loaded:
@@ -163,18 +168,35 @@ class Base:
         return copy.deepcopy(backbone), tokenizer
 
     def fingerprint(self, config: RunConfig) -> str:
-        """The same for a model at any path and in float32 or bfloat16."""
-        backbone, _ = self.loaded(config)
-        some = backbone.get_input_embeddings().weight[:64].detach()
-        depth = backbone.config.get_text_config().num_hidden_layers
-        values = some.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
-        return hashlib.sha256(values).hexdigest() + f"-{depth}"
+        """Of what reads a title: the same at any path and in float32 or bfloat16.
+
+        A few values of every parameter, and the tokens of a text.
+        """
+        backbone, tokenizer = self.loaded(config)
+        if self._fingerprint is not None:
+            return self._fingerprint
+        found = hashlib.sha256(str(title_tokens(tokenizer, "Heat (1995)")).encode())
+        for parameter in backbone.base_model.parameters():
+            values = parameter.detach().flatten()
+            some = values[:: max(1, len(values) // 64)].to("cpu", torch.bfloat16)
+            found.update(some.view(torch.int16).numpy().tobytes())
+        self._fingerprint = found.hexdigest()
+        return self._fingerprint
 
 
 def link(target: Path, at: Path) -> None:
-    """A relative link, so that the experiment's folder can be moved."""
+    """A relative link, so that the experiment's folder can be moved.
+
+    Raises ValueError where there is one to another place.
+    """
+    wanted = Path("../../..") / target
+    if at.is_symlink() and at.readlink() != wanted:
+        raise ValueError(
+            f"{at.parent} was begun with {at.readlink().name}, which is {wanted.name} by now: "
+            "remove that folder, and the cell starts anew"
+        )
     if not at.is_symlink() and not at.exists():
-        at.symlink_to(Path("../../..") / target, target_is_directory=target.suffix == "")
+        at.symlink_to(wanted, target_is_directory=target.suffix == "")
 
 
 def _sources(config: RunConfig) -> dict[str, str]:

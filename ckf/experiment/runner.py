@@ -159,20 +159,22 @@ class _Runner:
     def vector_files(self) -> dict[str, Path]:
         """The CF vectors of every CF setting among the cells, the config's own first.
 
-        Then the models of ``cf.beside``, which need what no run needs: one that cannot be imported
-        is left out. A further setting of a kind that has its name already is <name>-2.
+        Then those of ``cf.beside``. One after the config's own that cannot be imported is left
+        out. A further setting of a kind that has its name already is <name>-2.
         """
         configs = [self.experiment.config]
         configs += [cell_config(self.experiment.config, c, 0) for c in self.experiment.cells]
+        configs += cf_alone(self.experiment.config)
         files: dict[str, Path] = {}
-        for config in configs:
-            if config.cf not in [c.cf for c in configs[: configs.index(config)]]:
-                self._add_vectors(files, config)
-        for config in cf_alone(self.experiment.config):
+        for number, config in enumerate(configs):
+            if config.cf in [c.cf for c in configs[:number]]:
+                continue
             try:
                 self._add_vectors(files, config)
             except ImportError as error:
-                self.log(f"no row of {config.cf.kind} alone: {error}")
+                if number == 0:
+                    raise
+                self.log(f"no row of {config.cf.kind}: {error}")
         return files
 
     def _add_vectors(self, files: dict[str, Path], config: RunConfig) -> None:
@@ -204,7 +206,7 @@ class _Runner:
             start = time.perf_counter()
             try:
                 self._run(cell, seed)
-            except (ValueError, torch.OutOfMemoryError) as error:
+            except (ValueError, ImportError, torch.OutOfMemoryError) as error:
                 self.experiment.failed[f"{cell.name} seed {seed}"] = str(error)
                 self.log(f"failed: {error}")
             self.seconds.append(time.perf_counter() - start)
