@@ -1,14 +1,12 @@
 """Putting a run's parts together: data, CF vectors, backbone, prompts, meta-network."""
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from ckf.backbone import check_reads_embeddings, load_backbone
+from ckf.backbone import check_reads_embeddings
+from ckf.base_model import Loaded, load_base
 from ckf.batches import Collator, QuestionMaker, RowBatcher, VectorLookup
 from ckf.cf import CFVectors
 from ckf.config import RunConfig
@@ -22,12 +20,8 @@ from ckf.packing import attend_packed, packs_rows_right
 from ckf.patch import patch_model
 from ckf.prior import AnswerPrior
 from ckf.prompts import ANSWERS, PromptEncoder
-from ckf.titles import read_titles
 
 ONE_LORA = "all"  # the name of the only LoRA where lora.per_task is false
-_SECONDS_BETWEEN_LINES = 15
-Log = Callable[[str], None]
-Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 @dataclass
@@ -120,51 +114,6 @@ def assemble(
         RowBatcher(maker, encoder, collator),
         packed,
     )
-
-
-def load_base(config: RunConfig, device: torch.device) -> Loaded:
-    """The frozen, unpatched backbone, cut to ``model.layers``, and its tokenizer."""
-    backbone, tokenizer = load_backbone(config.model, device)
-    if config.model.layers is not None:
-        keep_layers(backbone, config.model.layers)
-    return backbone, tokenizer
-
-
-def title_states(config: RunConfig, data: PreparedData, base: Loaded, log: Log = print) -> Tensor:
-    """All items' titles (I, width) as the unpatched backbone reads them."""
-    titles = [data.title(i) for i in range(data.n_items)]
-    log(f"reading {len(titles):,} titles with {config.model.name}")
-    said = time.monotonic()
-
-    def progress(done: int) -> None:
-        nonlocal said
-        if time.monotonic() - said > _SECONDS_BETWEEN_LINES:
-            said = time.monotonic()
-            log(f"{done:,} titles read")
-
-    return read_titles(*base, titles, config.prompt.item_word, progress)
-
-
-def keep_layers(backbone: PreTrainedModel, count: int) -> None:
-    """Keep the first ``count`` decoder layers. Raises ValueError where there are fewer."""
-    config = backbone.config.get_text_config()
-    depth = config.num_hidden_layers
-    lists = [
-        (parent, name, child)
-        for parent in backbone.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, nn.ModuleList) and len(child) == depth
-    ]
-    if len(lists) != 1 or count > depth:
-        raise ValueError(
-            f"model.layers is {count}, but this model has {depth} decoder layers in {len(lists)} "
-            f"list(s); give 1 to {depth}, or leave it out"
-        )
-    parent, name, layers = lists[0]
-    setattr(parent, name, layers[:count])
-    config.num_hidden_layers = count
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:count]
 
 
 def _vector_parts(config: RunConfig, data, vectors, backbone, encoder: PromptEncoder):

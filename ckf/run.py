@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +23,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import set_seed
 
-from ckf.assembly import Assembly, Loaded, assemble, load_base, title_states
+from ckf.assembly import Assembly, assemble
 from ckf.backbone import locate_model, pick_device
+from ckf.base_model import Base
 from ckf.batches import expected_stars
 from ckf.cf import CFVectors, fit_cf
 from ckf.config import RunConfig, load_config, write_config
@@ -226,7 +227,7 @@ def train_run(
             set_seed(config.seed)
             try:
                 data = _data_of(config, folder, data_path, prepared, log)
-                base = cache(partial(_load_base, config, chosen, log))
+                base = Base(chosen, log)
                 vectors, seconds = _vectors_of(config, folder, data, base, log)
             except Exception as error:
                 # mended settings shall not meet what is left of the wrong ones
@@ -234,7 +235,7 @@ def train_run(
                     shutil.rmtree(folder)
                 raise
         set_seed(config.seed)
-        assembly = assemble(config, data, vectors, chosen, base())
+        assembly = assemble(config, data, vectors, chosen, base.loaded(config))
         return train_or_load(assembly, folder, chosen, seconds, log)
 
 
@@ -349,19 +350,12 @@ def _data_of(config: RunConfig, folder: Path, path, prepared, log: Log) -> Prepa
     return data
 
 
-def _load_base(config: RunConfig, device: torch.device, log: Log) -> Loaded:
-    log(f"loading {config.model.name}")
-    return load_base(config, device)
-
-
-def _vectors_of(
-    config: RunConfig, folder: Path, data: PreparedData, base: Callable[[], Loaded], log: Log
-):
+def _vectors_of(config: RunConfig, folder: Path, data: PreparedData, base: Base, log: Log):
     file = folder / VECTORS
     if file.exists():
         return _read_vectors(file), {}
     start = datetime.datetime.now()
-    titles = title_states(config, data, base(), log) if config.cf.titles else None
+    titles = base.titles(config, data) if config.cf.titles else None
     log(f"fitting CF vectors ({config.cf.kind})")
     vectors = fit_cf(replace(config.cf, seed=config.seed), data, log, titles)
     temporary = file.with_name(file.name + ".part")

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from ckf.assembly import assemble, keep_layers
+from ckf.assembly import assemble
+from ckf.base_model import keep_layers
 from ckf.match import MatchScores
 from ckf.metanet import MetaNetwork
 from ckf.prompts import match_slot, matched_item

@@ -10,10 +10,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from ckf.base_model import Base
 from ckf.cf import CFConfig, CFVectors, blend, fit_cf
 from ckf.cf.blend import principal_components
 from ckf.data.prepared import load_prepared
-from ckf.experiment.parts import Base, shared_vectors
+from ckf.experiment.parts import shared_vectors
 from ckf.metrics import auc
 from ckf.prompts import plain_tokens, start_tokens
 from ckf.run import train_run
@@ -151,17 +152,18 @@ def test_mistakes_are_named(kinds):
             fit_cf(CFConfig(**SMALL, titles=2), data, quiet, wrong)
 
 
-def test_a_run_reads_titles_by_itself(small_model, raw_data, tmp_path):
+@pytest.mark.parametrize("layers", [None, 1])
+def test_a_run_reads_titles_by_itself(small_model, raw_data, tmp_path, layers):
     config = small_config(
         small_model, train__steps=2, train__save_every=1, train__schedule="joint",
         tasks={"ctr": {"train": 40, "valid": 10, "test": 20}}, metanet__match="prior",
-        cf={"dim": 4, "epochs": 3, "blend": 2, "titles": 3}, data__history=6,
+        cf={"dim": 4, "epochs": 3, "blend": 2, "titles": 3}, model__layers=layers,
     )  # fmt: skip
     lines: list[str] = []
     run = train_run(config, tmp_path / "run", str(raw_data), device="cpu", log=lines.append)
     data = run.assembly.data
     assert f"reading {data.n_items} titles with {small_model}" in lines
-    assert lines.count(f"loading {small_model}") == 1
+    assert lines.count(f"loading {small_model}") == (1 if layers is None else 2)
     model = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32)
     titles = [data.title(i) for i in range(data.n_items)]
     axes = principal_components(read_titles(model, run.assembly.tokenizer, titles), 3)
@@ -181,7 +183,7 @@ def test_an_experiments_vectors_belong_to_the_model_that_read_the_titles(
 
     def vectors(model, **changes):
         config = small_config(model, cf=cf, **changes)
-        return shared_vectors(config, tmp_path, data, Base(torch.device("cpu"), quiet), read.append)
+        return shared_vectors(config, tmp_path, data, Base(torch.device("cpu"), read.append), quiet)
 
     def count():
         return len([line for line in read if line.startswith("reading")])
@@ -189,9 +191,9 @@ def test_an_experiments_vectors_belong_to_the_model_that_read_the_titles(
     own = vectors(small_model)
     elsewhere = shutil.copytree(small_model, tmp_path / "elsewhere")
     assert vectors(elsewhere, model__dtype="bfloat16") == own and count() == 1
-    assert vectors(small_model, model__layers=1) != own and count() == 2
-    assert vectors(small_model, prompt__item_word="album") != own and count() == 3
+    assert vectors(small_model, model__layers=1) == own and count() == 1  # all layers read
+    assert vectors(small_model, prompt__item_word="album") != own and count() == 2
     other = AutoModelForCausalLM.from_pretrained(elsewhere)
     torch.nn.init.normal_(other.get_input_embeddings().weight)
     other.save_pretrained(elsewhere)
-    assert vectors(elsewhere) != own and count() == 4
+    assert vectors(elsewhere) != own and count() == 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import shutil
@@ -12,16 +11,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from safetensors import SafetensorError
 
-from ckf.assembly import Loaded, load_base, title_states
+from ckf.base_model import Base
 from ckf.cf import CFVectors, fit_cf
 from ckf.cf.blend import REGRESSION
 from ckf.config import RunConfig, TaskRows
 from ckf.data.config import LISTS
 from ckf.data.prepared import MANIFEST, PreparedData, file_sha256, load_prepared
-from ckf.titles import title_tokens
 
 Log = Callable[[str], None]
 SHARED_FOLDERS = ("data", "cf", "prompts")
@@ -121,9 +118,7 @@ def shared_vectors(config: RunConfig, out: Path, data: PreparedData, base: Base,
         lines.append(line)
         log(line)
 
-    titles = None
-    if config.cf.titles:
-        titles = title_states(config, data, base.loaded(config), log)
+    titles = base.titles(config, data) if config.cf.titles else None
     log(f"fitting CF vectors ({config.cf.kind})")
     vectors = fit_cf(replace(config.cf, seed=config.seed), data, note, titles)
     temporary = file.with_name(file.name + ".part")
@@ -145,43 +140,6 @@ def read_vectors(file: Path) -> CFVectors:
         return CFVectors.load(file)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} is missing or damaged ({error}); remove it") from error
-
-
-class Base:
-    """The base model, loaded once; every cell gets a copy of its own, with nothing left in it."""
-
-    def __init__(self, device: torch.device, log: Log) -> None:
-        self.device, self.log = device, log
-        self._config = self._loaded = self._fingerprint = None
-
-    def loaded(self, config: RunConfig) -> Loaded:
-        """The backbone that all copies are made of, and its tokenizer."""
-        if self._loaded is None or self._config != config.model:
-            self.log(f"loading {config.model.name}")
-            self._loaded, self._config = load_base(config, self.device), config.model
-            self._fingerprint = None
-        return self._loaded
-
-    def fresh(self, config: RunConfig) -> Loaded:
-        """An unpatched backbone and its tokenizer."""
-        backbone, tokenizer = self.loaded(config)
-        return copy.deepcopy(backbone), tokenizer
-
-    def fingerprint(self, config: RunConfig) -> str:
-        """Of what reads a title: the same at any path and in float32 or bfloat16.
-
-        A few values of every parameter, and the tokens of a text.
-        """
-        backbone, tokenizer = self.loaded(config)
-        if self._fingerprint is not None:
-            return self._fingerprint
-        found = hashlib.sha256(str(title_tokens(tokenizer, "Heat (1995)")).encode())
-        for parameter in backbone.base_model.parameters():
-            values = parameter.detach().flatten()
-            some = values[:: max(1, len(values) // 64)].to("cpu", torch.bfloat16)
-            found.update(some.view(torch.int16).numpy().tobytes())
-        self._fingerprint = found.hexdigest()
-        return self._fingerprint
 
 
 def link(target: Path, at: Path) -> None:

@@ -20,6 +20,7 @@ from transformers import set_seed
 
 from ckf.assembly import Assembly, assemble
 from ckf.backbone import locate_model, pick_device
+from ckf.base_model import Base
 from ckf.config import RunConfig
 from ckf.data.prepared import PreparedData
 from ckf.evaluate import Evaluator, write_json
@@ -33,7 +34,6 @@ from ckf.experiment.cells import (
 )
 from ckf.experiment.checks import check_run
 from ckf.experiment.parts import (
-    Base,
     counted,
     limited,
     link,
