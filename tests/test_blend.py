@@ -196,8 +196,17 @@ def test_one_label_is_named(data, blended):
         fit_blend(blended, liked, lambda part: blended, FOLDS, 0)
 
 
-def test_foreign_parts_of_a_file_are_named(blended, tmp_path):
-    broken = replace(blended, blend=replace(blended.blend, users=torch.zeros(3)))
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"users": torch.zeros(3)},
+        {"axes": torch.zeros(())},
+        {"axes": torch.zeros(60, 5)},
+        {"tastes": torch.zeros(3, 2)},
+    ],
+)
+def test_foreign_parts_of_a_file_are_named(blended, tmp_path, parts):
+    broken = replace(blended, blend=replace(blended.blend, **parts))
     broken.save(tmp_path / "cf.safetensors")
     with pytest.raises(ValueError, match="blend"):
         CFVectors.load(tmp_path / "cf.safetensors")

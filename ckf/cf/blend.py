@@ -59,7 +59,7 @@ class Blend:
         count = len(tensors.get("pairs", ()))
         if not {"tastes", "axes"} & tensors.keys():  # a file of before they were there
             tensors |= {"tastes": torch.zeros(n_users, 0), "axes": torch.zeros(n_items, 0)}
-        width = tensors.get("axes", torch.empty(0)).shape[-1]
+        width = tensors["axes"].shape[1] if tensors.get("axes", torch.empty(0)).ndim == 2 else 0
         expected = {"users": (n_users,), "items": (n_items,), "scalars": (2,)}
         expected |= {"tastes": (n_users, width), "axes": (n_items, width)}
         expected |= {"pairs": (count,), "pair_scores": (count,)}

@@ -92,7 +92,7 @@ def fit_effects(rows: Observations, side: ItemSide, n_users: int) -> Effects:
         history_size=20, line_search_fn="strong_wolfe",
     )  # fmt: skip
     optimizer.step(loss_and_slope)
-    if z.grad.abs().max() > _FLAT and z.grad.norm() > _FLAT_ENOUGH:
+    if z.grad.norm() > _FLAT_ENOUGH:
         warnings.warn(
             f"the blend's regression stopped after {_STEPS} steps with a slope of "
             f"{float(z.grad.norm()):.2g}, short of its optimum; its scores are less sharp",
