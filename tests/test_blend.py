@@ -200,7 +200,7 @@ def test_one_label_is_named(data, blended):
     "parts",
     [
         {"users": torch.zeros(3)},
-        {"axes": torch.zeros(())},
+        {"axes": torch.zeros(60)},
         {"axes": torch.zeros(60, 5)},
         {"tastes": torch.zeros(3, 2)},
     ],
