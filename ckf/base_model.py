@@ -100,7 +100,7 @@ class Base:
         if config.model.name in self._fingerprints:
             return self._fingerprints[config.model.name]
         backbone, tokenizer = self.loaded(_whole(config))
-        found = hashlib.sha256(str(title_tokens(tokenizer, "Heat (1995)")).encode())
+        found = hashlib.sha256(str(title_tokens(tokenizer, ["Heat (1995)"])[0]).encode())
         for parameter in backbone.base_model.parameters():
             values = parameter.detach().flatten()
             some = values[:: max(1, len(values) // 64)].to("cpu", torch.bfloat16)

@@ -227,13 +227,12 @@ def train_run(
             set_seed(config.seed)
             try:
                 data = _data_of(config, folder, data_path, prepared, log)
-                base = Base(chosen, log)
-                vectors, seconds = _vectors_of(config, folder, data, base, log)
-            except Exception as error:
-                # mended settings shall not meet what is left of the wrong ones
-                if made and (isinstance(error, ValueError) or not (folder / "data").exists()):
+            except Exception:
+                if made:  # mended settings shall not meet what is left of the wrong ones
                     shutil.rmtree(folder)
                 raise
+            base = Base(chosen, log)
+            vectors, seconds = _vectors_of(config, folder, data, base, log)
         set_seed(config.seed)
         assembly = assemble(config, data, vectors, chosen, base.loaded(config))
         return train_or_load(assembly, folder, chosen, seconds, log)

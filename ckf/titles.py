@@ -37,7 +37,7 @@ def read_titles(
         ValueError: a state that is not finite.
     """
     unique = list(dict.fromkeys(titles))
-    texts = [title_tokens(tokenizer, title, word) for title in unique]
+    texts = title_tokens(tokenizer, unique, word)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     states = torch.empty(0)
     while order:
@@ -61,8 +61,10 @@ def read_titles(
     return states[[place[title] for title in titles]]
 
 
-def title_tokens(tokenizer: PreTrainedTokenizerBase, title: str, word: str = "item") -> list[int]:
-    """What the model reads of a title, at most 64 tokens of it."""
+def title_tokens(
+    tokenizer: PreTrainedTokenizerBase, titles: Sequence[str], word: str = "item"
+) -> list[list[int]]:
+    """What the model reads of each title, at most 64 tokens of it."""
     lead = start_tokens(tokenizer) + plain_tokens(tokenizer, _LEAD.format(word=word))
-    shown = plain_tokens(tokenizer, title)[:_MOST_TOKENS]
-    return lead + shown + plain_tokens(tokenizer, _TAIL)
+    tail = plain_tokens(tokenizer, _TAIL)
+    return [lead + plain_tokens(tokenizer, title)[:_MOST_TOKENS] + tail for title in titles]

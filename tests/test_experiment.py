@@ -16,7 +16,7 @@ from ckf.cli import main
 from ckf.data.prepared import load_prepared
 from ckf.evaluate import Evaluator
 from ckf.experiment import make_experiment, run_experiment
-from ckf.experiment.parts import shared_vectors
+from ckf.experiment.parts import link, shared_vectors
 from ckf.experiment.report import read_experiment, write_pages, write_record
 from ckf.experiment.runner import _Runner
 from ckf.experiment.scores import read_scores, same_rows, write_scores
@@ -168,6 +168,16 @@ def test_a_prepared_folder_moves_to_a_machine_without_the_raw_data(
     experiment = make_experiment(there, moved, CELLS, SEEDS)
     run_experiment(experiment, prepared=str(packed), device="cpu", log=quiet)
     same_results(experiment, finished)
+
+
+def test_a_cell_keeps_the_vectors_it_was_begun_with(tmp_path):
+    """Half a training on other vectors would be neither; ``load_run`` would read the first ones."""
+    cell = tmp_path / "cells" / "ckf" / "seed0"
+    cell.mkdir(parents=True)
+    for _ in range(2):
+        link(Path("cf/mf-one.safetensors"), cell / "cf.safetensors")
+    with pytest.raises(ValueError, match="begun with mf-one.*is mf-two.*remove that folder"):
+        link(Path("cf/mf-two.safetensors"), cell / "cf.safetensors")
 
 
 def test_another_experiments_folder_is_left_alone(finished, small_model):

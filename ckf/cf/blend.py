@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ckf.cf.vectors import CFVectors
     from ckf.data.prepared import PreparedData
 
-_TASTE_IN_YEARS = 0.35  # length of an axis; a title's axes have length 1 together
+_KNOWN_AXIS = 0.35  # length of the axes of year and popularity; a title's have 1 together
 REGRESSION = 2  # the regression's version: scores of another are not these
 _STATES_AT_ONCE = 65_536
 _LEFT_OUT = 3  # a split that no model reads
@@ -123,15 +123,16 @@ def fit_blend(
     )
     if titles is None:
         titles = torch.zeros(data.n_items, 0)
+    titles = titles.double()
     years = torch.from_numpy(release_years(data)).double()
     pair_scores = torch.zeros(len(train), dtype=torch.float64)
     for number in range(folds):
         new = torch.from_numpy(fold == number)
         others = _chosen(seen, ~new)
-        side = _item_side(others, years, titles.double())
+        side = _item_side(others, years, titles)
         found = fit_effects(others, side, data.n_users)
         pair_scores[new] = found.logits(_chosen(seen, new), side)
-    side = _item_side(seen, years, titles.double())
+    side = _item_side(seen, years, titles)
     found = fit_effects(seen, side, data.n_users)
     keys = seen.users * data.n_items + seen.items
     order = torch.argsort(keys, stable=True)
@@ -157,7 +158,7 @@ def _item_side(rows: Observations, years: Tensor, titles: Tensor) -> ItemSide:
     known = known.clamp(met.min(0).values, met.max(0).values)  # a parabola goes far beyond
     known = (known - met.mean(0)) / torch.from_numpy(spread(met.std(0, correction=0)))
     features = torch.cat([titles, known, known.square() / 3], 1)
-    return ItemSide(features, torch.cat([titles, known * _TASTE_IN_YEARS], 1))
+    return ItemSide(features, torch.cat([titles, known * _KNOWN_AXIS], 1))
 
 
 def _chosen(rows: Observations, mask: Tensor) -> Observations:
@@ -185,8 +186,11 @@ def principal_components(states: Tensor, count: int) -> Tensor:
         )
     mean = states.mean(0, dtype=torch.float64)
     parts = states.split(_STATES_AT_ONCE)
-    spreads = sum((part - mean).T @ (part - mean) for part in parts)
-    _, axes = torch.linalg.eigh(spreads)  # ascending
+    scatter = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+    for part in parts:
+        centred = part - mean
+        scatter += centred.T @ centred
+    _, axes = torch.linalg.eigh(scatter)  # ascending
     axes = axes[:, -count:].flip(1)
     largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
     axes = axes * largest.sign()

@@ -77,7 +77,8 @@ def fit_effects(rows: Observations, side: ItemSide, n_users: int) -> Effects:
 
     def loss_and_slope() -> Tensor:
         flat = z * scale
-        logits = [problem.effects(flat).logits(chunk, side) for chunk in problem.chunks]
+        now = problem.effects(flat)
+        logits = [now.logits(chunk, side) for chunk in problem.chunks]
         errors = [
             torch.sigmoid(found) - chunk.labels
             for found, chunk in zip(logits, problem.chunks, strict=True)
