@@ -31,9 +31,17 @@ from benchmarks.harness import (  # noqa: E402
 )
 from benchmarks.records import Record  # noqa: E402
 from ckf.kernels import hopper  # noqa: E402
+from ckf.kernels.launch import GemmLaunch  # noqa: E402
 
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096))
 RANKS = (80, 8)
+# With --launches: rows, columns, depth, rank columns, row tiles in turn, warps, stages.
+LAUNCHES = (
+    (128, 256, 64, 64, 8, 8, 3), (128, 256, 64, 32, 8, 8, 3), (128, 256, 64, 16, 8, 8, 3),
+    (128, 256, 64, 16, 4, 8, 3), (128, 256, 64, 16, 16, 8, 3), (128, 256, 32, 16, 8, 8, 6),
+    (128, 128, 64, 16, 8, 4, 4), (128, 128, 64, 16, 8, 8, 4), (128, 128, 64, 16, 8, 4, 3),
+    (256, 128, 64, 16, 8, 8, 3), (128, 128, 128, 16, 8, 8, 3),
+)  # fmt: skip
 
 
 def cases(device: str, quick: bool) -> list[dict]:
@@ -60,7 +68,7 @@ def operands(case: dict, device: torch.device, seed: int) -> list[torch.Tensor]:
 
 
 def providers(
-    case: dict, device: torch.device, without: Sequence[str] = ()
+    case: dict, device: torch.device, without: Sequence[str] = (), launches: bool = False
 ) -> tuple[dict, dict[str, str]]:
     """Functions of the operands by name, and why others are missing."""
     forward = case["product"] == "y"
@@ -90,6 +98,10 @@ def providers(
         ),
     }
     refusals |= {name: "left out by --without" for name in without if name in refusals}
+    for blocks in LAUNCHES if launches else ():
+        name = "triton " + "-".join(map(str, blocks))
+        refusals[name] = refusals["triton"]
+        fused[name] = _with_launch(GemmLaunch(*blocks), forward)
     for name, reason in refusals.items():
         if reason is None:
             found[name] = fused[name]
@@ -98,11 +110,24 @@ def providers(
     return found, missing
 
 
+def _with_launch(launch: GemmLaunch, forward: bool):
+    from ckf.kernels import triton_gemm
+
+    if forward:
+        return lambda x, w, h, b: triton_gemm.gemm(x, w, None, h, b, launch)
+    return lambda x, w, h, b: triton_gemm.gemm_dx(x, w, h, b, None, launch)
+
+
 def measure(
-    case: dict, device: torch.device, rounds: int, seconds: float, without: Sequence[str] = ()
+    case: dict,
+    device: torch.device,
+    rounds: int,
+    seconds: float,
+    without: Sequence[str] = (),
+    launches: bool = False,
 ) -> tuple[list[dict], dict[str, str]]:
     """(rows, provider to the reason why it has none)."""
-    found, missing = providers(case, device, without)
+    found, missing = providers(case, device, without, launches)
     first = operands(case, device, 0)
     size = sum(t.numel() * t.element_size() for t in first)
     copies = [first, *(operands(case, device, s) for s in range(1, copies_wanted(device, size)))]
@@ -140,6 +165,7 @@ def measure(
 def main(argv: list[str] | None = None) -> int:
     parser = arguments(__doc__, "one shape")
     parser.add_argument("--without", nargs="+", default=[], choices=("triton", "hopper"))
+    parser.add_argument("--launches", action="store_true", help="other blocks of Triton's as well")
     options = parser.parse_args(argv)
     device = chosen_device(options.device)
     settings = {"rounds": 5 if options.quick else 15, "seconds": 1.0 if options.quick else 2.0}
@@ -149,14 +175,15 @@ def main(argv: list[str] | None = None) -> int:
         if record.done(case):
             continue
         try:
-            rows, missing = measure(case, device, **settings, without=options.without)
+            choice = {"without": options.without, "launches": options.launches}
+            rows, missing = measure(case, device, **settings, **choice)
         except Exception as error:  # costs this case alone
             rows, missing = [], {"case": why_no_figure(error)}
         record.add(case, rows, missing)
         print("  ".join(f"{name} {value}" for name, value in case.items()))
         for row in rows:
             rate = f"{row['base_tflops']:.4g} TFLOP/s of the base"
-            print(f"  {row['provider']:10s} {row['ms']:10.4f} ms  x {row['ratio']:.3f}  {rate}")
+            print(f"  {row['provider']:32s} {row['ms']:10.4f} ms  x {row['ratio']:.3f}  {rate}")
         for name, why in missing.items():
             print(f"  {name}: {why}")
         red += any(why.startswith("RED") for why in missing.values())

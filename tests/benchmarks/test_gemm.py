@@ -23,7 +23,7 @@ def test_operands_make_the_product(product):
 def test_a_wrong_product_gets_no_figure(monkeypatch):
     real = bench_gemm.providers
 
-    def with_a_wrong_one(case, device, without=()):
+    def with_a_wrong_one(case, device, without=(), launches=False):
         found, missing = real(case, device)
         return found | {"wrong": lambda x, w, h, b: found["base"](x, w, h, b)}, missing
 
