@@ -166,7 +166,7 @@ def rule(case: Case):
         return rules.shrink_launch(m, width, r, DTYPE, case.dropout)
     if case.kernel.startswith("expand"):
         return rules.expand_launch(m, width, r, DTYPE)
-    return rules.outer_launch(m, r, width, DTYPE)
+    return rules.outer_launch(m, r, width, DTYPE, case.dropout)
 
 
 def variations(case: Case) -> Iterator:

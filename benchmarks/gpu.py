@@ -141,7 +141,7 @@ def pytest_command(*arguments: str) -> list[str]:
 def gpu_tests(files: list[str], processes: int = 1) -> list[str]:
     """pytest on GPU tests, each named as it ends. A kernel that hangs is seen by a thread alone,
     which ends its process; others go on where there are several."""
-    arguments = ["-v", "-rs", "-m", "gpu"]
+    arguments = ["-v", "-v", "-rs", "-m", "gpu", "-p", "benchmarks.first_failures"]
     if importlib.util.find_spec("pytest_timeout") is not None:
         arguments += [f"--timeout={TEST_SECONDS}", "-o", "timeout_method=thread"]
     if importlib.util.find_spec("xdist") is not None and processes > 1:

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -72,12 +73,33 @@ class MultiLoraDecode {
     int dtype_, device_;
 };
 
+// By the names of CkfShrink; empty: none.
+CkfShrink shrink_of(const std::map<std::string, int64_t>& given) {
+    CkfShrink s{};
+    if (given.empty()) return s;
+    const auto at = [&](const char* name) { return given.at(name); };
+    s.a = pointer<const void>(at("a"));
+    s.gated = pointer<void>(at("gated"));
+    s.compact = pointer<void>(at("compact"));
+    s.restored = pointer<void>(at("restored"));
+    s.gates = pointer<const float>(at("gates"));
+    s.slots = pointer<const int32_t>(at("slots"));
+    s.task_ids = pointer<const int64_t>(at("task_ids"));
+    s.done = pointer<uint32_t>(at("done"));
+    s.columns = at("columns"), s.tasks = at("tasks"), s.a_stride = at("a_stride");
+    s.gated_stride = at("gated_stride"), s.compact_stride = at("compact_stride");
+    s.restored_stride = at("restored_stride"), s.gates_stride = at("gates_stride");
+    s.slots_stride = at("slots_stride");
+    return s;
+}
+
 void hopper_gemm(uintptr_t x, uintptr_t w, uintptr_t h, uintptr_t b, uintptr_t bias, uintptr_t seed,
                  uintptr_t y, int64_t m, int64_t n, int64_t k, int64_t r, int64_t x_stride,
                  int64_t w_stride, int64_t h_stride, int64_t b_stride, int64_t y_stride,
                  uint32_t threshold, float scale, bool dx, int dtype, int device,
-                 uintptr_t stream) {
+                 const std::map<std::string, int64_t>& shrink, uintptr_t stream) {
     CkfGemm gemm{};
+    gemm.shrink = shrink_of(shrink);
     gemm.x = pointer<const void>(x);
     gemm.w = pointer<const void>(w);
     gemm.h = pointer<const void>(h);
@@ -113,7 +135,7 @@ PYBIND11_MODULE(_C, module) {
                py::arg("n"), py::arg("k"), py::arg("r"), py::arg("x_stride"), py::arg("w_stride"),
                py::arg("h_stride"), py::arg("b_stride"), py::arg("y_stride"), py::arg("threshold"),
                py::arg("scale"), py::arg("dx"), py::arg("dtype"), py::arg("device"),
-               py::arg("stream"));
+               py::arg("shrink"), py::arg("stream"));
     module.def("build_info",
                [] { return py::module_::import("json").attr("loads")(kCkfBuildInfo); });
 }

@@ -125,6 +125,25 @@ __device__ __forceinline__ void load_tile_for(unsigned blocks, uint32_t to, cons
         : "memory");
 }
 
+// A warp has written rows to global memory that tile copies of other blocks will read: counts it.
+// Ordinary stores and copies go through different proxies, hence the fence on either side.
+__device__ __forceinline__ void publish(unsigned* count) {
+    __threadfence();
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+    __syncwarp();
+    if (threadIdx.x % kLanes == 0)
+        asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
+}
+__device__ __forceinline__ void wait_published(const unsigned* count, unsigned expected) {
+    unsigned found = 0;
+    while (true) {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(count) : "memory");
+        if (found >= expected) break;
+        __nanosleep(100);
+    }
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
 template <int kCount>
 __device__ __forceinline__ void raise_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
@@ -158,40 +177,52 @@ __device__ __forceinline__ void wait_products([[maybe_unused]] float (&d)[kFragm
     CKF_D8(i), CKF_D8(i + 8), CKF_D8(i + 16), CKF_D8(i + 24), CKF_D8(i + 32),           \
         CKF_D8(i + 40), CKF_D8(i + 48), CKF_D8(i + 56)
 // clang-format off
-#define CKF_PRODUCT(TYPE, ROWS_OF_N)                                                    \
+#define CKF_NAMES64A                                                                    \
+    CKF_NAMES8(0, 1, 2, 3, 4, 5, 6, 7) "," CKF_NAMES8(8, 9, 10, 11, 12, 13, 14, 15) "," \
+    CKF_NAMES8(16, 17, 18, 19, 20, 21, 22, 23) ","                                      \
+    CKF_NAMES8(24, 25, 26, 27, 28, 29, 30, 31) ","                                      \
+    CKF_NAMES8(32, 33, 34, 35, 36, 37, 38, 39) ","                                      \
+    CKF_NAMES8(40, 41, 42, 43, 44, 45, 46, 47) ","                                      \
+    CKF_NAMES8(48, 49, 50, 51, 52, 53, 54, 55) ","                                      \
+    CKF_NAMES8(56, 57, 58, 59, 60, 61, 62, 63)
+#define CKF_NAMES64B                                                                    \
+    CKF_NAMES8(64, 65, 66, 67, 68, 69, 70, 71) ","                                      \
+    CKF_NAMES8(72, 73, 74, 75, 76, 77, 78, 79) ","                                      \
+    CKF_NAMES8(80, 81, 82, 83, 84, 85, 86, 87) ","                                      \
+    CKF_NAMES8(88, 89, 90, 91, 92, 93, 94, 95) ","                                      \
+    CKF_NAMES8(96, 97, 98, 99, 100, 101, 102, 103) ","                                  \
+    CKF_NAMES8(104, 105, 106, 107, 108, 109, 110, 111) ","                              \
+    CKF_NAMES8(112, 113, 114, 115, 116, 117, 118, 119) ","                              \
+    CKF_NAMES8(120, 121, 122, 123, 124, 125, 126, 127)
+#define CKF_PRODUCT256(TYPE, ROWS_OF_N)                                                 \
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"                          \
         "wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE " {"               \
-        CKF_NAMES8(0, 1, 2, 3, 4, 5, 6, 7) "," CKF_NAMES8(8, 9, 10, 11, 12, 13, 14, 15) "," \
-        CKF_NAMES8(16, 17, 18, 19, 20, 21, 22, 23) ","                                  \
-        CKF_NAMES8(24, 25, 26, 27, 28, 29, 30, 31) ","                                  \
-        CKF_NAMES8(32, 33, 34, 35, 36, 37, 38, 39) ","                                  \
-        CKF_NAMES8(40, 41, 42, 43, 44, 45, 46, 47) ","                                  \
-        CKF_NAMES8(48, 49, 50, 51, 52, 53, 54, 55) ","                                  \
-        CKF_NAMES8(56, 57, 58, 59, 60, 61, 62, 63) ","                                  \
-        CKF_NAMES8(64, 65, 66, 67, 68, 69, 70, 71) ","                                  \
-        CKF_NAMES8(72, 73, 74, 75, 76, 77, 78, 79) ","                                  \
-        CKF_NAMES8(80, 81, 82, 83, 84, 85, 86, 87) ","                                  \
-        CKF_NAMES8(88, 89, 90, 91, 92, 93, 94, 95) ","                                  \
-        CKF_NAMES8(96, 97, 98, 99, 100, 101, 102, 103) ","                              \
-        CKF_NAMES8(104, 105, 106, 107, 108, 109, 110, 111) ","                          \
-        CKF_NAMES8(112, 113, 114, 115, 116, 117, 118, 119) ","                          \
-        CKF_NAMES8(120, 121, 122, 123, 124, 125, 126, 127)                              \
-        "}, %128, %129, p, 1, 1, 0, " ROWS_OF_N ";\n}"                                  \
+        CKF_NAMES64A "," CKF_NAMES64B "}, %128, %129, p, 1, 1, 0, " ROWS_OF_N ";\n}"    \
         : CKF_D64(0), CKF_D64(64) : "l"(a), "l"(b), "r"(static_cast<int>(add)))
+#define CKF_PRODUCT128(TYPE, ROWS_OF_N)                                                 \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                           \
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {"               \
+        CKF_NAMES64A "}, %64, %65, p, 1, 1, 0, " ROWS_OF_N ";\n}"                       \
+        : CKF_D64(0) : "l"(a), "l"(b), "r"(static_cast<int>(add)))
 // clang-format on
 
-// d (64 x 256, over the warpgroup) = a b, plus d where `add`; kStepK of k.
-template <typename T, bool kRowsOfN>
+// d (64 x kColumns, over the warpgroup, in its first values) = a b, plus d where `add`; kStepK of k.
+template <typename T, bool kRowsOfN, int kColumns>
 __device__ __forceinline__ void product(float (&d)[kFragment], uint64_t a, uint64_t b, bool add) {
     constexpr bool kHalf = std::is_same_v<T, __half>;
-    if constexpr (kHalf && kRowsOfN)
-        CKF_PRODUCT("f16", "1");
+    static_assert(kColumns == 256 || (kColumns == 128 && !kRowsOfN));
+    if constexpr (kColumns == 128 && kHalf)
+        CKF_PRODUCT128("f16", "0");
+    else if constexpr (kColumns == 128)
+        CKF_PRODUCT128("bf16", "0");
+    else if constexpr (kHalf && kRowsOfN)
+        CKF_PRODUCT256("f16", "1");
     else if constexpr (kHalf)
-        CKF_PRODUCT("f16", "0");
+        CKF_PRODUCT256("f16", "0");
     else if constexpr (kRowsOfN)
-        CKF_PRODUCT("bf16", "1");
+        CKF_PRODUCT256("bf16", "1");
     else
-        CKF_PRODUCT("bf16", "0");
+        CKF_PRODUCT256("bf16", "0");
 }
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL

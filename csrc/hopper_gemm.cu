@@ -14,6 +14,26 @@ struct Operand {
     int box_rows;
 };
 
+template <typename T>
+ShrinkArgs<T> shrink_args(const CkfShrink& s) {
+    ShrinkArgs<T> p{};
+    p.gated = static_cast<T*>(s.gated);
+    p.compact = static_cast<T*>(s.compact);
+    p.restored = static_cast<T*>(s.restored);
+    p.gates = s.gates;
+    p.slots = s.slots;
+    p.ids = s.task_ids;
+    p.done = s.done;
+    p.gated_stride = s.gated_stride;
+    p.compact_stride = s.compact_stride;
+    p.restored_stride = s.restored_stride;
+    p.gates_stride = s.gates_stride;
+    p.slots_stride = s.slots_stride;
+    p.columns = static_cast<int>(s.columns);
+    p.tasks = static_cast<int>(s.tasks);
+    return p;
+}
+
 template <typename T, bool kDx>
 cudaError_t launch_gemm(const CkfGemm& g, cudaStream_t stream) {
     constexpr auto kKernel = hopper_gemm_kernel<T, kDx>;
@@ -27,8 +47,10 @@ cudaError_t launch_gemm(const CkfGemm& g, cudaStream_t stream) {
         {&p.w, g.w, w_rows, w_columns, g.w_stride, kDx ? kTileK : kTileN / kPair},
         {&p.h, g.h, g.m, g.r, g.h_stride, kTileM},
         {&p.b, g.b, g.r, g.n, g.b_stride, kTileK},
+        {&p.a, g.shrink.a, g.shrink.columns, g.k, g.shrink.a_stride, kShrinkN / kPair},
     };
     for (const Operand& o : operands) {
+        if (o.data == nullptr) continue;
         const cudaError_t error =
             make_map<T>(o.map, o.data, o.rows, o.columns, o.pitch, o.box_rows);
         if (error != cudaSuccess) return error;
@@ -46,8 +68,35 @@ cudaError_t launch_gemm(const CkfGemm& g, cudaStream_t stream) {
     const int64_t pairs = (g.m + kPair * kTileM - 1) / (kPair * kTileM);
     const int64_t tiles = pairs * ((g.n + kTileN - 1) / kTileN);
     const auto clusters = static_cast<unsigned>(std::min<int64_t>(most, tiles));
+    if (g.shrink.columns > 0) {
+        p.shrinkers = shrinkers(static_cast<int>(pairs), tiles, static_cast<int>(clusters));
+        p.shrink = shrink_args<T>(g.shrink);
+        const cudaError_t error =
+            cudaMemsetAsync(g.shrink.done, 0, pairs * kPair * sizeof(uint32_t), stream);
+        if (error != cudaSuccess) return error;
+    }
     Launch how{dim3(clusters * kPair), kThreads, kPair, false, stream, {}, kSharedBytes};
     return launch<kKernel>(how, p);
+}
+
+bool is_right(const CkfShrink& s, const CkfGemm& g) {
+    if (s.columns == 0) return s.a == nullptr;
+    if (s.columns < 0 || s.columns > kShrinkN || s.columns % 8 != 0) return false;
+    if (s.tasks < 1 || s.tasks > (int64_t{1} << 30)) return false;
+    const bool compacts = s.compact != nullptr, restores = s.restored != nullptr;
+    if (restores && (!g.dx || !compacts)) return false;
+    const void* pointers[] = {s.a, s.gated, s.compact, s.restored};
+    const int64_t pitches[] = {s.a_stride, s.gated_stride, s.compact_stride, s.restored_stride};
+    const int64_t widths[] = {g.k, s.columns, 8, s.columns};
+    const bool there[] = {true, true, compacts, restores};
+    for (int i = 0; i < 4; ++i) {
+        if (!there[i]) continue;
+        if (pointers[i] == nullptr || reinterpret_cast<uintptr_t>(pointers[i]) % 16 != 0)
+            return false;
+        if (pitches[i] < widths[i] || pitches[i] % 8 != 0) return false;
+    }
+    return s.gates != nullptr && s.task_ids != nullptr && s.done != nullptr &&
+           compacts == (s.slots != nullptr);
 }
 
 bool is_right(const CkfGemm& g) {
@@ -64,7 +113,7 @@ bool is_right(const CkfGemm& g) {
             return false;
         if (pitches[i] < widths[i] || pitches[i] % 8 != 0) return false;
     }
-    return reinterpret_cast<uintptr_t>(g.bias) % 4 == 0;
+    return reinterpret_cast<uintptr_t>(g.bias) % 4 == 0 && is_right(g.shrink, g);
 }
 
 }  // namespace
@@ -94,5 +143,8 @@ extern "C" void ckf_host_tile_at(int index, int pairs, int columns, int* pair, i
     const ckf::Tile tile = ckf::tile_at(index, pairs, columns);
     *pair = tile.pair;
     *column = tile.column;
+}
+extern "C" int ckf_host_shrinkers(int pairs, int64_t tiles, int clusters) {
+    return ckf::shrinkers(pairs, tiles, clusters);
 }
 #endif

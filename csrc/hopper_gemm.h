@@ -1,7 +1,7 @@
 // A matrix product with the Multi-LoRA update inside, for sm_90a: written once, rounded once.
 //   forward  y (m, n) = x W^T + bias + H B^T   x (m, k), W (n, k), H (m, r), B^T (r, n)
 //   dx       y (m, n) = mask (H B) + x W       the same shapes but W (k, n): x is dy, H is dS
-// Not yet run on a chip.
+// H may be made by the same launch: H = gates * (x A^T), for dx dS = gates * (dy B).
 //
 // Persistent pairs of blocks (a cluster) take pairs of tiles of 128 x 256, one below the other, so
 // that each loads half of W's tile and multicasts it to both: 32 KB from L2 a block for 4.2 MFLOP.
@@ -12,20 +12,24 @@
 // A batch of products stays in flight while the next tile is waited for; a stage is given back by
 // every warp of both blocks, as the copies go to both. Accumulators leave through registers: four
 // lanes exchange their pairs so that each holds eight neighbours of a row, 16 bytes a store.
+// Tiles of H (128 x 128, at half the cost) go to the first clusters, which have the fewest tiles of y,
+// before all else; who needs rows of H waits until all warps that write them are counted. Blocks are
+// started in order, so the clusters that others wait for are running whenever anybody waits.
 #pragma once
 
 #include <algorithm>
 
-#include "hopper.h"
+#include "hopper_fragments.h"
 #include "launchers.h"
 
 namespace ckf {
 namespace {
 
-constexpr int kTileM = 128, kTileN = 256, kTileK = 64;
+constexpr int kTileM = 128, kTileK = 64;
 constexpr int kStages = 4;
 constexpr int kPair = 2;       // blocks of a cluster
 constexpr int kConsumers = 2;  // warpgroups that multiply
+constexpr int kGroupWarps = kGroupThreads / kLanes;
 constexpr int kThreads = (kConsumers + 1) * kGroupThreads;
 constexpr int kGroupPairs = 8;  // pairs of row tiles that take their column tiles in turn
 constexpr unsigned kXBytes = kTileM * kRowBytes, kWBytes = kTileN * kRowBytes;
@@ -34,18 +38,6 @@ constexpr unsigned kChunkBytes = kTileK * kRowBytes;  // 64 columns of an operan
 constexpr unsigned kSharedBytes = kAtomBytes + kStages * (kStageBytes + 16);  // two barriers each
 // 168 a thread at the start: what the copying warpgroup gives up the other two take.
 constexpr int kCopyRegisters = 40, kProductRegisters = 232;
-
-template <typename T>
-struct GemmArgs {
-    TensorMap x, w, h, b;
-    T* y;
-    const T* bias;        // or null
-    const int64_t* seed;  // or null: no dropout
-    int64_t y_stride;
-    int m, n, k, r;
-    unsigned threshold;
-    float scale;
-};
 
 struct Tile {
     int pair, column;
@@ -57,6 +49,18 @@ __host__ __device__ inline Tile tile_at(int index, int pairs, int columns) {
     const int left = pairs - group * kGroupPairs;
     const int height = left < kGroupPairs ? left : kGroupPairs;
     return {group * kGroupPairs + within % height, within / height};
+}
+
+// How many clusters shrink: those with one tile of y less than others, unless that takes longer than
+// sharing it among all. A tile of H counts half.
+inline int shrinkers(int pairs, int64_t tiles, int clusters) {
+    const auto ceil = [](int64_t size, int64_t by) { return (size + by - 1) / by; };
+    const int64_t light = std::min<int64_t>(pairs, clusters - tiles % clusters);
+    const int64_t all = std::min(pairs, clusters);
+    const int64_t whole = 2 * ceil(tiles, clusters);
+    const int64_t by_light =
+        std::max(whole, 2 * (tiles / clusters) + ceil(pairs, light));
+    return static_cast<int>(by_light <= whole + ceil(pairs, all) ? light : all);
 }
 
 #ifdef CKF_HAS_WGMMA
@@ -84,7 +88,7 @@ struct Memory {
 };
 
 // One thread: copies the tiles of depth [0, depth) of both operands, as stages become empty.
-template <bool kRowsOfN>
+template <bool kRowsOfN, int kColumns = kTileN>
 __device__ __forceinline__ void copy_tiles(const TensorMap& left, const TensorMap& right,
                                            int depth, int row, int column, int rank,
                                            const Memory& memory, Ring& ring) {
@@ -93,13 +97,13 @@ __device__ __forceinline__ void copy_tiles(const TensorMap& left, const TensorMa
     for (int start = 0; start < depth; start += kTileK) {
         const uint32_t full = memory.full(ring.stage);
         wait_barrier(memory.empty(ring.stage), ring.parity);
-        expect_bytes(full, kStageBytes);
+        expect_bytes(full, kXBytes + kColumns * kRowBytes);
         load_tile(memory.x(ring.stage), left, full, start, row);
-        const uint32_t to = memory.w(ring.stage) + rank * (kWBytes / kPair);
-        const int own = column + rank * (kTileN / kPair);
+        const uint32_t to = memory.w(ring.stage) + rank * (kColumns / kPair * kRowBytes);
+        const int own = column + rank * (kColumns / kPair);
         if constexpr (kRowsOfN) {
 #pragma unroll
-            for (int i = 0; i < kTileN / kPair / kRowElements; ++i)
+            for (int i = 0; i < kColumns / kPair / kRowElements; ++i)
                 load_tile_for(kBoth, to + i * kChunkBytes, right, full, own + i * kRowElements,
                               start);
         } else {
@@ -123,7 +127,7 @@ struct Products {
     }
 
     // kStop: whether to stop at the last kStepK that has any depth.
-    template <typename T, bool kRowsOfN, bool kStop>
+    template <typename T, bool kRowsOfN, bool kStop, int kColumns = kTileN>
     __device__ __forceinline__ void multiply(float (&acc)[kFragment], int depth) {
 #pragma unroll 1
         for (int start = 0; start < depth; start += kTileK) {
@@ -135,7 +139,7 @@ struct Products {
 #pragma unroll 1
                 for (int at = start; at < depth && at < start + kTileK; at += kStepK) {
                     fence_products();
-                    product<T, kRowsOfN>(acc, a, b, add);
+                    product<T, kRowsOfN, kColumns>(acc, a, b, add);
                     commit_products();  // a batch each: ptxas counts them without help
                     a += kDescriptorStep<false>;
                     b += kDescriptorStep<kRowsOfN>;
@@ -145,8 +149,9 @@ struct Products {
                 fence_products();
 #pragma unroll
                 for (int step = 0; step < kTileK / static_cast<int>(kStepK); ++step) {
-                    product<T, kRowsOfN>(acc, a + step * kDescriptorStep<false>,
-                                         b + step * kDescriptorStep<kRowsOfN>, add || step > 0);
+                    product<T, kRowsOfN, kColumns>(acc, a + step * kDescriptorStep<false>,
+                                                   b + step * kDescriptorStep<kRowsOfN>,
+                                                   add || step > 0);
                 }
                 commit_products();
                 add = true;
@@ -166,154 +171,83 @@ struct Products {
     }
 };
 
-// Word i of lane q becomes word q of lane i, within each four lanes.
-__device__ __forceinline__ void transpose_quad(uint32_t (&word)[4], int q) {
-#pragma unroll
-    for (int distance = 1; distance <= 2; distance *= 2) {
-        const bool upper = q & distance;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            if (i & distance) continue;
-            const uint32_t given = upper ? word[i] : word[i + distance];
-            const uint32_t taken = __shfl_xor_sync(kFull, given, distance);
-            if (upper)
-                word[i] = taken;
-            else
-                word[i + distance] = taken;
-        }
-    }
-}
+// What a cluster does: pairs of tiles of H, then of y, each side walking through the same.
+struct Share {
+    int pairs, columns, cluster, clusters, rank;
 
-// Eight 16-bit lanes of the mask for columns 8 * block .. (ckf/kernels/dropout.py).
-__device__ __forceinline__ void philox(uint32_t block, uint32_t row, uint64_t seed,
-                                       uint32_t (&c)[4]) {
-    uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-    c[0] = block, c[1] = row, c[2] = 0, c[3] = 0;
-#pragma unroll
-    for (int round = 0; round < 7; ++round) {
-        const uint32_t high0 = __umulhi(c[0], 0xD2511F53u), low0 = c[0] * 0xD2511F53u;
-        const uint32_t high2 = __umulhi(c[2], 0xCD9E8D57u), low2 = c[2] * 0xCD9E8D57u;
-        c[0] = high2 ^ c[1] ^ key0, c[1] = low2, c[2] = high0 ^ c[3] ^ key1, c[3] = low0;
-        key0 += 0x9E3779B9u, key1 += 0xBB67AE85u;
-    }
-}
-
-// A thread's part of a 64 x 256 fragment: acc[4 j + 2 h + e] is row `row` + 8 h, column
-// `column` + 8 j + 2 (lane % 4) + e.
-struct Place {
-    int row, column, quad;
+    template <typename T>
+    __device__ explicit Share(const GemmArgs<T>& p)
+        : pairs((p.m + kPair * kTileM - 1) / (kPair * kTileM)),
+          columns((p.n + kTileN - 1) / kTileN),
+          cluster(blockIdx.x / kPair),
+          clusters(gridDim.x / kPair),
+          rank(blockIdx.x % kPair) {}
+    __device__ int row_tile(int pair) const { return pair * kPair + rank; }
 };
 
-template <typename T>
-__device__ __forceinline__ void mask_fragment(const GemmArgs<T>& p, const Place& at,
-                                              float (&acc)[kFragment]) {
-    const auto seed = static_cast<uint64_t>(*p.seed);
-#pragma unroll
-    for (int j = 0; j < kTileN / 8; j += 4) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            uint32_t word[4];
-            philox(at.column / 8 + j + at.quad, at.row + 8 * h, seed, word);
-            transpose_quad(word, at.quad);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                float& low = acc[4 * (j + i) + 2 * h];
-                float& high = acc[4 * (j + i) + 2 * h + 1];
-                low = (word[i] & 0xffffu) >= p.threshold ? low * p.scale : 0.0f;
-                high = word[i] >> 16 >= p.threshold ? high * p.scale : 0.0f;
-            }
-        }
-    }
-}
-
-template <typename T>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-    const T pair[2] = {from_float<T>(low), from_float<T>(high)};
-    uint32_t word;
-    memcpy(&word, pair, sizeof(word));
-    return word;
-}
-
-template <typename T>
-__device__ __forceinline__ void add_bias(const GemmArgs<T>& p, const Place& at,
-                                         float (&acc)[kFragment]) {
-#pragma unroll
-    for (int j = 0; j < kTileN / 8; ++j) {
-        const int column = at.column + 8 * j + 2 * at.quad;
-        uint32_t word = 0;
-        if (column < p.n) word = *reinterpret_cast<const uint32_t*>(p.bias + column);
-        T pair[2];
-        memcpy(pair, &word, sizeof(word));
-#pragma unroll
-        for (int i = 0; i < 4; ++i) acc[4 * j + i] += to_float(pair[i % 2]);
-    }
-}
-
-// Rounds and stores; n is a multiple of eight, so that eight columns are all inside or all outside.
-template <typename T>
-__device__ __forceinline__ void store_fragment(const GemmArgs<T>& p, const Place& at,
-                                               const float (&acc)[kFragment]) {
-    T* y = p.y + at.row * p.y_stride;
-#pragma unroll
-    for (int j = 0; j < kTileN / 8; j += 4) {
-        const int column = at.column + 8 * (j + at.quad);
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            uint32_t word[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-                word[i] = pack<T>(acc[4 * (j + i) + 2 * h], acc[4 * (j + i) + 2 * h + 1]);
-            transpose_quad(word, at.quad);
-            if (at.row + 8 * h < p.m && column < p.n)
-                store_words(y + 8 * h * p.y_stride + column, word);
-        }
-    }
+// After the base: unless a mask is to act on the update alone.
+template <typename T, bool kDx>
+__device__ __forceinline__ bool update_first(const GemmArgs<T>& p) {
+    return kDx && p.seed != nullptr;
 }
 
 template <typename T, bool kDx>
-__device__ __forceinline__ void copy_all(const GemmArgs<T>& p, const Memory& memory, int pairs,
-                                         int columns, int rank) {
+__device__ __forceinline__ void copy_all(const GemmArgs<T>& p, const Memory& memory,
+                                         const Share& own) {
     Ring ring{0, 1};  // every stage is empty at first
+    if (own.cluster < p.shrinkers) {
 #pragma unroll 1
-    for (int i = blockIdx.x / kPair; i < pairs * columns; i += gridDim.x / kPair) {
-        const Tile tile = tile_at(i, pairs, columns);
-        const int row = (tile.pair * kPair + rank) * kTileM, column = tile.column * kTileN;
-        if constexpr (kDx) {
-            copy_tiles<true>(p.h, p.b, p.r, row, column, rank, memory, ring);
-            copy_tiles<true>(p.x, p.w, p.k, row, column, rank, memory, ring);
-        } else {
-            copy_tiles<false>(p.x, p.w, p.k, row, column, rank, memory, ring);
-            copy_tiles<true>(p.h, p.b, p.r, row, column, rank, memory, ring);
-        }
+        for (int pair = own.cluster; pair < own.pairs; pair += p.shrinkers)
+            copy_tiles<false, kShrinkN>(p.x, p.a, p.k, own.row_tile(pair) * kTileM, 0, own.rank,
+                                        memory, ring);
+    }
+#pragma unroll 1
+    for (int i = own.clusters - 1 - own.cluster; i < own.pairs * own.columns; i += own.clusters) {
+        const Tile tile = tile_at(i, own.pairs, own.columns);
+        const int row = own.row_tile(tile.pair) * kTileM, column = tile.column * kTileN;
+        const auto update = [&] {
+            if (p.shrinkers > 0)
+                wait_published(p.shrink.done + own.row_tile(tile.pair), kConsumers * kGroupWarps);
+            copy_tiles<true>(p.h, p.b, p.r, row, column, own.rank, memory, ring);
+        };
+        if (update_first<T, kDx>(p)) update();
+        copy_tiles<kDx>(p.x, p.w, p.k, row, column, own.rank, memory, ring);
+        if (!update_first<T, kDx>(p)) update();
     }
 }
 
 template <typename T, bool kDx>
 __device__ __forceinline__ void multiply_all(const GemmArgs<T>& p, const Memory& memory,
-                                             int pairs, int columns, int rank) {
+                                             const Share& own) {
     const int lane = threadIdx.x % kLanes;
     // the same for the warp, and so that the compiler knows it
     const int group = __shfl_sync(kFull, static_cast<int>(threadIdx.x / kGroupThreads), 0);
     const int warp = threadIdx.x % kGroupThreads / kLanes;
+    const int offset = group * 64 + warp * 16 + lane / 4;
     Products products{memory, {0, 0}, lane, group * (kXBytes / kConsumers), -1, false};
     float acc[kFragment];
+    if (own.cluster < p.shrinkers) {
 #pragma unroll 1
-    for (int i = blockIdx.x / kPair; i < pairs * columns; i += gridDim.x / kPair) {
-        const Tile tile = tile_at(i, pairs, columns);
-        const Place at{(tile.pair * kPair + rank) * kTileM + group * 64 + warp * 16 + lane / 4,
-                       tile.column * kTileN, lane % 4};
-        products.add = false;
-        if constexpr (kDx) {
-            products.template multiply<T, true, true>(acc, p.r);
-            if (p.seed != nullptr) {
-                products.template finish<T>(acc);
-                mask_fragment(p, at, acc);
-            }
-            products.template multiply<T, true, false>(acc, p.k);
-        } else {
-            products.template multiply<T, false, false>(acc, p.k);
-            products.template multiply<T, true, true>(acc, p.r);
+        for (int pair = own.cluster; pair < own.pairs; pair += p.shrinkers) {
+            const int tile = own.row_tile(pair);
+            products.add = false;
+            products.template multiply<T, false, false, kShrinkN>(acc, p.k);
+            products.template finish<T>(acc);
+            store_shrunk<T, kDx>(p.shrink, p.m, tile, {tile * kTileM + offset, 0, lane % 4}, acc);
         }
+    }
+#pragma unroll 1
+    for (int i = own.clusters - 1 - own.cluster; i < own.pairs * own.columns; i += own.clusters) {
+        const Tile tile = tile_at(i, own.pairs, own.columns);
+        const Place at{own.row_tile(tile.pair) * kTileM + offset, tile.column * kTileN, lane % 4};
+        products.add = false;
+        if (update_first<T, kDx>(p)) {
+            products.template multiply<T, true, true>(acc, p.r);
+            products.template finish<T>(acc);
+            mask_fragment(p, at, acc);
+        }
+        products.template multiply<T, kDx, false>(acc, p.k);
+        if (!update_first<T, kDx>(p)) products.template multiply<T, true, true>(acc, p.r);
         products.template finish<T>(acc);
         if (!kDx && p.bias != nullptr) add_bias(p, at, acc);
         store_fragment(p, at, acc);
@@ -329,13 +263,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     CKF_DYNAMIC_SHARED(bytes);
     const uint32_t start = shared_address(bytes);  // the same in both blocks, as multicast needs
     const Memory memory{(start + kAtomBytes - 1) / kAtomBytes * kAtomBytes};
-    const int rank = blockIdx.x % kPair;
-    const int pairs = (p.m + kPair * kTileM - 1) / (kPair * kTileM);
-    const int columns = (p.n + kTileN - 1) / kTileN;
+    const Share own(p);
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < kStages; ++stage) {
             init_barrier(memory.full(stage), 1);
-            init_barrier(memory.empty(stage), kPair * kConsumers * kGroupThreads / kLanes);
+            init_barrier(memory.empty(stage), kPair * kConsumers * kGroupWarps);
         }
         fence_barriers();
     }
@@ -345,10 +277,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x >= kConsumers * kGroupThreads) {
         lower_registers<kCopyRegisters>();
         if (threadIdx.x == kConsumers * kGroupThreads)
-            copy_all<T, kDx>(p, memory, pairs, columns, rank);
+            copy_all<T, kDx>(p, memory, own);
     } else {
         raise_registers<kProductRegisters>();
-        multiply_all<T, kDx>(p, memory, pairs, columns, rank);
+        multiply_all<T, kDx>(p, memory, own);
     }
     __syncwarp();
     cluster_arrive<kPair>();

@@ -29,6 +29,7 @@ struct Copy {
 struct Product {
     uint64_t a, b;
     bool add, rows_of_n;
+    int columns;
 };
 struct ProductState {
     std::deque<std::deque<Product>> batches;  // committed, the oldest first
@@ -38,7 +39,7 @@ struct ProductState {
 };
 
 constexpr uint32_t kFirstAddress = 0x430;  // aligned as badly as dynamic shared memory may be
-inline std::vector<std::vector<char>> dynamic;  // of the blocks of the cluster that runs
+inline std::vector<std::vector<char>> dynamic;  // of the blocks that run
 inline std::map<std::pair<int, uint32_t>, PhaseBarrier> phase_barriers;
 inline std::deque<Copy> copies;
 inline std::vector<ProductState> products;
@@ -49,7 +50,8 @@ inline void fail(const char* what) {
     last_error = cudaErrorLaunchFailure;
 }
 
-inline int own_rank() { return current / block_threads; }
+inline int own_index() { return current / block_threads; }  // of the block, among all that run
+inline int index_of(unsigned rank) { return own_cluster() * cluster_size + static_cast<int>(rank); }
 
 inline char* shared_at(int block, uint32_t address, size_t bytes) {
     static char nowhere[64 * 1024];
@@ -75,6 +77,7 @@ inline void end_hopper() {
         if (!state.batches.empty() || !state.open.empty()) fail("a product nobody waits for");
 }
 inline const bool hooked = [] {
+    together = true;  // blocks wait for what others of the grid have written
     cluster_begins = begin_hopper;
     cluster_ends = end_hopper;
     return true;
@@ -135,11 +138,11 @@ float operand(uint64_t descriptor, bool rows_of_n, int line, int depth) {
     else
         address += line / 8 * field(32) + line % 8 * 128 + depth * 2;
     T value;
-    memcpy(&value, shared_at(own_rank(), swizzled(address), 2), 2);
+    memcpy(&value, shared_at(own_index(), swizzled(address), 2), 2);
     return ckf::to_float(value);
 }
 
-// This thread's share of a product of 64 x 256 x 16.
+// This thread's share of a product of 64 x columns x 16.
 template <typename T>
 void execute(const Product& product, std::vector<float>& sums) {
     const int thread = current % block_threads % 128, lane = thread % kWarpSize;
@@ -147,7 +150,7 @@ void execute(const Product& product, std::vector<float>& sums) {
     for (int h = 0; h < 2; ++h)
         for (int depth = 0; depth < 16; ++depth)
             a[h][depth] = operand<T>(product.a, false, thread / 32 * 16 + lane / 4 + 8 * h, depth);
-    for (int j = 0; j < 32; ++j) {
+    for (int j = 0; j < product.columns / 8; ++j) {
         for (int e = 0; e < 2; ++e) {
             for (int depth = 0; depth < 16; ++depth)
                 b[depth] = operand<T>(product.b, product.rows_of_n, 8 * j + 2 * (lane % 4) + e,
@@ -163,7 +166,7 @@ void execute(const Product& product, std::vector<float>& sums) {
 
 }  // namespace ckf_host
 
-#define CKF_DYNAMIC_SHARED(name) char* name = ckf_host::dynamic[ckf_host::own_rank()].data()
+#define CKF_DYNAMIC_SHARED(name) char* name = ckf_host::dynamic[ckf_host::own_index()].data()
 
 namespace ckf {
 
@@ -172,28 +175,28 @@ using TensorMap = ckf_host::TensorMap;
 inline uint32_t shared_address(const void* p) {
     return ckf_host::kFirstAddress +
            static_cast<uint32_t>(static_cast<const char*>(p) -
-                                 ckf_host::dynamic[ckf_host::own_rank()].data());
+                                 ckf_host::dynamic[ckf_host::own_index()].data());
 }
 
 inline void init_barrier(uint32_t barrier, unsigned arrivals) {
     if (barrier % 8 != 0) ckf_host::fail("a barrier off its alignment");
-    ckf_host::shared_at(ckf_host::own_rank(), barrier, 8);
-    ckf_host::phase_barriers[{ckf_host::own_rank(), barrier}].expected =
+    ckf_host::shared_at(ckf_host::own_index(), barrier, 8);
+    ckf_host::phase_barriers[{ckf_host::own_index(), barrier}].expected =
         static_cast<int>(arrivals);
 }
 inline void fence_barriers() {}
 
 inline void arrive_at(uint32_t barrier, unsigned rank) {
-    ckf_host::PhaseBarrier& there = ckf_host::barrier_at(rank, barrier);
+    ckf_host::PhaseBarrier& there = ckf_host::barrier_at(ckf_host::index_of(rank), barrier);
     ++there.arrived;
     ckf_host::settle(there);
 }
 inline void expect_bytes(uint32_t barrier, unsigned bytes) {
-    ckf_host::barrier_at(ckf_host::own_rank(), barrier).bytes += bytes;
-    arrive_at(barrier, ckf_host::own_rank());
+    ckf_host::barrier_at(ckf_host::own_index(), barrier).bytes += bytes;
+    arrive_at(barrier, ckf_host::own_index() % ckf_host::cluster_size);
 }
 inline void wait_barrier(uint32_t barrier, unsigned parity) {
-    const ckf_host::PhaseBarrier& own = ckf_host::barrier_at(ckf_host::own_rank(), barrier);
+    const ckf_host::PhaseBarrier& own = ckf_host::barrier_at(ckf_host::own_index(), barrier);
     while ((own.phase & 1) == parity) {
         ckf_host::land();
         if ((own.phase & 1) == parity) ckf_host::pause();
@@ -203,20 +206,30 @@ inline void wait_barrier(uint32_t barrier, unsigned parity) {
 inline void load_tile_for(unsigned to_blocks, uint32_t to, const TensorMap& map, uint32_t barrier,
                           int column, int row) {
     if (to % 1024 != 0) ckf_host::fail("a swizzled copy off its alignment");
-    for (int block = 0; block < static_cast<int>(ckf_host::blocks.size()); ++block) {
-        if ((to_blocks >> block & 1) == 0) continue;
+    for (int rank = 0; rank < ckf_host::cluster_size; ++rank) {
+        if ((to_blocks >> rank & 1) == 0) continue;
+        const int block = ckf_host::index_of(rank);
         const size_t bytes = map.box_rows * 128;
         memset(ckf_host::shared_at(block, to, bytes), 0xff, bytes);
         ckf_host::copies.push_back({&map, to, barrier, column, row, block});
     }
 }
 inline void load_tile(uint32_t to, const TensorMap& map, uint32_t barrier, int column, int row) {
-    load_tile_for(1u << ckf_host::own_rank(), to, map, barrier, column, row);
+    load_tile_for(1u << ckf_host::own_index() % ckf_host::cluster_size, to, map, barrier, column, row);
 }
 
 inline void store_words(void* to, const uint32_t (&word)[4]) {
     if (reinterpret_cast<uintptr_t>(to) % 16 != 0) ckf_host::fail("a store off its alignment");
     memcpy(to, word, sizeof(word));
+}
+
+inline void publish(unsigned* count) {
+    __syncwarp();
+    if (ckf_host::current % ckf_host::kWarpSize == 0) ++*count;
+    ckf_host::moved = true;
+}
+inline void wait_published(const unsigned* count, unsigned expected) {
+    while (*count < expected) ckf_host::pause();
 }
 
 template <int kCount>
@@ -226,14 +239,14 @@ void lower_registers() {}
 
 inline void fence_products() { ckf_host::products[ckf_host::current].fenced = true; }
 
-template <typename T, bool kRowsOfN>
+template <typename T, bool kRowsOfN, int kColumns>
 void product(float (&d)[kFragment], uint64_t a, uint64_t b, bool add) {
     ckf_host::ProductState& state = ckf_host::products[ckf_host::current];
     if (!state.fenced) ckf_host::fail("a product without a fence before it");
     if (!state.in_flight) state.sums.assign(d, d + kFragment);
     state.in_flight = true;
     std::fill(d, d + kFragment, NAN);
-    state.open.push_back({a, b, add, kRowsOfN});
+    state.open.push_back({a, b, add, kRowsOfN, kColumns});
 }
 inline void commit_products() {
     ckf_host::ProductState& state = ckf_host::products[ckf_host::current];

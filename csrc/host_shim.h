@@ -1,7 +1,7 @@
 // Enough of CUDA C++ to run a kernel of this folder on the host, for tests without a GPU.
 //
 // Every CUDA thread of a cluster is a fiber; the blocks of a cluster run in lock step, clusters one
-// after the other. A fiber runs until it meets a barrier or a warp vote, so a missing barrier shows
+// after the other, or all together where blocks wait for others' results. A fiber runs until it meets a barrier or a warp vote, so a missing barrier shows
 // as a result that changes with the order in which fibers are run (ckf_host_set_order), and a
 // barrier that not everybody reaches is reported as a failed launch instead of a hang. Shared
 // memory starts as NaN. Strict on purpose: warp functions take the full mask only, no thread may
@@ -80,9 +80,10 @@ inline unsigned order_seed = 0;  // 0: by thread index, 1: backwards, else shuff
 inline int cluster_limit = 1 << 20;  // that run at once; 0: the device has none
 inline cudaError_t last_error = cudaSuccess;
 inline std::vector<Fiber> fibers;
-inline std::vector<Block> blocks;  // of the cluster that runs
-inline Barrier cluster_barrier;
-inline int current = 0, block_threads = 0;
+inline std::vector<Block> blocks;  // of the cluster that runs, or of all
+inline std::vector<Barrier> cluster_barriers;
+inline bool together = false;  // whether all clusters run at once
+inline int current = 0, block_threads = 0, cluster_size = 1;
 inline bool moved = false;  // did any fiber pass a barrier or end since the last look?
 inline jmp_buf scheduler;
 inline std::function<void()> body;
@@ -92,6 +93,8 @@ inline void (*cluster_begins)() = nullptr;     // for what a kernel family adds 
 inline void (*cluster_ends)() = nullptr;
 
 inline Block& own_block() { return blocks[current / block_threads]; }
+inline int own_cluster() { return current / block_threads / cluster_size; }
+inline Barrier& own_cluster_barrier() { return cluster_barriers[own_cluster()]; }
 inline Warp& own_warp() { return own_block().warps[current % block_threads / kWarpSize]; }
 
 // From a fiber to the scheduler, which comes back to it by `resume`.
@@ -147,7 +150,7 @@ inline std::vector<int> fiber_order() {
     return order;
 }
 
-// Runs the blocks of one cluster; false when threads wait for each other for ever.
+// Runs the blocks of one cluster, or of all; false when threads wait for each other for ever.
 inline bool run_cluster(const std::vector<int>& order, unsigned x, unsigned y) {
     for (Block& block : blocks) {
         block.barrier = Barrier{};
@@ -156,7 +159,7 @@ inline bool run_cluster(const std::vector<int>& order, unsigned x, unsigned y) {
         block.warps.assign(block_threads / kWarpSize, Warp{});
         memset(block.shared, 0xff, sizeof(block.shared));
     }
-    cluster_barrier = Barrier{};
+    cluster_barriers.assign(blocks.size() / cluster_size, Barrier{});
     for (Fiber& fiber : fibers) fiber.done = false;
     if (cluster_begins != nullptr) cluster_begins();
     while (true) {
@@ -189,11 +192,13 @@ inline cudaError_t launch(dim3 grid, int threads, int cluster, size_t shared,
     grid_size = grid;
     dynamic_bytes = shared;
     body = std::move(kernel);
-    fibers.resize(static_cast<size_t>(threads) * cluster);
-    blocks.resize(cluster);
+    cluster_size = cluster;
+    const unsigned at_once = together ? grid.x : cluster;
+    fibers.resize(static_cast<size_t>(threads) * at_once);
+    blocks.resize(at_once);
     const std::vector<int> order = fiber_order();
     for (unsigned y = 0; y < grid.y; ++y)
-        for (unsigned x = 0; x < grid.x; x += cluster)
+        for (unsigned x = 0; x < grid.x; x += at_once)
             if (!run_cluster(order, x, y)) return cudaErrorLaunchFailure;
     return last_error;
 }
@@ -264,6 +269,10 @@ inline unsigned __umulhi(unsigned a, unsigned b) {
 }
 
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+    memset(to, value, bytes);
+    return cudaSuccess;
+}
 inline cudaError_t cudaGetLastError() { return std::exchange(ckf_host::last_error, cudaSuccess); }
 inline const char* cudaGetErrorString(cudaError_t error) {
     if (error == cudaSuccess) return "no error";
@@ -285,22 +294,25 @@ inline void wait_for_previous_grid() {}
 template <int kCluster>
 void cluster_arrive() {
     if (kCluster == 1) return;
-    ckf_host::fibers[ckf_host::current].cluster_generation = ckf_host::cluster_barrier.generation;
-    ckf_host::arrive(ckf_host::cluster_barrier, static_cast<int>(ckf_host::fibers.size()));
+    ckf_host::Barrier& barrier = ckf_host::own_cluster_barrier();
+    ckf_host::fibers[ckf_host::current].cluster_generation = barrier.generation;
+    ckf_host::arrive(barrier, ckf_host::cluster_size * ckf_host::block_threads);
 }
 
 template <int kCluster>
 void cluster_wait() {
     if (kCluster == 1) return __syncthreads();
-    ckf_host::wait_past(ckf_host::cluster_barrier,
+    ckf_host::wait_past(ckf_host::own_cluster_barrier(),
                         ckf_host::fibers[ckf_host::current].cluster_generation);
 }
 
 template <int kCluster>
 float read_block(const float* p, unsigned rank) {
-    if (ckf_host::blocks[rank].left != 0) ckf_host::last_error = cudaErrorLaunchFailure;
+    const ckf_host::Block& there =
+        ckf_host::blocks[ckf_host::own_cluster() * ckf_host::cluster_size + rank];
+    if (there.left != 0) ckf_host::last_error = cudaErrorLaunchFailure;
     const size_t offset = reinterpret_cast<const char*>(p) - ckf_host::own_block().shared;
-    return *reinterpret_cast<const float*>(ckf_host::blocks[rank].shared + offset);
+    return *reinterpret_cast<const float*>(there.shared + offset);
 }
 
 struct LaunchAttributes {};

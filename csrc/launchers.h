@@ -17,6 +17,23 @@ struct CkfLinear {
     int64_t y_stride, n, rank;
 };
 
+// H (m, columns) for a product, made by the same launch: gates[task_ids[i], c] * dot(x[i, :], a[c, :])
+// or 0 where the gate is; ids as in ckf_multi_lora_decode. Forward, its columns with slots[t, c] >= 0 are
+// also written to compact (m, width) at that slot; for dx, `restored` (m, columns) is read back from
+// there. Expert by expert, eight columns at a time have one gate and slots in a row: ranks are multiples
+// of eight. columns: at most 128, a multiple of eight. Pointers 16-byte aligned, strides (in elements)
+// of gated, compact and restored multiples of eight.
+struct CkfShrink {
+    const void* a;  // (columns, k)
+    void *gated, *compact, *restored;  // compact may be null; restored: for dx, or null
+    const float* gates;
+    const int32_t* slots;  // null without compact
+    const int64_t* task_ids;
+    uint32_t* done;  // as many as m has rows / 128, rounded up to pairs: overwritten
+    int64_t columns, tasks;
+    int64_t a_stride, gated_stride, compact_stride, restored_stride, gates_stride, slots_stride;
+};
+
 // A product with the update inside; strides in elements from row to row. Forward y (m, n) =
 // x (m, k) W^T (n, k) + bias (n,) + h (m, r) b (r, n); dx: y (m, n) = mask (h b) + x (m, k) W (k, n).
 // Every pointer 16-byte aligned (bias 4), every stride and n a multiple of eight, no size zero.
@@ -29,6 +46,7 @@ struct CkfGemm {
     uint32_t threshold;  // 16-bit lanes of the mask below it are dropped, the others scaled
     float scale;
     int32_t dx, dtype, device;
+    CkfShrink shrink;  // columns 0: h was there before
 };
 
 extern "C" {

@@ -1,9 +1,13 @@
 """The Hopper GEMM of the CUDA extension: y = x W^T + bias + H B^T as one product, and dx.
 
-Experimental, not yet run on a chip: compiled for sm_90a, and run on the host against a model of
-what the chip may do (csrc/hopper_host.h). Nothing takes it unless asked by name. The maths and the
-layouts are those of triton_gemm.py; csrc/hopper_gemm.h says how. No autograd: for use inside ops.
+H itself can be made by the same launch (:class:`Shrink`): x is then read for both. The maths and
+the layouts are those of triton_gemm.py and triton_shrink.py; csrc/hopper_gemm.h says how. On the
+host it runs against a model of what the chip may do (csrc/hopper_host.h). No autograd: for use
+inside ops. CKF_HOPPER_GEMM=0 leaves it out.
 """
+
+import os
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +18,33 @@ CAPABILITY = (9, 0)  # WGMMA is of this one alone, not of what came after
 ARCH = "sm_90a"
 _MAX_SIZE = 1 << 30
 _DTYPES = (torch.float16, torch.bfloat16)
+MAX_SHRINK = 128  # rank columns that are made inside
+_TILE_ROWS = 256  # of a pair of blocks
+
+
+@dataclass(frozen=True)
+class Shrink:
+    """H = gates * (x A^T) of :func:`gemm`, or dS of :func:`gemm_dx`, made by their launch.
+
+    Ranks of the experts are multiples of eight, so that eight columns have one gate and
+    neighbouring slots.
+
+    Args:
+        a: (R, k), R at most MAX_SHRINK and a multiple of eight.
+        gates: (T, R) float32; ``task_ids``: (m,) int64.
+        gated: (m, R), gets H or dS.
+        slots, compact: (T, R) int32 and (m, C), or None both. Forward, ``compact`` gets H in
+            compact form; for dx it holds what forward wrote.
+        restored: for dx: (m, R), gets the H of the forward from ``compact``; or None.
+    """
+
+    a: Tensor
+    gates: Tensor
+    task_ids: Tensor
+    gated: Tensor
+    slots: Tensor | None = None
+    compact: Tensor | None = None
+    restored: Tensor | None = None
 
 
 def available(device: torch.device | int | None = None) -> tuple[bool, str]:
@@ -27,7 +58,9 @@ def available(device: torch.device | int | None = None) -> tuple[bool, str]:
     archs = cuda.build_info()["archs"]
     if ARCH not in archs:
         return False, f"ckf._C was built for {', '.join(archs)}; rebuild with CKF_CUDA_ARCHS={ARCH}"
-    return True, f"ckf._C for {ARCH}; not yet measured"
+    if os.environ.get("CKF_HOPPER_GEMM") == "0":
+        return False, "CKF_HOPPER_GEMM=0"
+    return True, f"ckf._C for {ARCH}"
 
 
 def why_not_gemm(x: Tensor, weight: Tensor, h: Tensor, b: Tensor, dx: bool = False) -> str | None:
@@ -54,12 +87,62 @@ def why_not_gemm(x: Tensor, weight: Tensor, h: Tensor, b: Tensor, dx: bool = Fal
     return None if usable else reason
 
 
-def gemm(x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, b: Tensor) -> Tensor:
+def why_not_shrink(x: Tensor, shrink: Shrink, dx: bool = False) -> str | None:
+    """None where the kernel makes H of these; else the reason. ``x``: dy for dx."""
+    matrices = {"A": shrink.a, "H": shrink.gated, "compact H": shrink.compact}
+    matrices["restored H"] = shrink.restored
+    for name, tensor in matrices.items():
+        if tensor is None and name not in ("A", "H"):
+            continue
+        if (reason := _why_not_matrix(name, tensor, x)) is not None:
+            return reason
+    (m, k), (tasks, columns) = x.shape, shrink.gates.shape
+    if columns > MAX_SHRINK or columns % 8:
+        return f"{columns} rank columns; expected a multiple of eight, {MAX_SHRINK} at most"
+    if (shrink.slots is None) != (shrink.compact is None):
+        return "slots without compact H, or the other way round"
+    if shrink.restored is not None and (not dx or shrink.compact is None):
+        return "H is restored for dx, from its compact form"
+    width = 0 if shrink.compact is None else shrink.compact.shape[1]
+    expected = {"A": (columns, k), "H": (m, columns), "compact H": (m, width)}
+    expected["restored H"] = (m, columns)
+    for name, shape in expected.items():
+        if matrices[name] is not None and matrices[name].shape != shape:
+            return f"{name} has shape {tuple(matrices[name].shape)}; expected {shape}"
+    tables = {"gates": (shrink.gates, torch.float32), "slots": (shrink.slots, torch.int32)}
+    for name, (table, dtype) in tables.items():
+        if table is not None and not _is_table(table, (tasks, columns), dtype, x):
+            return f"{name} are {_words(table)}; expected {dtype} ({tasks}, {columns})"
+    if not _is_table(shrink.task_ids.unsqueeze(-1), (m, 1), torch.int64, x):
+        return f"task ids are {_words(shrink.task_ids)}; expected torch.int64 ({m},)"
+    return None
+
+
+def _is_table(table: Tensor, shape: tuple[int, int], dtype: torch.dtype, x: Tensor) -> bool:
+    """Of this shape, its columns side by side (one column: its rows), beside x."""
+    apart = table.stride(0) if shape[1] == 1 else table.stride(1)
+    alike = table.dtype is dtype and table.device == x.device
+    return alike and table.shape == shape and (apart == 1 or max(shape) == 1)
+
+
+def _words(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, strides {tensor.stride()}"
+
+
+def gemm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    h: Tensor,
+    b: Tensor,
+    shrink: Shrink | None = None,
+) -> Tensor:
     """x W^T + bias + H B^T, summed in float32 and rounded once.
 
     Args:
         x: (m, k) float16 or bfloat16; ``weight``: (n, k); ``bias``: (n,) or None; ``h``: (m, R);
             ``b``: (R, n). Rows start at multiples of 16 bytes, elements of a row side by side.
+        shrink: makes H first; ``h`` is its ``gated``, or columns of that.
 
     Returns:
         (m, n), contiguous.
@@ -69,6 +152,8 @@ def gemm(x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, b: Tensor) -
         RuntimeError: CUDA refused the launch.
     """
     _require(why_not_gemm(x, weight, h, b))
+    if shrink is not None:
+        _require(why_not_shrink(x, shrink))
     n = b.shape[1]
     if bias is not None:
         cuda._check_plain("bias", bias, x.dtype, x.device)
@@ -77,7 +162,7 @@ def gemm(x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, b: Tensor) -
                 f"bias has shape {tuple(bias.shape)} and strides {bias.stride()}; expected ({n},), "
                 "contiguous, starting at a multiple of 4 bytes"
             )
-    return _launch(x, weight, bias, h, b, None, dx=False)
+    return _launch(x, weight, bias, h, b, None, shrink, dx=False)
 
 
 def gemm_dx(
@@ -86,12 +171,14 @@ def gemm_dx(
     ds: Tensor,
     a: Tensor,
     dropout: tuple[Tensor, int, float] | None = None,
+    shrink: Shrink | None = None,
 ) -> Tensor:
     """drop'(dS A) + dy W, summed in float32 and rounded once.
 
     Args:
         dy: (m, n); ``weight``: (n, k); ``ds``: (m, R); ``a``: (R, k); layouts as in :func:`gemm`.
         dropout: seed (one int64 on dy's device), threshold, scale; the mask of dS A.
+        shrink: makes dS first, its ``a`` being B^T (R, n); ``ds`` is its ``gated``.
 
     Returns:
         (m, k), contiguous.
@@ -100,6 +187,8 @@ def gemm_dx(
         ValueError, RuntimeError: as :func:`gemm`.
     """
     _require(why_not_gemm(dy, weight, ds, a, dx=True))
+    if shrink is not None:
+        _require(why_not_shrink(dy, shrink, dx=True))
     if dropout is not None:
         seed, threshold, _ = dropout
         cuda._check_plain("seed", seed, torch.int64, dy.device)
@@ -108,7 +197,7 @@ def gemm_dx(
                 f"seed has {seed.numel()} elements, the threshold is {threshold}; expected one "
                 "and 0 to 65535"
             )
-    return _launch(dy, weight, None, ds, a, dropout, dx=True)
+    return _launch(dy, weight, None, ds, a, dropout, shrink, dx=True)
 
 
 def _require(reason: str | None) -> None:
@@ -139,12 +228,36 @@ def _pitch(tensor: Tensor) -> int:
     return tensor.stride(0) if rows > 1 else -(-columns // 8) * 8
 
 
-def _launch(x, weight, bias, h, b, dropout, dx: bool) -> Tensor:
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _shrink_arguments(shrink: Shrink | None, done: Tensor | None) -> dict[str, int]:
+    """As ``CkfShrink`` in csrc/launchers.h has them."""
+    if shrink is None:
+        return {}
+    names = ("a", "gated", "compact", "restored", "gates", "slots", "task_ids")
+    found = {name: _pointer(getattr(shrink, name)) for name in names}
+    for name in ("a", "gated", "compact", "restored"):
+        tensor = getattr(shrink, name)
+        found[f"{name}_stride"] = 0 if tensor is None else _pitch(tensor)
+    for name in ("gates", "slots"):
+        tensor = getattr(shrink, name)
+        found[f"{name}_stride"] = 0 if tensor is None else tensor.stride(0)
+    tasks, columns = shrink.gates.shape
+    return found | {"done": done.data_ptr(), "columns": columns, "tasks": tasks}
+
+
+def _launch(x, weight, bias, h, b, dropout, shrink: Shrink | None, dx: bool) -> Tensor:
     extension, reason = cuda._load_extension()
     if extension is None:
         raise RuntimeError(f"hopper_gemm: {reason}")
     (m, k), (r, n) = x.shape, b.shape
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    done = None
+    if shrink is not None:  # counts of warps, which the launch sets to 0
+        size = 2 * -(-m // _TILE_ROWS)
+        done = x.new_empty(size, dtype=torch.int32)
     seed, threshold, scale = dropout or (None, 0, 1.0)
     index = x.device.index or 0
     arguments = dict(
@@ -152,8 +265,8 @@ def _launch(x, weight, bias, h, b, dropout, dx: bool) -> Tensor:
         w=weight.data_ptr(),
         h=h.data_ptr(),
         b=b.data_ptr(),
-        bias=0 if bias is None else bias.data_ptr(),
-        seed=0 if seed is None else seed.data_ptr(),
+        bias=_pointer(bias),
+        seed=_pointer(seed),
         y=y.data_ptr(),
         m=m,
         n=n,
@@ -169,6 +282,7 @@ def _launch(x, weight, bias, h, b, dropout, dx: bool) -> Tensor:
         dx=dx,
         dtype=cuda._DTYPES[x.dtype],
         device=index,
+        shrink=_shrink_arguments(shrink, done),
     )
     if torch.cuda.current_device() == index:
         extension.hopper_gemm(**arguments, stream=cuda._raw_stream(index))

@@ -2,7 +2,8 @@
 
 float32 products run on the plain cores unless torch allows TF32, and want small blocks. The 16-bit
 rules keep every kernel without spills and inside the shared memory of sm_80, sm_90 and sm_100
-(tests/kernels/test_triton_compile.py compiles all of them). None was measured on a GPU yet.
+(tests/kernels/test_triton_compile.py compiles all of them). The dense shrink, expand and outer are
+as measured on an H100 among others (benchmarks/bench_kernels.py); the rest is by arithmetic.
 """
 
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ DENSE_RANK = 128  # up to here all rank columns of a tile are one block; past it
 STACK_EXPERTS = 32  # up to so many one kernel stacks them; 0: always torch's cat
 FEWEST_CHUNK_ROWS = 256
 FEWEST_SPLIT_COLUMNS = 256
+MOST_SPLIT = 4  # beyond, writing and adding the sums costs more than the programs save
 CALLS = 1024  # of which a rule remembers its answer: packed steps bring a new m each
 
 # How the base gets under the update; LOG.md has the bytes of each. "expand": cuBLAS writes the
@@ -77,7 +79,8 @@ class GemmLaunch:
 
 @lru_cache(maxsize=CALLS)
 def shrink_launch(m: int, k: int, r: int, dtype: torch.dtype, dropout: bool) -> ShrinkLaunch:
-    """Tiles of 64 rows, k split where they are too few; blocks of 64 columns where R is large.
+    """Tiles of 64 rows, k split until two run on every multiprocessor; blocks of 64 columns where R
+    is large.
 
     A tile reads all of A from the L2 cache, R / BLOCK_M of the bytes of x. At m 2048, k 4096, R 80
     tiles of 16 rows fill the chip but read 84 MB of A for 17 MB of x; 32 tiles of 64 rows on four
@@ -91,13 +94,14 @@ def shrink_launch(m: int, k: int, r: int, dtype: torch.dtype, dropout: bool) -> 
         return ShrinkLaunch(16, _power(r, 16, 32), 64, num_warps=4, num_stages=2)
     block_m = _power(m, 16, 64)
     block_r = _power(r, 16, DENSE_RANK) if r <= DENSE_RANK else 64
-    block_k = 64 if dropout and block_m > 16 else 128  # the mask of a tile lives in registers
-    warps = 8 if block_m * block_r == 64 * DENSE_RANK else 4
-    if dropout and r % 16 and warps == 8:  # stores one by one: their offsets need the registers
+    block_k = 64 if block_m > 16 else 128
+    full = block_m * block_r == 64 * DENSE_RANK
+    warps = 8 if full and dropout else 4  # the mask of a tile lives in registers
+    if full and dropout and r % 16:  # stores one by one: their offsets need the registers
         block_m = 32
     tiles = ceil_div(m, block_m) * ceil_div(r, block_r)
-    split = max(1, min(MULTIPROCESSORS // tiles, k // FEWEST_SPLIT_COLUMNS))
-    return ShrinkLaunch(block_m, block_r, block_k, num_warps=warps, num_stages=3, split=split)
+    split = max(1, min(PROGRAMS // tiles, MOST_SPLIT, k // FEWEST_SPLIT_COLUMNS))
+    return ShrinkLaunch(block_m, block_r, block_k, num_warps=warps, num_stages=4, split=split)
 
 
 @lru_cache(maxsize=CALLS)
@@ -114,13 +118,17 @@ def expand_launch(m: int, n: int, r: int, dtype: torch.dtype) -> ExpandLaunch:
         return ExpandLaunch(32, 64, 16, skip, num_warps=4, num_stages=2)
     many = ceil_div(m, 64) * ceil_div(n, 128) >= 4 * MULTIPROCESSORS  # as many as run at a time
     block_m = 64 if many else _rows(m)
-    return ExpandLaunch(block_m, 128, _power(r, 16, 64), skip, num_warps=4, num_stages=2)
+    return ExpandLaunch(block_m, 128, _power(r, 16, 32), skip, num_warps=4, num_stages=3)
 
 
 @lru_cache(maxsize=CALLS)
-def outer_launch(m: int, r: int, c: int, dtype: torch.dtype) -> OuterLaunch:
-    """As many chunks of rows as fit on the chip, none shorter than FEWEST_CHUNK_ROWS."""
-    warps, stages = 4, 3
+def outer_launch(m: int, r: int, c: int, dtype: torch.dtype, dropout: bool) -> OuterLaunch:
+    """As many chunks of rows as fit on the chip, none shorter than FEWEST_CHUNK_ROWS.
+
+    One program with four stages on a multiprocessor where that leaves two chunks and more, else two
+    with three.
+    """
+    warps, stages, programs = 4, 3, PROGRAMS
     if dtype == torch.float32:
         stages = 2
         block_m, block_r, block_c = 32, _power(r, 16, 32), 32
@@ -129,13 +137,15 @@ def outer_launch(m: int, r: int, c: int, dtype: torch.dtype) -> OuterLaunch:
     else:
         block_m, block_r, block_c = 64, _power(r, 64, DENSE_RANK), 128  # 64: the least for wgmma
         warps = 8  # with 4 Triton 3.6 spills for sm_100
-    chunk = _chunk(m, ceil_div(r, block_r) * ceil_div(c, block_c), block_m)
+        if ceil_div(r, block_r) * ceil_div(c, block_c) * 2 <= MULTIPROCESSORS and not dropout:
+            stages, programs = 4, MULTIPROCESSORS
+    chunk = _chunk(m, ceil_div(r, block_r) * ceil_div(c, block_c), block_m, programs)
     return OuterLaunch(block_m, block_r, block_c, chunk, num_warps=warps, num_stages=stages)
 
 
-def _chunk(m: int, blocks: int, block_m: int) -> int:
+def _chunk(m: int, blocks: int, block_m: int, programs: int = PROGRAMS) -> int:
     """Rows a program sums, where each chunk of them takes ``blocks`` programs: not past a wave."""
-    chunks = max(1, min(PROGRAMS // blocks, m // FEWEST_CHUNK_ROWS))
+    chunks = max(1, min(programs // blocks, m // FEWEST_CHUNK_ROWS))
     return ceil_div(ceil_div(m, chunks), block_m) * block_m
 
 
@@ -156,9 +166,8 @@ def gather_shrink_launch(
 
 @lru_cache(maxsize=CALLS)
 def gather_expand_launch(m: int, n: int, width: int, dtype: torch.dtype) -> ExpandLaunch:
-    """As the dense expand's; nothing to skip, and fewer columns a step beside the gathered rows."""
-    launch = expand_launch(m, n, width, dtype)
-    return replace(launch, block_r=min(launch.block_r, 32), skip=False)
+    """As the dense expand's; nothing to skip."""
+    return replace(expand_launch(m, n, width, dtype), skip=False, num_stages=2)
 
 
 @lru_cache(maxsize=CALLS)
@@ -170,7 +179,7 @@ def gather_outer_launch(
     Five stages: the row index is loaded before the rows, which takes two of them, so that two
     tiles of x are in flight; one with four, where registers do not allow it.
     """
-    launch = outer_launch(m, width, c, dtype)
+    launch = outer_launch(m, width, c, dtype, dropout)
     if dtype == torch.float32:
         return replace(launch, block_m=16)
     if not _wide(c):

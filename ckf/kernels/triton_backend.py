@@ -101,7 +101,8 @@ def backward_pass(
         stacks = stack(shape, gates, a, b, x.dtype)
         kind = Gathered if gathers(shape, save_plain, slots) else Dense
         update = kind(shape, stacks, task_ids, seed, save_plain, slots, width)
-        db = update.rank_gradients(dys, saved, needed, dtypes, any(need_g))
+        bases = weights if needs[0] and plan == "gemm" else ()  # dx may come with dS
+        db = update.rank_gradients(dys, saved, needed, dtypes, any(need_g), bases)
         if needs[0]:
             dx = update.input_gradient(dys, weights, plan).view(x.shape)
         if any(need_a):

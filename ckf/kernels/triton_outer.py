@@ -139,7 +139,7 @@ def outer(
     out = torch.empty(r * c if transposed else (r, c), dtype=dtype, device=x.device)
     if 0 in (m, r, c):
         return out.zero_()
-    launch = launch or outer_launch(m, r, c, x.dtype)
+    launch = launch or outer_launch(m, r, c, x.dtype, dropout is not None)
     chunks = ceil_div(m, launch.chunk)
     parts = torch.empty(chunks, r, c, dtype=torch.float32, device=x.device)
     seed, threshold, scale = dropout or (None, 0, 1.0)

@@ -6,7 +6,6 @@ same pass read (H; dS, dH) stays on the object.
 """
 
 import itertools
-import os
 from collections.abc import Sequence
 
 import torch
@@ -30,6 +29,7 @@ class _Update:
 
     ds: Tensor
     dh: Tensor | None = None
+    dx: Tensor | None = None  # where the product that made dS made it as well
 
     def __init__(
         self,
@@ -54,6 +54,11 @@ class _Update:
     def output(self, x: Tensor, rows: Tensor, linear: int, weight, bias, plan: str) -> Tensor:
         """x W^T + bias + update, (..., n); the update alone where there is no weight."""
         n = self.stacks.b[linear].shape[1]
+        if plan == "gemm" and weight is not None:
+            fused = self.fused_output(rows, linear, weight, bias)
+            if fused is not None:
+                return fused.view(*x.shape[:-1], n)
+        self.make_h()
         if weight is None or plan == "addmm":
             y = x.new_empty(*x.shape[:-1], n)
             self.expand(
@@ -62,16 +67,14 @@ class _Update:
             if weight is not None:
                 y.view(-1, n).addmm_(rows, weight.t())
             return y
-        if plan == "gemm":
-            fused = self.fused_output(rows, linear, weight, bias)
-            if fused is not None:
-                return fused.view(*x.shape[:-1], n)
         y = F.linear(x, weight, bias).contiguous()
         self.expand(linear, y.view(-1, n), accumulate=True)
         return y
 
     def input_gradient(self, dys: Sequence[Tensor], weights, plan: str) -> Tensor:
         """drop'(dS A) + sum over linears of dy W, (m, k)."""
+        if self.dx is not None:
+            return self.dx
         bases = [(dy, w) for dy, w in zip(dys, weights, strict=True) if w is not None]
         dx = self.fused_input_gradient(*bases[0]) if plan == "gemm" and bases else None
         if dx is None:
@@ -82,6 +85,9 @@ class _Update:
         for dy, weight in bases:
             dx.addmm_(dy, weight)
         return dx
+
+    def make_h(self) -> None:
+        """H, where it is not there yet."""
 
     def fused_output(self, rows, linear: int, weight, bias) -> Tensor | None:
         """Base and update in one product, where the operands allow it."""
@@ -94,11 +100,26 @@ class _Update:
 class Dense(_Update):
     """H and dS (m, R)."""
 
+    _left: tuple[Tensor, Tensor] | None = None  # rows and saved of a shrink that is still to do
+
     def shrink(self, rows: Tensor, saved: Tensor) -> None:
-        """H, and what is saved of it: S, H itself, or H packed by the slots."""
-        packs = self.slots is not None and not self.save_plain
-        new = self.save_plain or packs
+        """H, and what is saved of it: S, H itself, or H packed by the slots.
+
+        Left to the first product, which may make H itself.
+        """
+        new = self.save_plain or self._packs
         self.h = rows.new_empty(rows.shape[0], self.stacks.a.shape[0]) if new else saved
+        self._left = rows, saved
+
+    @property
+    def _packs(self) -> bool:
+        return self.slots is not None and not self.save_plain
+
+    def make_h(self) -> None:
+        if self._left is None:
+            return
+        rows, saved = self._left
+        self._left = None
         shrink(
             rows,
             self.stacks.a,
@@ -107,9 +128,20 @@ class Dense(_Update):
             gated=self.h,
             plain=saved if self.save_plain else None,
             dropout=self.dropout,
-            slots=self.slots if packs else None,
-            packed=saved if packs else None,
+            slots=self.slots if self._packs else None,
+            packed=saved if self._packs else None,
         )
+
+    def _shrink_inside(
+        self, x: Tensor, a: Tensor, gated: Tensor, compact: Tensor, restored: Tensor | None
+    ) -> hopper.Shrink | None:
+        """The shrink as a part of the product of x with the base, where csrc's kernel takes it."""
+        if self.save_plain or any(rank % 8 for rank in self.shape.expert_ranks):
+            return None
+        saved = (self.slots, compact, restored) if self._packs else ()
+        inside = hopper.Shrink(a, self.stacks.gates, self.ids, gated, *saved)
+        dx = restored is not None
+        return inside if hopper.why_not_shrink(x, inside, dx) is None else None
 
     def expand(self, linear: int, y: Tensor, accumulate: bool, bias: Tensor | None = None) -> None:
         h = self.h[:, self.columns[linear]]
@@ -121,6 +153,12 @@ class Dense(_Update):
     def fused_output(self, rows, linear: int, weight, bias) -> Tensor | None:
         h, b = self.h[:, self.columns[linear]], self.stacks.b[linear]
         products = _products(rows, weight, h, b)
+        if products is hopper and self._left is not None and self.dropout is None:
+            inside = self._shrink_inside(rows, self.stacks.a, self.h, self._left[1], None)
+            if inside is not None:
+                self._left = None
+                return hopper.gemm(rows, weight, bias, h, b, inside)
+        self.make_h()
         return products and products.gemm(rows, weight, bias, h, b)
 
     def fused_input_gradient(self, dy, weight) -> Tensor | None:
@@ -129,33 +167,48 @@ class Dense(_Update):
         return products and products.gemm_dx(dy, weight, ds, a, self.dropout)
 
     def rank_gradients(
-        self, dys, saved: Tensor, needed: Sequence[bool], dtypes, keep_dh: bool
+        self, dys, saved: Tensor, needed: Sequence[bool], dtypes, keep_dh: bool, bases
     ) -> list[Tensor | None]:
         """dS of all linears (and dH if asked for), and the gradients of B right behind each."""
-        packed = self.slots is not None and not self.save_plain
         self.ds = saved.new_empty(saved.shape[0], self.stacks.a.shape[0])
         self.dh = torch.empty_like(self.ds) if keep_dh else None
-        h = torch.empty_like(self.ds) if packed or self.save_plain else None
+        h = torch.empty_like(self.ds) if self._packs or self.save_plain else None
+        if len(bases) == 1:
+            self.dx = self._input_gradient_with_ds(dys[0], saved, h, bases[0])
         gradients: list[Tensor | None] = []
         for dy, b_l, ranks, at, need, dtype in zip(
             dys, self.stacks.b, self.shape.ranks, self.columns, needed, dtypes, strict=True
         ):
-            shrink(
-                dy,
-                b_l,
-                self.stacks.gates[:, at],
-                self.ids,
-                gated=self.ds[:, at],
-                plain=None if self.dh is None else self.dh[:, at],
-                slots=self.slots[:, at] if packed else None,
-                saved=saved if packed else saved[:, at] if self.save_plain else None,
-                restored=None if h is None else h[:, at],
-            )
+            if self.dx is None:
+                self._shrink_back(dy, b_l, at, saved, h)
             left = (saved if h is None else h)[:, at]
             gradients.append(None)
             if need:
                 gradients[-1] = outer(left, dy, ranks, dtype, transposed=True)
         return gradients
+
+    def _shrink_back(self, dy, b_l, at: slice, saved: Tensor, h: Tensor | None) -> None:
+        packed = self._packs
+        shrink(
+            dy,
+            b_l,
+            self.stacks.gates[:, at],
+            self.ids,
+            gated=self.ds[:, at],
+            plain=None if self.dh is None else self.dh[:, at],
+            slots=self.slots[:, at] if packed else None,
+            saved=saved if packed else saved[:, at] if self.save_plain else None,
+            restored=None if h is None else h[:, at],
+        )
+
+    def _input_gradient_with_ds(self, dy, saved: Tensor, h, weight) -> Tensor | None:
+        """dx, dS and H of a single linear by one product, where csrc's kernel takes it."""
+        if weight is None or _products(dy, weight, self.ds, self.stacks.a, dx=True) is not hopper:
+            return None
+        inside = self._shrink_inside(dy, self.stacks.b[0], self.ds, saved, h)
+        if inside is None:
+            return None
+        return hopper.gemm_dx(dy, weight, self.ds, self.stacks.a, self.dropout, inside)
 
     def a_gradient(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         ranks = self.shape.expert_ranks
@@ -163,10 +216,8 @@ class Dense(_Update):
 
 
 def _products(x: Tensor, weight: Tensor, h: Tensor, b: Tensor, dx: bool = False):
-    """The module that multiplies them, or None. CKF_HOPPER_GEMM=1 asks for csrc's, not yet
-    measured, where it takes the operands."""
-    asked = os.environ.get("CKF_HOPPER_GEMM") == "1"
-    if asked and hopper.why_not_gemm(x, weight, h, b, dx) is None:
+    """The module that multiplies them, or None: csrc's where it takes the operands."""
+    if hopper.why_not_gemm(x, weight, h, b, dx) is None:
         return hopper
     return triton_gemm if triton_gemm.why_not_gemm(x, weight, h, b) is None else None
 
@@ -212,7 +263,7 @@ class Gathered(_Update):
         )
 
     def rank_gradients(
-        self, dys, saved: Tensor, needed: Sequence[bool], dtypes, keep_dh: bool
+        self, dys, saved: Tensor, needed: Sequence[bool], dtypes, keep_dh: bool, bases
     ) -> list[Tensor | None]:
         """dS of all linears, and the gradients of B right behind each."""
         assert not keep_dh, "gates that need a gradient are not hard"

@@ -74,7 +74,7 @@ def moved(t: Tensor, device: str) -> Tensor:
 def guarded(values: Tensor, padding: int = 0, offset: int = 0) -> Tensor:
     """The values inside a longer buffer whose every other element is NaN (or a wild task id):
     ``padding`` elements between rows, the start ``offset`` elements off 16-byte alignment."""
-    poison = float("nan") if values.is_floating_point() else 10**15
+    poison = float("nan") if values.is_floating_point() else torch.iinfo(values.dtype).max // 2
     width = values.shape[-1] + padding if values.dim() == 2 else 1
     rows = values.shape[0]
     buffer = torch.full((GUARD + offset + rows * width + GUARD,), poison, dtype=values.dtype)

@@ -30,14 +30,14 @@ class GemmCase:
         tensors = {n: moved(t, device) for n, t in tensors.items() if isinstance(t, Tensor)}
         return replace(self, **tensors)
 
-    def run(self) -> Tensor:
+    def run(self, shrink: hopper.Shrink | None = None) -> Tensor:
         if not self.dx:
-            return hopper.gemm(self.x, self.weight, self.bias, self.h, self.b)
+            return hopper.gemm(self.x, self.weight, self.bias, self.h, self.b, shrink)
         dropout = None
         if self.p:
             seed = torch.tensor([self.seed], device=self.x.device)
             dropout = seed, dropout_threshold(self.p), dropout_scale(self.p)
-        return hopper.gemm_dx(self.x, self.weight, self.h, self.b, dropout)
+        return hopper.gemm_dx(self.x, self.weight, self.h, self.b, dropout, shrink)
 
 
 def gemm_case(

@@ -23,6 +23,20 @@ POINTERS = ("x", "w", "h", "b", "bias", "seed", "y")
 SIZES = ("m", "n", "k", "r", "x_stride", "w_stride", "h_stride", "b_stride", "y_stride")
 
 
+SHRINK_POINTERS = ("a", "gated", "compact", "restored", "gates", "slots", "task_ids", "done")
+SHRINK_STRIDES = ("a", "gated", "compact", "restored", "gates", "slots")
+
+
+class ShrinkArguments(ctypes.Structure):
+    """CkfShrink in csrc/launchers.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in SHRINK_POINTERS),
+        *((name, ctypes.c_int64) for name in ("columns", "tasks")),
+        *((f"{name}_stride", ctypes.c_int64) for name in SHRINK_STRIDES),
+    )
+
+
 class Gemm(ctypes.Structure):
     """CkfGemm in csrc/launchers.h."""
 
@@ -32,6 +46,7 @@ class Gemm(ctypes.Structure):
         ("threshold", ctypes.c_uint32),
         ("scale", ctypes.c_float),
         *((name, ctypes.c_int32) for name in ("dx", "dtype", "device")),
+        ("shrink", ShrinkArguments),
     )
 
 
@@ -47,11 +62,13 @@ class Host:
     def build_info(self) -> dict:
         return {"archs": [hopper.ARCH]}
 
-    def hopper_gemm(self, stream: int, **arguments) -> None:
-        self.calls.append(arguments | {"stream": stream})
+    def hopper_gemm(self, stream: int, shrink: dict[str, int] | None = None, **arguments) -> None:
+        self.calls.append(arguments | {"stream": stream} | ({"shrink": shrink} if shrink else {}))
         self.library.ckf_host_set_order(ctypes.c_uint(self.order))
         self.library.ckf_host_set_clusters(ctypes.c_int(self.clusters))
         gemm = Gemm(**{n: v or None if n in POINTERS else v for n, v in arguments.items()})
+        for name, value in (shrink or {}).items():
+            setattr(gemm.shrink, name, value or None if name in SHRINK_POINTERS else value)
         status = self.library.ckf_hopper_gemm(ctypes.byref(gemm), ctypes.c_void_p(stream))
         if status:
             raise RuntimeError(f"hopper_gemm: CUDA error {status}")
@@ -191,7 +208,7 @@ def test_launcher_refuses(host):
         host.hopper_gemm(**right)
 
 
-KERNEL, PARTS = "hopper_gemm.h", "hopper.h"
+KERNEL, PARTS, FRAGMENTS = "hopper_gemm.h", "hopper.h", "hopper_fragments.h"
 DEFECTS = {
     "a stage given back while it is read": (KERNEL, "wait_products<1, T>", "wait_products<2, T>"),
     "a stage given back by one block": (
@@ -215,16 +232,20 @@ DEFECTS = {
     "leading offset": (PARTS, "return descriptor(start, chunk,", "return descriptor(start, 1024,"),
     "stride": (PARTS, "descriptor(start, 16, kAtomBytes)", "descriptor(start, 16, kAtomBytes / 2)"),
     "step along rows of n": (PARTS, "kStepK * kRowBytes", "kStepK * 2"),
-    "half of W": (KERNEL, "column + rank * (kTileN / kPair)", "column"),
-    "mask over the base too": (
+    "half of W": (KERNEL, "column + rank * (kColumns / kPair)", "column"),
+    "mask left out": (
         KERNEL,
-        "products.template multiply<T, true, false>(acc, p.k);\n        } else",
-        "} else",
+        "return kDx && p.seed != nullptr;",
+        "return false;",
     ),
     "last depth of the update": (KERNEL, "at < depth &&", "at + 16 < depth &&"),
-    "row tail": (KERNEL, "at.row + 8 * h < p.m", "at.row + 8 * h + 1 < p.m"),
-    "column tail": (KERNEL, "< p.m && column < p.n", "< p.m && column < p.n + 8"),
-    "quad": (KERNEL, "for (int distance = 1; distance <= 2", "for (int distance = 1; distance < 2"),
+    "row tail": (FRAGMENTS, "at.row + 8 * h < p.m", "at.row + 8 * h + 1 < p.m"),
+    "column tail": (FRAGMENTS, "< p.m && column < p.n", "< p.m && column < p.n + 8"),
+    "quad": (
+        FRAGMENTS,
+        "for (int distance = 1; distance <= 2",
+        "for (int distance = 1; distance < 2",
+    ),
 }
 
 

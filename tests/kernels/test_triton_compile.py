@@ -91,7 +91,7 @@ def test_chunks_of_an_outer_stay_inside_a_wave():
     from ckf.kernels.launch import PROGRAMS, outer_launch
 
     for m, r, c in itertools.product((1, 3072, 8192), (8, 80, 384), (1024, 4096, 14336)):
-        launch = outer_launch(m, r, c, torch.bfloat16)
+        launch = outer_launch(m, r, c, torch.bfloat16, False)
         blocks = -(-r // launch.block_r) * -(-c // launch.block_c)
         assert -(-m // launch.chunk) * blocks <= max(PROGRAMS, blocks)
 

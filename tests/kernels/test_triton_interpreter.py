@@ -20,7 +20,13 @@ installed = importlib.util.find_spec("triton") is not None
 @pytest.mark.skipif(not installed, reason="triton is not installed")
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
-    "suite", ["interpreter_suite.py", "interpreter_slots.py", "interpreter_parts.py"]
+    "suite",
+    [
+        "interpreter_suite.py",
+        "interpreter_slots.py",
+        "interpreter_parts.py",
+        "interpreter_hopper.py",
+    ],
 )
 def test_in_the_interpreter(suite):
     command = [sys.executable, "-m", "pytest", "-q", "-x", str(HERE / suite)]
