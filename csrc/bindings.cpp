@@ -96,7 +96,7 @@ CkfShrink shrink_of(const std::map<std::string, int64_t>& given) {
 void hopper_gemm(uintptr_t x, uintptr_t w, uintptr_t h, uintptr_t b, uintptr_t bias, uintptr_t seed,
                  uintptr_t y, int64_t m, int64_t n, int64_t k, int64_t r, int64_t x_stride,
                  int64_t w_stride, int64_t h_stride, int64_t b_stride, int64_t y_stride,
-                 uint32_t threshold, float scale, bool dx, int dtype, int device,
+                 uint32_t threshold, float scale, bool dx, int dtype, int device, bool accumulate,
                  const std::map<std::string, int64_t>& shrink, uintptr_t stream) {
     CkfGemm gemm{};
     gemm.shrink = shrink_of(shrink);
@@ -112,7 +112,7 @@ void hopper_gemm(uintptr_t x, uintptr_t w, uintptr_t h, uintptr_t b, uintptr_t b
     gemm.b_stride = b_stride, gemm.y_stride = y_stride;
     gemm.threshold = threshold;
     gemm.scale = scale;
-    gemm.dx = dx, gemm.dtype = dtype, gemm.device = device;
+    gemm.dx = dx, gemm.dtype = dtype, gemm.device = device, gemm.accumulate = accumulate;
     check(ckf_hopper_gemm(&gemm, pointer<void>(stream)), "hopper_gemm");
 }
 
@@ -135,7 +135,7 @@ PYBIND11_MODULE(_C, module) {
                py::arg("n"), py::arg("k"), py::arg("r"), py::arg("x_stride"), py::arg("w_stride"),
                py::arg("h_stride"), py::arg("b_stride"), py::arg("y_stride"), py::arg("threshold"),
                py::arg("scale"), py::arg("dx"), py::arg("dtype"), py::arg("device"),
-               py::arg("shrink"), py::arg("stream"));
+               py::arg("accumulate"), py::arg("shrink"), py::arg("stream"));
     module.def("build_info",
                [] { return py::module_::import("json").attr("loads")(kCkfBuildInfo); });
 }

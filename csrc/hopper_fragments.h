@@ -38,7 +38,8 @@ struct GemmArgs {
     int m, n, k, r;
     unsigned threshold;
     float scale;
-    int shrinkers;  // clusters that shrink, 0: H was there before
+    bool accumulate;  // dx: onto what y holds
+    int shrinkers;    // clusters that shrink, 0: H was there before
     ShrinkArgs<T> shrink;
 };
 
@@ -127,6 +128,36 @@ __device__ __forceinline__ void add_bias(const GemmArgs<T>& p, const Place& at,
     }
 }
 
+// Eight columns of a row.
+struct alignas(16) Words {
+    uint32_t word[4];
+};
+
+// Adds what y holds: the store's exchange, backwards.
+template <typename T>
+__device__ __forceinline__ void add_stored(const GemmArgs<T>& p, const Place& at,
+                                           float (&acc)[kFragment]) {
+    const T* y = p.y + at.row * p.y_stride;
+#pragma unroll
+    for (int j = 0; j < kTileN / 8; j += 4) {
+        const int column = at.column + 8 * (j + at.quad);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            Words held{};
+            if (at.row + 8 * h < p.m && column < p.n)
+                held = *reinterpret_cast<const Words*>(y + 8 * h * p.y_stride + column);
+            transpose_quad(held.word, at.quad);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                T pair[2];
+                memcpy(pair, &held.word[i], sizeof(pair));
+                acc[4 * (j + i) + 2 * h] += to_float(pair[0]);
+                acc[4 * (j + i) + 2 * h + 1] += to_float(pair[1]);
+            }
+        }
+    }
+}
+
 // Rounds and stores; n is a multiple of eight, so that eight columns are all inside or all outside.
 template <typename T>
 __device__ __forceinline__ void store_fragment(const GemmArgs<T>& p, const Place& at,
@@ -147,11 +178,6 @@ __device__ __forceinline__ void store_fragment(const GemmArgs<T>& p, const Place
         }
     }
 }
-
-// Eight columns of a row.
-struct Words {
-    uint32_t word[4];
-};
 
 // A warp's sixteen rows of S, from the first 64 accumulators; then the warp is counted.
 template <typename T, bool kDx>

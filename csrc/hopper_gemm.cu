@@ -65,6 +65,7 @@ cudaError_t launch_gemm(const CkfGemm& g, cudaStream_t stream) {
     p.r = static_cast<int>(g.r);
     p.threshold = g.threshold;
     p.scale = g.scale;
+    p.accumulate = g.accumulate != 0;
     const int64_t pairs = (g.m + kPair * kTileM - 1) / (kPair * kTileM);
     const int64_t tiles = pairs * ((g.n + kTileN - 1) / kTileN);
     const auto clusters = static_cast<unsigned>(std::min<int64_t>(most, tiles));
@@ -105,6 +106,7 @@ bool is_right(const CkfGemm& g) {
     for (const int64_t size : sizes)
         if (size < 1 || size > kMost) return false;
     if ((g.m / 256 + 1) * (g.n / 256 + 1) > kMost || g.n % 8 != 0) return false;
+    if (g.accumulate != 0 && !g.dx) return false;
     const void* pointers[] = {g.x, g.w, g.h, g.b, g.y};
     const int64_t pitches[] = {g.x_stride, g.w_stride, g.h_stride, g.b_stride, g.y_stride};
     const int64_t widths[] = {g.k, g.dx ? g.n : g.k, g.r, g.n, g.n};

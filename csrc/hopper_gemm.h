@@ -1,6 +1,6 @@
 // A matrix product with the Multi-LoRA update inside, for sm_90a: written once, rounded once.
 //   forward  y (m, n) = x W^T + bias + H B^T   x (m, k), W (n, k), H (m, r), B^T (r, n)
-//   dx       y (m, n) = mask (H B) + x W       the same shapes but W (k, n): x is dy, H is dS
+//   dx       y (m, n) = mask (H B) + x W [+ y]  the same shapes but W (k, n): x is dy, H is dS
 // H may be made by the same launch: H = gates * (x A^T), for dx dS = gates * (dy B).
 //
 // Persistent pairs of blocks (a cluster) take pairs of tiles of 128 x 256, one below the other, so
@@ -250,6 +250,7 @@ __device__ __forceinline__ void multiply_all(const GemmArgs<T>& p, const Memory&
         if (!update_first<T, kDx>(p)) products.template multiply<T, true, true>(acc, p.r);
         products.template finish<T>(acc);
         if (!kDx && p.bias != nullptr) add_bias(p, at, acc);
+        if (kDx && p.accumulate) add_stored(p, at, acc);
         store_fragment(p, at, acc);
     }
 }

@@ -46,6 +46,7 @@ struct CkfGemm {
     uint32_t threshold;  // 16-bit lanes of the mask below it are dropped, the others scaled
     float scale;
     int32_t dx, dtype, device;
+    int32_t accumulate;  // dx: added to what y holds
     CkfShrink shrink;  // columns 0: h was there before
 };
 

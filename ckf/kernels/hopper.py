@@ -52,6 +52,8 @@ def available(device: torch.device | int | None = None) -> tuple[bool, str]:
     usable, reason = cuda.available()
     if not usable:
         return False, reason
+    if isinstance(device, torch.device) and device.type != cuda._DEVICE_TYPE:
+        return False, f"the input is on {device.type}"
     capability = torch.cuda.get_device_capability(device)
     if capability != CAPABILITY:
         return False, f"compute capability {capability}; the Hopper GEMM needs {CAPABILITY}"
@@ -172,6 +174,7 @@ def gemm_dx(
     a: Tensor,
     dropout: tuple[Tensor, int, float] | None = None,
     shrink: Shrink | None = None,
+    onto: Tensor | None = None,
 ) -> Tensor:
     """drop'(dS A) + dy W, summed in float32 and rounded once.
 
@@ -179,9 +182,10 @@ def gemm_dx(
         dy: (m, n); ``weight``: (n, k); ``ds``: (m, R); ``a``: (R, k); layouts as in :func:`gemm`.
         dropout: seed (one int64 on dy's device), threshold, scale; the mask of dS A.
         shrink: makes dS first, its ``a`` being B^T (R, n); ``ds`` is its ``gated``.
+        onto: (m, k), of dy's dtype, rows at multiples of 16 bytes: the result is added to it.
 
     Returns:
-        (m, k), contiguous.
+        (m, k), contiguous; or ``onto``.
 
     Raises:
         ValueError, RuntimeError: as :func:`gemm`.
@@ -197,7 +201,13 @@ def gemm_dx(
                 f"seed has {seed.numel()} elements, the threshold is {threshold}; expected one "
                 "and 0 to 65535"
             )
-    return _launch(dy, weight, None, ds, a, dropout, shrink, dx=True)
+    if onto is not None:
+        _require(_why_not_matrix("dx", onto, dy))
+        if onto.shape != (dy.shape[0], a.shape[1]):
+            raise ValueError(
+                f"onto has shape {tuple(onto.shape)}; expected {(dy.shape[0], a.shape[1])}"
+            )
+    return _launch(dy, weight, None, ds, a, dropout, shrink, dx=True, onto=onto)
 
 
 def _require(reason: str | None) -> None:
@@ -248,12 +258,14 @@ def _shrink_arguments(shrink: Shrink | None, done: Tensor | None) -> dict[str, i
     return found | {"done": done.data_ptr(), "columns": columns, "tasks": tasks}
 
 
-def _launch(x, weight, bias, h, b, dropout, shrink: Shrink | None, dx: bool) -> Tensor:
+def _launch(
+    x, weight, bias, h, b, dropout, shrink: Shrink | None, dx: bool, onto: Tensor | None = None
+) -> Tensor:
     extension, reason = cuda._load_extension()
     if extension is None:
         raise RuntimeError(f"hopper_gemm: {reason}")
     (m, k), (r, n) = x.shape, b.shape
-    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device) if onto is None else onto
     done = None
     if shrink is not None:  # counts of warps, which the launch sets to 0
         size = 2 * -(-m // _TILE_ROWS)
@@ -276,12 +288,13 @@ def _launch(x, weight, bias, h, b, dropout, shrink: Shrink | None, dx: bool) -> 
         w_stride=_pitch(weight),
         h_stride=_pitch(h),
         b_stride=_pitch(b),
-        y_stride=n,
+        y_stride=n if onto is None else _pitch(onto),
         threshold=threshold,
         scale=scale,
         dx=dx,
         dtype=cuda._DTYPES[x.dtype],
         device=index,
+        accumulate=onto is not None,
         shrink=_shrink_arguments(shrink, done),
     )
     if torch.cuda.current_device() == index:

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ckf.kernels import hopper
 from ckf.kernels.group import Gradients, GroupShape, base_gradients, unflatten
 from ckf.kernels.launch import DENSE_RANK, PLANS
 from ckf.kernels.torch_backend import gate_gradients
@@ -58,7 +59,8 @@ def forward_pass(
         stacks = stack(shape, gates, a, b, x.dtype)
         compact = not save_plain and saves_compact(shape, slots)
         saved = rows.new_empty(rows.shape[0], width if compact else shape.columns)
-        kind = Gathered if gathers(shape, save_plain, slots) else Dense
+        inside = plan == "gemm" and seed is None and shrinks_inside(shape, rows, weights)
+        kind = Gathered if gathers(shape, save_plain, slots) and not inside else Dense
         update = kind(shape, stacks, task_ids, seed, save_plain, slots, width)
         update.shrink(rows, saved)
         outputs = [
@@ -99,7 +101,8 @@ def backward_pass(
     dx = da = dg = None
     with torch.cuda.device_of(x):
         stacks = stack(shape, gates, a, b, x.dtype)
-        kind = Gathered if gathers(shape, save_plain, slots) else Dense
+        inside = plan == "gemm" and needs[0] and shrinks_inside(shape, rows, weights)
+        kind = Gathered if gathers(shape, save_plain, slots) and not inside else Dense
         update = kind(shape, stacks, task_ids, seed, save_plain, slots, width)
         bases = weights if needs[0] and plan == "gemm" else ()  # dx may come with dS
         db = update.rank_gradients(dys, saved, needed, dtypes, any(need_g), bases)
@@ -116,6 +119,18 @@ def backward_pass(
 def saves_compact(shape: GroupShape, slots: Tensor | None) -> bool:
     """Whether H is saved compact, (m, C): wherever the slots are known; the shrink packs it."""
     return slots is not None
+
+
+def shrinks_inside(shape: GroupShape, rows: Tensor, weights) -> bool:
+    """Whether csrc's products can make H, each linear its own columns, so that nothing is gathered:
+    a first look, the products have the last word."""
+    return (
+        rows.dtype.itemsize == 2
+        and hopper.available(rows.device)[0]
+        and max(shape.linear_ranks) <= hopper.MAX_SHRINK
+        and not any(rank % 8 for rank in shape.expert_ranks)
+        and not any(weight is None for weight in weights)
+    )
 
 
 def gathers(shape: GroupShape, save_plain: bool, slots: Tensor | None) -> bool:

@@ -29,7 +29,6 @@ class _Update:
 
     ds: Tensor
     dh: Tensor | None = None
-    dx: Tensor | None = None  # where the product that made dS made it as well
 
     def __init__(
         self,
@@ -73,8 +72,6 @@ class _Update:
 
     def input_gradient(self, dys: Sequence[Tensor], weights, plan: str) -> Tensor:
         """drop'(dS A) + sum over linears of dy W, (m, k)."""
-        if self.dx is not None:
-            return self.dx
         bases = [(dy, w) for dy, w in zip(dys, weights, strict=True) if w is not None]
         dx = self.fused_input_gradient(*bases[0]) if plan == "gemm" and bases else None
         if dx is None:
@@ -101,6 +98,11 @@ class Dense(_Update):
     """H and dS (m, R)."""
 
     _left: tuple[Tensor, Tensor] | None = None  # rows and saved of a shrink that is still to do
+    _dx: Tensor | None = None  # as far as the products that made dS have made it
+
+    def __init__(self, *arguments) -> None:
+        super().__init__(*arguments)
+        self._in_dx: set[int] = set()  # linears
 
     def shrink(self, rows: Tensor, saved: Tensor) -> None:
         """H, and what is saved of it: S, H itself, or H packed by the slots.
@@ -133,13 +135,25 @@ class Dense(_Update):
         )
 
     def _shrink_inside(
-        self, x: Tensor, a: Tensor, gated: Tensor, compact: Tensor, restored: Tensor | None
+        self,
+        x: Tensor,
+        a: Tensor,
+        at: slice,
+        gated: Tensor,
+        compact: Tensor,
+        restored: Tensor | None = None,
     ) -> hopper.Shrink | None:
-        """The shrink as a part of the product of x with the base, where csrc's kernel takes it."""
+        """The shrink as a part of the product of x with a base, where csrc's kernel takes it.
+
+        at: of the group's rank columns; ``gated`` and ``restored`` hold all of them.
+        """
         if self.save_plain or any(rank % 8 for rank in self.shape.expert_ranks):
             return None
-        saved = (self.slots, compact, restored) if self._packs else ()
-        inside = hopper.Shrink(a, self.stacks.gates, self.ids, gated, *saved)
+        saved = ()
+        if self._packs:
+            saved = self.slots[:, at], compact, None if restored is None else restored[:, at]
+        gates = self.stacks.gates[:, at]
+        inside = hopper.Shrink(a, gates, self.ids, gated[:, at], *saved)
         dx = restored is not None
         return inside if hopper.why_not_shrink(x, inside, dx) is None else None
 
@@ -154,9 +168,13 @@ class Dense(_Update):
         h, b = self.h[:, self.columns[linear]], self.stacks.b[linear]
         products = _products(rows, weight, h, b)
         if products is hopper and self._left is not None and self.dropout is None:
-            inside = self._shrink_inside(rows, self.stacks.a, self.h, self._left[1], None)
+            every = slice(0, self.shape.columns)
+            at = every if every.stop <= hopper.MAX_SHRINK else self.columns[linear]
+            a, saved = self.stacks.a[at], self._left[1]
+            inside = self._shrink_inside(rows, a, at, self.h, saved)
             if inside is not None:
-                self._left = None
+                if at.stop == every.stop:
+                    self._left = None
                 return hopper.gemm(rows, weight, bias, h, b, inside)
         self.make_h()
         return products and products.gemm(rows, weight, bias, h, b)
@@ -173,25 +191,24 @@ class Dense(_Update):
         self.ds = saved.new_empty(saved.shape[0], self.stacks.a.shape[0])
         self.dh = torch.empty_like(self.ds) if keep_dh else None
         h = torch.empty_like(self.ds) if self._packs or self.save_plain else None
-        if len(bases) == 1:
-            self.dx = self._input_gradient_with_ds(dys[0], saved, h, bases[0])
         gradients: list[Tensor | None] = []
-        for dy, b_l, ranks, at, need, dtype in zip(
-            dys, self.stacks.b, self.shape.ranks, self.columns, needed, dtypes, strict=True
+        for linear, (dy, ranks, at, need, dtype) in enumerate(
+            zip(dys, self.shape.ranks, self.columns, needed, dtypes, strict=True)
         ):
-            if self.dx is None:
-                self._shrink_back(dy, b_l, at, saved, h)
+            weight = bases[linear] if bases else None
+            if not self._shrink_with_dx(linear, dy, saved, h, weight):
+                self._shrink_back(linear, dy, saved, h)
             left = (saved if h is None else h)[:, at]
             gradients.append(None)
             if need:
                 gradients[-1] = outer(left, dy, ranks, dtype, transposed=True)
         return gradients
 
-    def _shrink_back(self, dy, b_l, at: slice, saved: Tensor, h: Tensor | None) -> None:
-        packed = self._packs
+    def _shrink_back(self, linear: int, dy, saved: Tensor, h: Tensor | None) -> None:
+        at, packed = self.columns[linear], self._packs
         shrink(
             dy,
-            b_l,
+            self.stacks.b[linear],
             self.stacks.gates[:, at],
             self.ids,
             gated=self.ds[:, at],
@@ -201,14 +218,31 @@ class Dense(_Update):
             restored=None if h is None else h[:, at],
         )
 
-    def _input_gradient_with_ds(self, dy, saved: Tensor, h, weight) -> Tensor | None:
-        """dx, dS and H of a single linear by one product, where csrc's kernel takes it."""
-        if weight is None or _products(dy, weight, self.ds, self.stacks.a, dx=True) is not hopper:
-            return None
-        inside = self._shrink_inside(dy, self.stacks.b[0], self.ds, saved, h)
+    def _shrink_with_dx(self, linear: int, dy, saved: Tensor, h, weight) -> bool:
+        """dS and H of a linear by the product that adds its part of dx, where csrc's kernel takes
+        it."""
+        at = self.columns[linear]
+        ds, a = self.ds[:, at], self.stacks.a[at]
+        if weight is None or _products(dy, weight, ds, a, dx=True) is not hopper:
+            return False
+        inside = self._shrink_inside(dy, self.stacks.b[linear], at, self.ds, saved, h)
         if inside is None:
-            return None
-        return hopper.gemm_dx(dy, weight, self.ds, self.stacks.a, self.dropout, inside)
+            return False
+        self._dx = hopper.gemm_dx(dy, weight, ds, a, self.dropout, inside, self._dx)
+        self._in_dx.add(linear)
+        return True
+
+    def input_gradient(self, dys: Sequence[Tensor], weights, plan: str) -> Tensor:
+        if self._dx is None:
+            return super().input_gradient(dys, weights, plan)
+        for linear, (dy, weight) in enumerate(zip(dys, weights, strict=True)):
+            if linear in self._in_dx:
+                continue
+            at = self.columns[linear]
+            expand(self.ds[:, at], self.stacks.a[at], self._dx, True, self.dropout)
+            if weight is not None:
+                self._dx.addmm_(dy, weight)
+        return self._dx
 
     def a_gradient(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         ranks = self.shape.expert_ranks

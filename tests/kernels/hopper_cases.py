@@ -24,6 +24,7 @@ class GemmCase:
     dx: bool
     p: float = 0.0
     seed: int = 0
+    onto: Tensor | None = None
 
     def to(self, device: str) -> "GemmCase":
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -37,7 +38,7 @@ class GemmCase:
         if self.p:
             seed = torch.tensor([self.seed], device=self.x.device)
             dropout = seed, dropout_threshold(self.p), dropout_scale(self.p)
-        return hopper.gemm_dx(self.x, self.weight, self.h, self.b, dropout, shrink)
+        return hopper.gemm_dx(self.x, self.weight, self.h, self.b, dropout, shrink, self.onto)
 
 
 def gemm_case(

@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from ckf.kernels import hopper, multi_lora_linear, triton_update
+from ckf.kernels import hopper, ops, triton_update
 from ckf.kernels.slots import compact_slots
 from tests.kernels.cases import assert_as_good_as_reference, random_case
 from tests.kernels.interpreter_slots import triton_with
@@ -62,31 +62,67 @@ def test_odd_ranks_and_learned_gates_keep_both_apart(on_the_host):
         assert launches(on_the_host) == [(False, False), (True, False)]
 
 
-def test_a_group_makes_h_once(on_the_host):
-    """The first linear's product makes H of all; dS of each is made before the only dx."""
-    from ckf.kernels import ops
+def of_group(experts: int, widths: tuple[int, ...], dropout_p: float = 0.0) -> list[torch.Tensor]:
+    """Outputs and gradients of linears that share x, by the "gemm" plan; held against float64."""
+    g = torch.Generator().manual_seed(0)
+    tasks = experts - 1
+    x = torch.randn(50, 48, generator=g)
+    weights = [torch.randn(n, 48, generator=g) / 7 for n in widths]
+    a = [[torch.randn(16, 48, generator=g) / 7 for _ in range(experts)] for _ in widths]
+    b = [[torch.randn(n, 16, generator=g) / 4 for _ in range(experts)] for n in widths]
+    gates = torch.eye(tasks, experts).roll(1, 1)
+    gates[:, 0] = 0.5
+    ids = torch.arange(50) % (tasks + 1) - 1
+    dys = [torch.randn(50, n, generator=g) for n in widths]
+    live = (gates != 0).tolist()
+    slots = compact_slots([live] * len(widths), [[16] * experts] * len(widths))
 
-    x = torch.randn(50, 48, dtype=torch.float16, requires_grad=True)
-    ranks, widths = [16, 16, 16], (40, 24)
-    weights = [torch.randn(n, 48, dtype=torch.float16) / 7 for n in widths]
-    a = [[torch.randn(r, 48, dtype=torch.float16) / 7 for r in ranks] for _ in widths]
-    b = [[torch.randn(n, r, dtype=torch.float16) / 4 for r in ranks] for n in widths]
-    for tensor in (t for own in (*a, *b) for t in own):
-        tensor.requires_grad_()
-    gates = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 1.0]])
-    ids = torch.arange(50) % 3 - 1
-    slots, width = compact_slots([(gates != 0).tolist()] * 2, [ranks] * 2)
-    bases = (weights, [None] * 2)
-    arguments = (x, *bases, a, b, [gates] * 2, ids, 0.0, 0, "triton:gemm", slots, width)
-    ys = ops.run_group(*arguments)
-    torch.autograd.backward(ys, [torch.ones_like(y) for y in ys])
-    assert launches(on_the_host) == [(False, True), (False, False), (True, False)]
-    for y, weight, own_a, own_b in zip(ys, weights, a, b, strict=True):
-        alone = multi_lora_linear(
-            x.double(), weight.double(), None, [t.double() for t in own_a],
-            [t.double() for t in own_b], gates, ids, backend="torch",
-        )  # fmt: skip
-        assert (y.double() - alone).norm() <= 4 * torch.finfo(torch.float16).eps * alone.norm()
+    def run(dtype, backend, slots):
+        def leaf(t):
+            return t.to(dtype).requires_grad_()
+
+        own_x = leaf(x)
+        own_a, own_b = ([[leaf(t) for t in s] for s in own] for own in (a, b))
+        bases = [w.to(dtype) for w in weights], [None] * len(widths)
+        wide = [gates.to(torch.float64 if dtype == torch.float64 else torch.float32)] * len(widths)
+        group = (own_x, *bases, own_a, own_b, wide, ids, dropout_p, 7, backend, *slots)
+        ys = ops.run_group(*group)
+        leaves = [own_x, *(t for s in (*own_a, *own_b) for t in s)]
+        return [*ys, *torch.autograd.grad(ys, leaves, [dy.to(dtype) for dy in dys])]
+
+    found = run(torch.float16, "triton:gemm", slots)
+    exact = run(torch.float64, "torch", (None, 0))
+    for one, wanted in zip(found, exact, strict=True):
+        allowed = 6 * torch.finfo(torch.float16).eps * wanted.norm()
+        assert (one.double() - wanted).norm() <= allowed
+    return found
+
+
+def test_a_group_makes_h_once(on_the_host):
+    """Up to 128 columns in all: the first product makes H of all; each dx is added to the last."""
+    of_group(3, (40, 24))
+    forward, backward = [(False, True), (False, False)], [(True, True)] * 2
+    assert launches(on_the_host) == [*forward, *backward]
+
+
+def test_linears_of_a_wide_group_make_their_own_h(on_the_host):
+    with patch.object(triton_update, "shrink", side_effect=AssertionError("a launch too many")):
+        of_group(5, (40, 24, 16))
+    assert launches(on_the_host) == [(False, True)] * 3 + [(True, True)] * 3
+
+
+def test_a_wide_group_with_dropout_gathers_forward(on_the_host):
+    """What one kind saves the other takes up."""
+    of_group(5, (40, 24), dropout_p=0.3)
+    assert launches(on_the_host) == [(True, True)] * 2
+
+
+def test_a_linear_that_the_product_refuses_is_added_apart(on_the_host, monkeypatch):
+    """Its n is no multiple of eight."""
+    for experts in (3, 5):
+        on_the_host.calls.clear()
+        of_group(experts, (40, 20, 24))
+        assert (True, True) in launches(on_the_host)
 
 
 def test_left_out_by_the_environment(on_the_host, monkeypatch):

@@ -45,7 +45,7 @@ class Gemm(ctypes.Structure):
         *((name, ctypes.c_int64) for name in SIZES),
         ("threshold", ctypes.c_uint32),
         ("scale", ctypes.c_float),
-        *((name, ctypes.c_int32) for name in ("dx", "dtype", "device")),
+        *((name, ctypes.c_int32) for name in ("dx", "dtype", "device", "accumulate")),
         ("shrink", ShrinkArguments),
     )
 
@@ -142,6 +142,21 @@ def test_many_tiles_a_cluster_in_any_order(host):
         host.clusters, host.order = 2, 0
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_dx_onto_what_is_there(host, p):
+    """As of the second linear of a group: added in float32, rounded once."""
+    for dtype in DTYPES:
+        case = gemm_case(140, 264, 72, 24, dx=True, dtype=dtype, p=p)
+        before = guarded(torch.randn(140, 264).to(dtype))
+        case.onto = guarded(before.clone())
+        y = run(case)
+        assert y is case.onto
+        wanted, allowed = exact(case)
+        eps = torch.finfo(dtype).eps
+        wanted = wanted + before.double()
+        assert ((y.double() - wanted).abs() <= allowed + eps * wanted.abs()).all()
+
+
 def test_depth_beyond_the_ring(host):
     """More tiles of depth than stages, so that every barrier goes through several phases."""
     case = gemm_case(16, 16, 64 * 19 + 8, 64 * 5 + 8, integers=True)
@@ -191,6 +206,7 @@ def test_what_reaches_the_kernel(host):
         **{"m": 3, "n": 16, "k": 24, "r": 8},
         **{"x_stride": 32, "w_stride": 24, "h_stride": 16, "b_stride": 24, "y_stride": 16},
         **{"threshold": 16384, "scale": 4 / 3, "dx": True, "dtype": 2, "device": 0, "stream": 77},
+        "accumulate": False,
     }
 
 
@@ -343,6 +359,7 @@ def test_extension_refuses_and_names_the_kernel():
 
     right = dict.fromkeys(POINTERS, 16) | {"bias": 0, "seed": 0} | dict.fromkeys(SIZES, 8)
     right |= {"threshold": 0, "scale": 1.0, "dx": False, "dtype": 2, "stream": 0}
+    right |= {"accumulate": False, "shrink": {}}
     right["device"] = torch.cuda.device_count() if torch.cuda.is_available() else 0
     with pytest.raises(RuntimeError, match=r"hopper_gemm: .* \(CUDA error \d+\)") as refused:
         _C.hopper_gemm(**right)
