@@ -10,6 +10,7 @@ predictions/          Parquet per task         report.html           see ckf.rep
 import datetime
 import json
 import os
+import platform
 import shutil
 import threading
 import time
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import set_seed
 
@@ -387,6 +389,11 @@ def _about(
         "model": config.model.name,
         "data": config.data.name,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else str(device),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
         "trainable_parameters": trainable,
         "packed": assembly.packed,
         "weights": weights,

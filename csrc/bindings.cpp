@@ -4,7 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
-#include <map>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -73,46 +73,14 @@ class MultiLoraDecode {
     int dtype_, device_;
 };
 
-// By the names of CkfShrink; empty: none.
-CkfShrink shrink_of(const std::map<std::string, int64_t>& given) {
-    CkfShrink s{};
-    if (given.empty()) return s;
-    const auto at = [&](const char* name) { return given.at(name); };
-    s.a = pointer<const void>(at("a"));
-    s.gated = pointer<void>(at("gated"));
-    s.compact = pointer<void>(at("compact"));
-    s.restored = pointer<void>(at("restored"));
-    s.gates = pointer<const float>(at("gates"));
-    s.slots = pointer<const int32_t>(at("slots"));
-    s.task_ids = pointer<const int64_t>(at("task_ids"));
-    s.done = pointer<uint32_t>(at("done"));
-    s.columns = at("columns"), s.tasks = at("tasks"), s.a_stride = at("a_stride");
-    s.gated_stride = at("gated_stride"), s.compact_stride = at("compact_stride");
-    s.restored_stride = at("restored_stride"), s.gates_stride = at("gates_stride");
-    s.slots_stride = at("slots_stride");
-    return s;
-}
-
-void hopper_gemm(uintptr_t x, uintptr_t w, uintptr_t h, uintptr_t b, uintptr_t bias, uintptr_t seed,
-                 uintptr_t y, int64_t m, int64_t n, int64_t k, int64_t r, int64_t x_stride,
-                 int64_t w_stride, int64_t h_stride, int64_t b_stride, int64_t y_stride,
-                 uint32_t threshold, float scale, bool dx, int dtype, int device, bool accumulate,
-                 const std::map<std::string, int64_t>& shrink, uintptr_t stream) {
-    CkfGemm gemm{};
-    gemm.shrink = shrink_of(shrink);
-    gemm.x = pointer<const void>(x);
-    gemm.w = pointer<const void>(w);
-    gemm.h = pointer<const void>(h);
-    gemm.b = pointer<const void>(b);
-    gemm.bias = pointer<const void>(bias);
-    gemm.seed = pointer<const int64_t>(seed);
-    gemm.y = pointer<void>(y);
-    gemm.m = m, gemm.n = n, gemm.k = k, gemm.r = r;
-    gemm.x_stride = x_stride, gemm.w_stride = w_stride, gemm.h_stride = h_stride;
-    gemm.b_stride = b_stride, gemm.y_stride = y_stride;
-    gemm.threshold = threshold;
-    gemm.scale = scale;
-    gemm.dx = dx, gemm.dtype = dtype, gemm.device = device, gemm.accumulate = accumulate;
+// A CkfGemm as ckf/kernels/hopper.py packs it: two dozen arguments by name cost more than the launch.
+void hopper_gemm(const std::string& arguments, uintptr_t stream) {
+    CkfGemm gemm;
+    if (arguments.size() != sizeof(gemm))
+        throw std::invalid_argument("hopper_gemm: " + std::to_string(arguments.size()) +
+                                    " bytes of arguments; expected " +
+                                    std::to_string(sizeof(gemm)));
+    memcpy(&gemm, arguments.data(), sizeof(gemm));
     check(ckf_hopper_gemm(&gemm, pointer<void>(stream)), "hopper_gemm");
 }
 
@@ -130,12 +98,10 @@ PYBIND11_MODULE(_C, module) {
         .def("__call__", &MultiLoraDecode::operator(), py::arg("y"), py::arg("y_strides"),
              py::arg("x"), py::arg("x_stride"), py::arg("task_ids"), py::arg("m"),
              py::arg("overlap"), py::arg("stream"));
-    module.def("hopper_gemm", &hopper_gemm, py::kw_only(), py::arg("x"), py::arg("w"), py::arg("h"),
-               py::arg("b"), py::arg("bias"), py::arg("seed"), py::arg("y"), py::arg("m"),
-               py::arg("n"), py::arg("k"), py::arg("r"), py::arg("x_stride"), py::arg("w_stride"),
-               py::arg("h_stride"), py::arg("b_stride"), py::arg("y_stride"), py::arg("threshold"),
-               py::arg("scale"), py::arg("dx"), py::arg("dtype"), py::arg("device"),
-               py::arg("accumulate"), py::arg("shrink"), py::arg("stream"));
+    module.def(
+        "hopper_gemm",
+        [](const py::bytes& arguments, uintptr_t stream) { hopper_gemm(arguments, stream); },
+        py::arg("arguments"), py::arg("stream"));
     module.def("build_info",
                [] { return py::module_::import("json").attr("loads")(kCkfBuildInfo); });
 }

@@ -10,7 +10,7 @@ namespace ckf {
 namespace {
 
 constexpr int kTileN = 256;     // columns of y in a tile
-constexpr int kShrinkN = 128;   // rank columns of H in a tile, the most there are
+constexpr int kShrinkN = 128;   // rank columns of a tile of H, at half the cost; or kTileN
 
 // Where S = x A^T goes: H = gates * S in all columns; forward also its compact form, of the columns
 // that a row's task has; for dx the H of the forward is brought back from that form. Ranks are
@@ -25,7 +25,7 @@ struct ShrinkArgs {
     const int64_t* ids;      // (m,)
     unsigned* done;          // a count of warps for each tile of rows, 0 before
     int64_t gated_stride, compact_stride, restored_stride, gates_stride, slots_stride;
-    int columns, tasks;
+    int columns, tasks;  // columns: kTileN at most
 };
 
 template <typename T>
@@ -179,8 +179,8 @@ __device__ __forceinline__ void store_fragment(const GemmArgs<T>& p, const Place
     }
 }
 
-// A warp's sixteen rows of S, from the first 64 accumulators; then the warp is counted.
-template <typename T, bool kDx>
+// A warp's sixteen rows of S, from the first accumulators; then the warp is counted.
+template <typename T, bool kDx, int kColumns>
 __device__ __forceinline__ void store_shrunk(const ShrinkArgs<T>& s, int m, int tile,
                                              const Place& at, float (&acc)[kFragment]) {
     const int lane = threadIdx.x % kLanes;
@@ -193,7 +193,7 @@ __device__ __forceinline__ void store_shrunk(const ShrinkArgs<T>& s, int m, int 
         const float* gates = s.gates + (valid ? id : 0) * s.gates_stride;
         const int32_t* slots = s.slots + (valid ? id : 0) * s.slots_stride;
 #pragma unroll
-        for (int j = 0; j < kShrinkN / 8; j += 4) {
+        for (int j = 0; j < kColumns / 8; j += 4) {
             const int column = 8 * (j + at.quad);
             const bool inside = row < m && column < s.columns;
             float gate = wrong ? NAN : 0.0f;

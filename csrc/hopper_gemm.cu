@@ -41,13 +41,15 @@ cudaError_t launch_gemm(const CkfGemm& g, cudaStream_t stream) {
     if (most <= 0 || !has_registers<kKernel>(g.device, kLeastRegisters))
         return cudaErrorNotSupported;
     GemmArgs<T> p{};
+    const bool wide = g.shrink.columns > kShrinkN;
     const int64_t w_rows = kDx ? g.k : g.n, w_columns = kDx ? g.n : g.k;
     const Operand operands[] = {
         {&p.x, g.x, g.m, g.k, g.x_stride, kTileM},
         {&p.w, g.w, w_rows, w_columns, g.w_stride, kDx ? kTileK : kTileN / kPair},
         {&p.h, g.h, g.m, g.r, g.h_stride, kTileM},
         {&p.b, g.b, g.r, g.n, g.b_stride, kTileK},
-        {&p.a, g.shrink.a, g.shrink.columns, g.k, g.shrink.a_stride, kShrinkN / kPair},
+        {&p.a, g.shrink.a, g.shrink.columns, g.k, g.shrink.a_stride,
+         (wide ? kTileN : kShrinkN) / kPair},
     };
     for (const Operand& o : operands) {
         if (o.data == nullptr) continue;
@@ -70,7 +72,8 @@ cudaError_t launch_gemm(const CkfGemm& g, cudaStream_t stream) {
     const int64_t tiles = pairs * ((g.n + kTileN - 1) / kTileN);
     const auto clusters = static_cast<unsigned>(std::min<int64_t>(most, tiles));
     if (g.shrink.columns > 0) {
-        p.shrinkers = shrinkers(static_cast<int>(pairs), tiles, static_cast<int>(clusters));
+        p.shrinkers = shrinkers(static_cast<int>(pairs), tiles, static_cast<int>(clusters),
+                                wide ? 2 : 1);
         p.shrink = shrink_args<T>(g.shrink);
         const cudaError_t error =
             cudaMemsetAsync(g.shrink.done, 0, pairs * kPair * sizeof(uint32_t), stream);
@@ -82,7 +85,7 @@ cudaError_t launch_gemm(const CkfGemm& g, cudaStream_t stream) {
 
 bool is_right(const CkfShrink& s, const CkfGemm& g) {
     if (s.columns == 0) return s.a == nullptr;
-    if (s.columns < 0 || s.columns > kShrinkN || s.columns % 8 != 0) return false;
+    if (s.columns < 0 || s.columns > kTileN || s.columns % 8 != 0) return false;
     if (s.tasks < 1 || s.tasks > (int64_t{1} << 30)) return false;
     const bool compacts = s.compact != nullptr, restores = s.restored != nullptr;
     if (restores && (!g.dx || !compacts)) return false;
@@ -146,7 +149,7 @@ extern "C" void ckf_host_tile_at(int index, int pairs, int columns, int* pair, i
     *pair = tile.pair;
     *column = tile.column;
 }
-extern "C" int ckf_host_shrinkers(int pairs, int64_t tiles, int clusters) {
-    return ckf::shrinkers(pairs, tiles, clusters);
+extern "C" int ckf_host_shrinkers(int pairs, int64_t tiles, int clusters, int halves) {
+    return ckf::shrinkers(pairs, tiles, clusters, halves);
 }
 #endif

@@ -12,7 +12,7 @@
 // A batch of products stays in flight while the next tile is waited for; a stage is given back by
 // every warp of both blocks, as the copies go to both. Accumulators leave through registers: four
 // lanes exchange their pairs so that each holds eight neighbours of a row, 16 bytes a store.
-// Tiles of H (128 x 128, at half the cost) go to the first clusters, which have the fewest tiles of y,
+// Tiles of H (128 x 128 at half the cost, or 128 x 256) go to the first clusters, which have the fewest tiles of y,
 // before all else; who needs rows of H waits until all warps that write them are counted. Blocks are
 // started in order, so the clusters that others wait for are running whenever anybody waits.
 #pragma once
@@ -52,15 +52,15 @@ __host__ __device__ inline Tile tile_at(int index, int pairs, int columns) {
 }
 
 // How many clusters shrink: those with one tile of y less than others, unless that takes longer than
-// sharing it among all. A tile of H counts half.
-inline int shrinkers(int pairs, int64_t tiles, int clusters) {
+// sharing it among all. A tile of H costs as many `halves` of one of y.
+inline int shrinkers(int pairs, int64_t tiles, int clusters, int halves) {
     const auto ceil = [](int64_t size, int64_t by) { return (size + by - 1) / by; };
     const int64_t light = std::min<int64_t>(pairs, clusters - tiles % clusters);
     const int64_t all = std::min(pairs, clusters);
     const int64_t whole = 2 * ceil(tiles, clusters);
     const int64_t by_light =
-        std::max(whole, 2 * (tiles / clusters) + ceil(pairs, light));
-    return static_cast<int>(by_light <= whole + ceil(pairs, all) ? light : all);
+        std::max(whole, 2 * (tiles / clusters) + halves * ceil(pairs, light));
+    return static_cast<int>(by_light <= whole + halves * ceil(pairs, all) ? light : all);
 }
 
 #ifdef CKF_HAS_WGMMA
@@ -191,15 +191,24 @@ __device__ __forceinline__ bool update_first(const GemmArgs<T>& p) {
     return kDx && p.seed != nullptr;
 }
 
+template <typename T>
+__device__ __forceinline__ bool is_wide(const ShrinkArgs<T>& s) {
+    return s.columns > kShrinkN;
+}
+
 template <typename T, bool kDx>
 __device__ __forceinline__ void copy_all(const GemmArgs<T>& p, const Memory& memory,
                                          const Share& own) {
     Ring ring{0, 1};  // every stage is empty at first
     if (own.cluster < p.shrinkers) {
 #pragma unroll 1
-        for (int pair = own.cluster; pair < own.pairs; pair += p.shrinkers)
-            copy_tiles<false, kShrinkN>(p.x, p.a, p.k, own.row_tile(pair) * kTileM, 0, own.rank,
-                                        memory, ring);
+        for (int pair = own.cluster; pair < own.pairs; pair += p.shrinkers) {
+            const int row = own.row_tile(pair) * kTileM;
+            if (is_wide(p.shrink))
+                copy_tiles<false>(p.x, p.a, p.k, row, 0, own.rank, memory, ring);
+            else
+                copy_tiles<false, kShrinkN>(p.x, p.a, p.k, row, 0, own.rank, memory, ring);
+        }
     }
 #pragma unroll 1
     for (int i = own.clusters - 1 - own.cluster; i < own.pairs * own.columns; i += own.clusters) {
@@ -230,10 +239,17 @@ __device__ __forceinline__ void multiply_all(const GemmArgs<T>& p, const Memory&
 #pragma unroll 1
         for (int pair = own.cluster; pair < own.pairs; pair += p.shrinkers) {
             const int tile = own.row_tile(pair);
+            const Place at{tile * kTileM + offset, 0, lane % 4};
             products.add = false;
-            products.template multiply<T, false, false, kShrinkN>(acc, p.k);
-            products.template finish<T>(acc);
-            store_shrunk<T, kDx>(p.shrink, p.m, tile, {tile * kTileM + offset, 0, lane % 4}, acc);
+            if (is_wide(p.shrink)) {
+                products.template multiply<T, false, false>(acc, p.k);
+                products.template finish<T>(acc);
+                store_shrunk<T, kDx, kTileN>(p.shrink, p.m, tile, at, acc);
+            } else {
+                products.template multiply<T, false, false, kShrinkN>(acc, p.k);
+                products.template finish<T>(acc);
+                store_shrunk<T, kDx, kShrinkN>(p.shrink, p.m, tile, at, acc);
+            }
         }
     }
 #pragma unroll 1

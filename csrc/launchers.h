@@ -21,7 +21,7 @@ struct CkfLinear {
 // or 0 where the gate is; ids as in ckf_multi_lora_decode. Forward, its columns with slots[t, c] >= 0 are
 // also written to compact (m, width) at that slot; for dx, `restored` (m, columns) is read back from
 // there. Expert by expert, eight columns at a time have one gate and slots in a row: ranks are multiples
-// of eight. columns: at most 128, a multiple of eight. Pointers 16-byte aligned, strides (in elements)
+// of eight. columns: at most 256, a multiple of eight; up to 128 cost half. Pointers 16-byte aligned, strides (in elements)
 // of gated, compact and restored multiples of eight.
 struct CkfShrink {
     const void* a;  // (columns, k)

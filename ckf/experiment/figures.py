@@ -222,10 +222,13 @@ def _mean(values: list[float | None]) -> float | None:
 
 
 def _environment(results: Mapping[str, list[dict]]) -> dict:
-    devices = sorted({r["about"]["device"] for runs in results.values() for r in runs})
-    return {
-        "devices": devices,
+    """Where the runs were trained, with the versions that they name; else those of this machine."""
+    abouts = [r["about"] for runs in results.values() for r in runs]
+    own = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+    versions = [about.get("versions", own) for about in abouts] or [own]
+    said = {name: ", ".join(sorted({found[name] for found in versions})) for name in own}
+    return {"devices": sorted({about["device"] for about in abouts})} | said

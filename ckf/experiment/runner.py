@@ -269,6 +269,10 @@ class _Runner:
             for name in assembly.config.data.test_lists if task == "topk" else [None]:
                 for example in maker.examples(task, split, name)[:1]:
                     encode(example, split, form, name)
+        prior = assembly.batcher.collator.prior
+        for task in prior.tokens if prior is not None else ():  # shown to weigh it
+            for example in maker.examples(task, "valid")[:1]:
+                encode(example, "valid", form)
 
 
 def throughput(log: Path) -> dict[str, float | None]:

@@ -7,7 +7,9 @@ inside ops. CKF_HOPPER_GEMM=0 leaves it out.
 """
 
 import os
+import struct
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ CAPABILITY = (9, 0)  # WGMMA is of this one alone, not of what came after
 ARCH = "sm_90a"
 _MAX_SIZE = 1 << 30
 _DTYPES = (torch.float16, torch.bfloat16)
-MAX_SHRINK = 128  # rank columns that are made inside
+MAX_SHRINK = 256  # rank columns that are made inside; up to 128 at half the cost
 _TILE_ROWS = 256  # of a pair of blocks
 
 
@@ -49,6 +51,14 @@ class Shrink:
 
 def available(device: torch.device | int | None = None) -> tuple[bool, str]:
     """Whether a device can run the kernel, and if not, why."""
+    if os.environ.get("CKF_HOPPER_GEMM") == "0":
+        return False, "CKF_HOPPER_GEMM=0"
+    return _usable(device)
+
+
+@lru_cache
+def _usable(device: torch.device | int | None) -> tuple[bool, str]:
+    """Asked once a device: a pass has many products, and torch takes its time to answer."""
     usable, reason = cuda.available()
     if not usable:
         return False, reason
@@ -60,8 +70,6 @@ def available(device: torch.device | int | None = None) -> tuple[bool, str]:
     archs = cuda.build_info()["archs"]
     if ARCH not in archs:
         return False, f"ckf._C was built for {', '.join(archs)}; rebuild with CKF_CUDA_ARCHS={ARCH}"
-    if os.environ.get("CKF_HOPPER_GEMM") == "0":
-        return False, "CKF_HOPPER_GEMM=0"
     return True, f"ckf._C for {ARCH}"
 
 
@@ -138,6 +146,7 @@ def gemm(
     h: Tensor,
     b: Tensor,
     shrink: Shrink | None = None,
+    checked: bool = False,
 ) -> Tensor:
     """x W^T + bias + H B^T, summed in float32 and rounded once.
 
@@ -145,6 +154,7 @@ def gemm(
         x: (m, k) float16 or bfloat16; ``weight``: (n, k); ``bias``: (n,) or None; ``h``: (m, R);
             ``b``: (R, n). Rows start at multiples of 16 bytes, elements of a row side by side.
         shrink: makes H first; ``h`` is its ``gated``, or columns of that.
+        checked: the caller has asked :func:`why_not_gemm` and :func:`why_not_shrink`.
 
     Returns:
         (m, n), contiguous.
@@ -153,9 +163,9 @@ def gemm(
         ValueError: operands that the kernel cannot take (see :func:`why_not_gemm`).
         RuntimeError: CUDA refused the launch.
     """
-    _require(why_not_gemm(x, weight, h, b))
-    if shrink is not None:
-        _require(why_not_shrink(x, shrink))
+    if not checked:
+        _require(why_not_gemm(x, weight, h, b))
+        _require(shrink and why_not_shrink(x, shrink))
     n = b.shape[1]
     if bias is not None:
         cuda._check_plain("bias", bias, x.dtype, x.device)
@@ -175,6 +185,7 @@ def gemm_dx(
     dropout: tuple[Tensor, int, float] | None = None,
     shrink: Shrink | None = None,
     onto: Tensor | None = None,
+    checked: bool = False,
 ) -> Tensor:
     """drop'(dS A) + dy W, summed in float32 and rounded once.
 
@@ -183,6 +194,7 @@ def gemm_dx(
         dropout: seed (one int64 on dy's device), threshold, scale; the mask of dS A.
         shrink: makes dS first, its ``a`` being B^T (R, n); ``ds`` is its ``gated``.
         onto: (m, k), of dy's dtype, rows at multiples of 16 bytes: the result is added to it.
+        checked: as in :func:`gemm`; also that ``dropout`` and ``onto`` are of the calling op.
 
     Returns:
         (m, k), contiguous; or ``onto``.
@@ -190,9 +202,10 @@ def gemm_dx(
     Raises:
         ValueError, RuntimeError: as :func:`gemm`.
     """
+    if checked:
+        return _launch(dy, weight, None, ds, a, dropout, shrink, dx=True, onto=onto)
     _require(why_not_gemm(dy, weight, ds, a, dx=True))
-    if shrink is not None:
-        _require(why_not_shrink(dy, shrink, dx=True))
+    _require(shrink and why_not_shrink(dy, shrink, dx=True))
     if dropout is not None:
         seed, threshold, _ = dropout
         cuda._check_plain("seed", seed, torch.int64, dy.device)
@@ -242,20 +255,30 @@ def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _shrink_arguments(shrink: Shrink | None, done: Tensor | None) -> dict[str, int]:
-    """As ``CkfShrink`` in csrc/launchers.h has them."""
+def _step(tensor: Tensor | None) -> int:
+    """Elements from row to row, as :func:`_pitch`; 0 for none."""
+    return 0 if tensor is None else _pitch(tensor)
+
+
+# CkfGemm of csrc/launchers.h: seven pointers, nine sizes, the mask, four flags; and
+# CkfShrink: eight pointers, eight sizes.
+_ARGUMENTS = struct.Struct("=7Q9qIf4i8Q8q")
+_NO_SHRINK = (0,) * 16
+
+
+def _shrink_arguments(shrink: Shrink | None, done: Tensor | None) -> tuple[int, ...]:
     if shrink is None:
-        return {}
-    names = ("a", "gated", "compact", "restored", "gates", "slots", "task_ids")
-    found = {name: _pointer(getattr(shrink, name)) for name in names}
-    for name in ("a", "gated", "compact", "restored"):
-        tensor = getattr(shrink, name)
-        found[f"{name}_stride"] = 0 if tensor is None else _pitch(tensor)
-    for name in ("gates", "slots"):
-        tensor = getattr(shrink, name)
-        found[f"{name}_stride"] = 0 if tensor is None else tensor.stride(0)
-    tasks, columns = shrink.gates.shape
-    return found | {"done": done.data_ptr(), "columns": columns, "tasks": tasks}
+        return _NO_SHRINK
+    a, gated, compact, restored = shrink.a, shrink.gated, shrink.compact, shrink.restored
+    gates, slots, (tasks, columns) = shrink.gates, shrink.slots, shrink.gates.shape
+    return (
+        *map(_pointer, (a, gated, compact, restored, gates, slots, shrink.task_ids, done)),
+        columns,
+        tasks,
+        *map(_step, (a, gated, compact, restored)),
+        gates.stride(0),
+        0 if slots is None else slots.stride(0),
+    )
 
 
 def _launch(
@@ -272,34 +295,24 @@ def _launch(
         done = x.new_empty(size, dtype=torch.int32)
     seed, threshold, scale = dropout or (None, 0, 1.0)
     index = x.device.index or 0
-    arguments = dict(
-        x=x.data_ptr(),
-        w=weight.data_ptr(),
-        h=h.data_ptr(),
-        b=b.data_ptr(),
-        bias=_pointer(bias),
-        seed=_pointer(seed),
-        y=y.data_ptr(),
-        m=m,
-        n=n,
-        k=k,
-        r=r,
-        x_stride=_pitch(x),
-        w_stride=_pitch(weight),
-        h_stride=_pitch(h),
-        b_stride=_pitch(b),
-        y_stride=n if onto is None else _pitch(onto),
-        threshold=threshold,
-        scale=scale,
-        dx=dx,
-        dtype=cuda._DTYPES[x.dtype],
-        device=index,
-        accumulate=onto is not None,
-        shrink=_shrink_arguments(shrink, done),
+    arguments = _ARGUMENTS.pack(
+        *map(_pointer, (x, weight, h, b, bias, seed, y)),
+        m,
+        n,
+        k,
+        r,
+        *map(_pitch, (x, weight, h, b, y)),
+        threshold,
+        scale,
+        dx,
+        cuda._DTYPES[x.dtype],
+        index,
+        onto is not None,
+        *_shrink_arguments(shrink, done),
     )
     if torch.cuda.current_device() == index:
-        extension.hopper_gemm(**arguments, stream=cuda._raw_stream(index))
+        extension.hopper_gemm(arguments, cuda._raw_stream(index))
     else:
         with torch.cuda.device(index):
-            extension.hopper_gemm(**arguments, stream=cuda._raw_stream(index))
+            extension.hopper_gemm(arguments, cuda._raw_stream(index))
     return y

@@ -175,8 +175,10 @@ class Dense(_Update):
             if inside is not None:
                 if at.stop == every.stop:
                     self._left = None
-                return hopper.gemm(rows, weight, bias, h, b, inside)
+                return hopper.gemm(rows, weight, bias, h, b, inside, True)
         self.make_h()
+        if products is hopper:
+            return hopper.gemm(rows, weight, bias, h, b, None, True)
         return products and products.gemm(rows, weight, bias, h, b)
 
     def fused_input_gradient(self, dy, weight) -> Tensor | None:
@@ -228,7 +230,7 @@ class Dense(_Update):
         inside = self._shrink_inside(dy, self.stacks.b[linear], at, self.ds, saved, h)
         if inside is None:
             return False
-        self._dx = hopper.gemm_dx(dy, weight, ds, a, self.dropout, inside, self._dx)
+        self._dx = hopper.gemm_dx(dy, weight, ds, a, self.dropout, inside, self._dx, True)
         self._in_dx.add(linear)
         return True
 

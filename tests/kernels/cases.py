@@ -141,7 +141,7 @@ def assert_as_good_as_reference(function, case: Case) -> None:
     plain = run_with_gradients(multi_lora_reference, case.to(case.x.dtype), dy)
     ours = run_with_gradients(function, case, dy)
     band = 4 * torch.finfo(case.x.dtype).eps
-    if case.x.dtype == torch.float64:  # "exact" is rounded too: sums of so many terms in any order
+    if case.x.dtype.itemsize >= 4:  # sums of so many terms in any order are not rounded once
         band *= max(*case.x.shape, *case.weight.shape, 1) ** 0.5
     for index, (e, p, o) in enumerate(zip(exact, plain, ours, strict=True)):
         assert o.shape == e.shape

@@ -99,21 +99,23 @@ def of_group(experts: int, widths: tuple[int, ...], dropout_p: float = 0.0) -> l
 
 
 def test_a_group_makes_h_once(on_the_host):
-    """Up to 128 columns in all: the first product makes H of all; each dx is added to the last."""
-    of_group(3, (40, 24))
-    forward, backward = [(False, True), (False, False)], [(True, True)] * 2
-    assert launches(on_the_host) == [*forward, *backward]
+    """Up to 256 columns in all: the first product makes H of all; each dx is added to the last."""
+    for experts in (3, 6):
+        on_the_host.calls.clear()
+        of_group(experts, (40, 24))
+        forward, backward = [(False, True), (False, False)], [(True, True)] * 2
+        assert launches(on_the_host) == [*forward, *backward]
 
 
 def test_linears_of_a_wide_group_make_their_own_h(on_the_host):
     with patch.object(triton_update, "shrink", side_effect=AssertionError("a launch too many")):
-        of_group(5, (40, 24, 16))
+        of_group(7, (40, 24, 16))
     assert launches(on_the_host) == [(False, True)] * 3 + [(True, True)] * 3
 
 
 def test_a_wide_group_with_dropout_gathers_forward(on_the_host):
     """What one kind saves the other takes up."""
-    of_group(5, (40, 24), dropout_p=0.3)
+    of_group(6, (40, 24), dropout_p=0.3)
     assert launches(on_the_host) == [(True, True)] * 2
 
 

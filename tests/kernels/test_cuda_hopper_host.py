@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from ckf.kernels import cuda, hopper
-from ckf.kernels.launch import PLANS
 from tests.kernels.decode_cases import assert_poison_around, guarded
 from tests.kernels.hopper_cases import DTYPES, GemmCase, assert_right, exact, gemm_case
 from tests.kernels.test_cuda_host import CSRC, INVALID_VALUE, compile_for_host, copy_changed
@@ -50,6 +49,24 @@ class Gemm(ctypes.Structure):
     )
 
 
+def fields_of(record: ctypes.Structure) -> dict:
+    """By name, a null pointer as 0; the shrink as a dict, left out where there is none."""
+    found = {name: getattr(record, name) for name, _ in record._fields_}
+    if "shrink" in found:
+        shrink = fields_of(found.pop("shrink"))
+        found |= {"shrink": shrink} if shrink["columns"] else {}
+    return {name: 0 if value is None else value for name, value in found.items()}
+
+
+def packed(arguments: dict) -> bytes:
+    """Of what ``fields_of`` gives, changed."""
+    given = {name: value for name, value in arguments.items() if name not in ("stream", "shrink")}
+    gemm = Gemm(**given)
+    for name, value in arguments.get("shrink", {}).items():
+        setattr(gemm.shrink, name, value)
+    return bytes(gemm)
+
+
 @dataclass
 class Host:
     """In place of ``ckf._C``; ``clusters`` run at once, threads in the order of ``order``."""
@@ -62,13 +79,12 @@ class Host:
     def build_info(self) -> dict:
         return {"archs": [hopper.ARCH]}
 
-    def hopper_gemm(self, stream: int, shrink: dict[str, int] | None = None, **arguments) -> None:
-        self.calls.append(arguments | {"stream": stream} | ({"shrink": shrink} if shrink else {}))
+    def hopper_gemm(self, arguments: bytes, stream: int) -> None:
+        assert len(arguments) == ctypes.sizeof(Gemm)
+        gemm = Gemm.from_buffer_copy(arguments)
+        self.calls.append(fields_of(gemm) | {"stream": stream})
         self.library.ckf_host_set_order(ctypes.c_uint(self.order))
         self.library.ckf_host_set_clusters(ctypes.c_int(self.clusters))
-        gemm = Gemm(**{n: v or None if n in POINTERS else v for n, v in arguments.items()})
-        for name, value in (shrink or {}).items():
-            setattr(gemm.shrink, name, value or None if name in SHRINK_POINTERS else value)
         status = self.library.ckf_hopper_gemm(ctypes.byref(gemm), ctypes.c_void_p(stream))
         if status:
             raise RuntimeError(f"hopper_gemm: CUDA error {status}")
@@ -77,6 +93,14 @@ class Host:
 @pytest.fixture(scope="module")
 def library(tmp_path_factory) -> ctypes.CDLL:
     return compile_for_host(CSRC / "hopper_gemm.cu", tmp_path_factory.mktemp("host"))
+
+
+@pytest.fixture(autouse=True)
+def asked_anew():
+    """What a test pretends about the machine is its own."""
+    hopper._usable.cache_clear()
+    yield
+    hopper._usable.cache_clear()
 
 
 @pytest.fixture
@@ -195,19 +219,24 @@ def test_what_reaches_the_kernel(host):
     case = gemm_case(3, 16, 24, 8, dx=True, p=0.25, padding=8)
     y = run(case)
     (seen,) = host.calls
-    seed = seen.pop("seed")
-    assert seed and seen == {
-        "x": case.x.data_ptr(),
-        "w": case.weight.data_ptr(),
-        "h": case.h.data_ptr(),
-        "b": case.b.data_ptr(),
-        "bias": 0,
-        "y": y.data_ptr(),
-        **{"m": 3, "n": 16, "k": 24, "r": 8},
-        **{"x_stride": 32, "w_stride": 24, "h_stride": 16, "b_stride": 24, "y_stride": 16},
-        **{"threshold": 16384, "scale": 4 / 3, "dx": True, "dtype": 2, "device": 0, "stream": 77},
-        "accumulate": False,
-    }
+    seed, scale = seen.pop("seed"), seen["scale"]
+    assert (
+        seed
+        and scale == ctypes.c_float(4 / 3).value
+        and seen
+        == {
+            "x": case.x.data_ptr(),
+            "w": case.weight.data_ptr(),
+            "h": case.h.data_ptr(),
+            "b": case.b.data_ptr(),
+            "bias": 0,
+            "y": y.data_ptr(),
+            **{"m": 3, "n": 16, "k": 24, "r": 8},
+            **{"x_stride": 32, "w_stride": 24, "h_stride": 16, "b_stride": 24, "y_stride": 16},
+            **{"threshold": 16384, "scale": scale, "dx": 1, "dtype": 2, "device": 0, "stream": 77},
+            "accumulate": 0,
+        }
+    )
 
 
 def test_launcher_refuses(host):
@@ -218,10 +247,10 @@ def test_launcher_refuses(host):
     wrongs += [{"w": right["w"] + 8}, {"h_stride": 7}, {"b_stride": 8}, {"bias": right["bias"] + 2}]
     for wrong in wrongs:
         with pytest.raises(RuntimeError, match=f"CUDA error {INVALID_VALUE}"):
-            host.hopper_gemm(**(right | wrong))
+            host.hopper_gemm(packed(right | wrong), 0)
     host.clusters = 0
     with pytest.raises(RuntimeError, match="CUDA error 801"):
-        host.hopper_gemm(**right)
+        host.hopper_gemm(packed(right), 0)
 
 
 KERNEL, PARTS, FRAGMENTS = "hopper_gemm.h", "hopper.h", "hopper_fragments.h"
@@ -337,9 +366,11 @@ def test_wrong_seeds_are_refused(host):
 def test_other_devices_are_refused(host, monkeypatch):
     case = gemm_case(3, 16, 24, 8)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (10, 0))
+    hopper._usable.cache_clear()
     assert "compute capability (10, 0)" in hopper.why_not_gemm(case.x, case.weight, case.h, case.b)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(Host, "build_info", lambda self: {"archs": ["sm_90", "compute_90"]})
+    hopper._usable.cache_clear()
     with pytest.raises(ValueError, match="rebuild with CKF_CUDA_ARCHS=sm_90a"):
         case.run()
 
@@ -358,31 +389,30 @@ def test_extension_refuses_and_names_the_kernel():
     from ckf import _C
 
     right = dict.fromkeys(POINTERS, 16) | {"bias": 0, "seed": 0} | dict.fromkeys(SIZES, 8)
-    right |= {"threshold": 0, "scale": 1.0, "dx": False, "dtype": 2, "stream": 0}
-    right |= {"accumulate": False, "shrink": {}}
+    right |= {"scale": 1.0, "dtype": 2}
     right["device"] = torch.cuda.device_count() if torch.cuda.is_available() else 0
     with pytest.raises(RuntimeError, match=r"hopper_gemm: .* \(CUDA error \d+\)") as refused:
-        _C.hopper_gemm(**right)
+        _C.hopper_gemm(packed(right), 0)
     assert "invalid argument" not in str(refused.value)
     with pytest.raises(RuntimeError, match=r"hopper_gemm: invalid argument \(CUDA error 1\)"):
-        _C.hopper_gemm(**(right | {"n": 0}))
+        _C.hopper_gemm(packed(right | {"n": 0}), 0)
+    with pytest.raises(ValueError, match="3 bytes of arguments; expected"):
+        _C.hopper_gemm(b"abc", 0)
 
 
-def test_no_table_can_choose_it():
-    """Off by default: "auto" and the benchmarks' table know the plans of PLANS alone."""
-    assert not any("hopper" in plan for plan in PLANS)
-
-
-def test_a_plan_takes_it_only_when_asked(monkeypatch):
+def test_the_gemm_plan_takes_it_unless_told_not_to(monkeypatch):
     pytest.importorskip("triton")
     from ckf.kernels import triton_gemm, triton_update
 
     operands = [torch.zeros(16, 16, dtype=torch.bfloat16)] * 4
-    monkeypatch.setattr(hopper, "available", lambda device: (True, ""))
+    monkeypatch.setattr(hopper.cuda, "available", lambda: (True, ""))
+    monkeypatch.setattr(hopper.cuda, "build_info", lambda: {"archs": [hopper.ARCH]})
     monkeypatch.setattr(hopper.cuda, "_DEVICE_TYPE", "cpu")
-    for asked, module in (("1", hopper), ("0", triton_gemm), ("", triton_gemm)):
-        monkeypatch.setenv("CKF_HOPPER_GEMM", asked)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    hopper._usable.cache_clear()
+    for said, module in (("", hopper), ("1", hopper), ("0", triton_gemm)):
+        monkeypatch.setenv("CKF_HOPPER_GEMM", said)
         assert triton_update._products(*operands) is module
-    monkeypatch.setenv("CKF_HOPPER_GEMM", "1")
+    monkeypatch.delenv("CKF_HOPPER_GEMM")
     operands = [torch.zeros(16, 16)] * 4  # float32: neither takes it
     assert triton_update._products(*operands) is None

@@ -12,10 +12,12 @@ from tests.kernels.test_cuda_hopper_host import (  # noqa: F401 (fixtures)
     FRAGMENTS,
     INVALID_VALUE,
     KERNEL,
+    asked_anew,
     compile_for_host,
     copy_changed,
     host,
     library,
+    packed,
 )
 
 
@@ -48,6 +50,8 @@ def test_integers_exactly(host, sizes, dx):  # noqa: F811
         {"slotted": False},
         {"slotted": False, "soft": True},
         {"ranks": (8, 24, 0, 40, 56)},
+        {"ranks": (64, 64, 64, 56)},
+        {"ranks": (64, 64, 64, 56), "dx": True},
         {"dx": True},
         {"dx": True, "p": 0.3},
         {"dx": True, "slotted": False},
@@ -102,15 +106,17 @@ def test_columns_of_h_for_the_second_linear(host):  # noqa: F811
 def test_few_clusters_shrink_where_they_have_time(library):  # noqa: F811
     """Half a tile each; 512 tiles of y leave 16 of 66 clusters one short."""
     count = library.ckf_host_shrinkers
-    count.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int)
-    assert count(32, 512, 66) == 16  # two each, in the time of one tile of y
-    assert count(32, 1792, 66) == 32  # 10 are one short, and would take two tiles' time
-    assert count(8, 128, 66) == 4
-    assert count(3, 3, 66) == 3 and count(32, 66, 66) == 32 and count(1, 1, 1) == 1
+    count.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int, ctypes.c_int)
+    assert count(32, 512, 66, 1) == 16  # two each, in the time of one tile of y
+    assert count(32, 512, 66, 2) == 16  # one tile more, as if all took part
+    assert count(32, 1792, 66, 1) == 32  # 56 are one short
+    assert count(32, 526, 66, 1) == 32  # two are one short, and would take eight tiles' time
+    assert count(8, 128, 66, 1) == 4
+    assert count(3, 3, 66, 1) == 3 and count(32, 66, 66, 1) == 32 and count(1, 1, 1, 1) == 1
 
 
 REFUSALS = {
-    "wide": ({"ranks": (16,) * 9}, "144 rank columns; expected a multiple of eight, 128 at most"),
+    "wide": ({"ranks": (32,) * 9}, "288 rank columns; expected a multiple of eight, 256 at most"),
     "odd": ({"ranks": (16, 20)}, "36 rank columns; expected a multiple of eight"),
 }
 
@@ -153,7 +159,7 @@ def test_launcher_refuses(host):  # noqa: F811
     right = host.calls[0]
     shrink = right["shrink"]
     wrongs = [
-        {"columns": 136},
+        {"columns": 264},
         {"columns": -8},
         {"columns": 4},
         {"tasks": 0},
@@ -164,7 +170,7 @@ def test_launcher_refuses(host):  # noqa: F811
     wrongs += [{"restored": shrink["gated"], "restored_stride": 80}]
     for wrong in wrongs:
         with pytest.raises(RuntimeError, match=f"CUDA error {INVALID_VALUE}"):
-            host.hopper_gemm(**(right | {"shrink": shrink | wrong}))
+            host.hopper_gemm(packed(right | {"shrink": shrink | wrong}), 0)
 
 
 DEFECTS = {

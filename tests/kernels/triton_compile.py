@@ -236,7 +236,7 @@ def calls(arch: int, dtype, m: int, k: int, r: int, dropout_p: float):
         given = partial(expand, h, a, x, accumulate, dropout, None if accumulate else bias, launch)
         yield ("expand", launch, accumulate, key), given
     launch = outer_launch(m, r, k, dtype, dropout is not None)
-    same_code = (replace(launch, chunk=0), r > launch.block_r)
+    same_code = (replace(launch, chunk=0), r > 2 * launch.block_r)
     for transposed in (False, True) if r == 128 and not dropout else (False,):
         given = partial(outer, h, x, [r], torch.float32, transposed, dropout, launch)
         yield ("outer", same_code, transposed, key), given
