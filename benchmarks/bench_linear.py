@@ -119,7 +119,9 @@ def full_cases(device: str) -> list:
 
 def quick_cases(device: str) -> list:
     if device == "cuda":
-        return [*goal_cases(), (Case("train", 8192, LAYER_8B, dtype="bfloat16"), OURS)]
+        small = linear(32768, 576, 1536, dtype="bfloat16")
+        layer = Case("train", 8192, LAYER_8B, dtype="bfloat16")
+        return [*goal_cases(), (layer, OURS), (small, OURS)]
     return [linear(256, 64, 96), (Case("train", 64, ((64, (64, 32)),)), OURS)]
 
 

@@ -1,6 +1,7 @@
 """How does the cost grow with tasks, rank, rows and the mix of tasks, and where do peers cross?
 
-``python benchmarks/bench_scaling.py [--device cpu|cuda] [--out FOLDER] [--quick] [--fresh]``
+``python benchmarks/bench_scaling.py [--device cpu|cuda] [--out FOLDER] [--quick] [--fresh]
+[--peers NAME ...]``
 
 Forward + backward of one linear (4096 x 4096 on a GPU, 576 x 1536 on a CPU), one axis at a time
 from T 4, r 16, balanced sequences. Same clock and same checks as ``bench_linear.py``.
@@ -25,9 +26,9 @@ AXES = {
         "m": (64, 256, 1024),
         "mix": ("sorted", "skewed", "token"),
     },
-    "cuda": {
-        "tasks": (1, 2, 4, 8, 16, 32, 64, 128, 256),
-        "rank": (8, 32, 64, 128),
+    "cuda": {  # the most telling first
+        "tasks": (2, 64, 16, 256, 8, 32, 1, 128, 4),
+        "rank": (64, 8, 32, 128),
         "m": (256, 1024, 2048, 32768),
         "mix": ("sorted", "skewed", "token"),
     },
@@ -62,7 +63,9 @@ def axis_rows(rows: list[dict], axis: str) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = arguments(__doc__, "three small cases").parse_args(argv)
+    parser = arguments(__doc__, "three small cases")
+    parser.add_argument("--peers", nargs="+", metavar="NAME", help="only these; NAME* for all such")
+    options = parser.parse_args(argv)
     return run_cases("bench_scaling", cases(options.device, options.quick), options)
 
 

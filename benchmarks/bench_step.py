@@ -82,7 +82,8 @@ COMPILED = ("frozen", "peft-loop", "peft-big", "peft-big-compiled", "ckf*")
 def cases(device: str, quick: bool, memory: float = math.inf) -> list[dict]:
     """memory: bytes of the device."""
     if quick and device == "cuda":
-        return [_case("1B", 8, 128, "bfloat16", "float32", False, "labels")]
+        few = {"contenders": "frozen,peft-loop,peft-big,ckf*"}
+        return [_case("1B", 16, 256, "bfloat16", "float32", False, "labels") | few]
     if quick:
         return [_case("tiny", 8, 24, "float32", "float32", compiled=False)]
     if device == "cpu":
