@@ -48,7 +48,7 @@ class MultiLoraDecode {
     }
 
     void operator()(const std::vector<uintptr_t>& y, const std::vector<int64_t>& y_strides,
-                    uintptr_t x, int64_t x_stride, uintptr_t task_ids, int64_t m, bool overlap,
+                    uintptr_t x, int64_t x_stride, uintptr_t task_ids, int64_t m, int overlap,
                     uintptr_t stream) const {
         if (y.size() != count_ || y_strides.size() != count_)
             throw std::invalid_argument("multi_lora_decode: y needs one entry a linear");
@@ -102,6 +102,9 @@ PYBIND11_MODULE(_C, module) {
         "hopper_gemm",
         [](const py::bytes& arguments, uintptr_t stream) { hopper_gemm(arguments, stream); },
         py::arg("arguments"), py::arg("stream"));
+    module.def("decode_experiment", &ckf_decode_experiment, py::kw_only(), py::arg("path") = 0,
+               py::arg("width") = 0, py::arg("cluster") = 0, py::arg("exchange_rows") = 0,
+               py::arg("list") = 0, py::arg("slices") = 0);
     module.def("build_info",
                [] { return py::module_::import("json").attr("loads")(kCkfBuildInfo); });
 }

@@ -144,6 +144,22 @@ __device__ __forceinline__ float read_block(const float* p, [[maybe_unused]] uns
     return value;
 }
 
+// Stores there instead; seen after the next barrier over the cluster.
+template <int kCluster>
+__device__ __forceinline__ void write_block(float* p, float value,
+                                            [[maybe_unused]] unsigned rank) {
+    if constexpr (kCluster == 1) {
+        *p = value;
+    } else {
+#if __CUDA_ARCH__ >= 900
+        const auto own = static_cast<unsigned>(__cvta_generic_to_shared(p));
+        unsigned remote;
+        asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(own), "r"(rank));
+        asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(value) : "memory");
+#endif
+    }
+}
+
 struct Launch {
     dim3 grid;
     int threads;

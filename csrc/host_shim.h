@@ -263,6 +263,7 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) {
     return result;
 }
 
+using std::min;
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline unsigned __umulhi(unsigned a, unsigned b) {
     return static_cast<unsigned>(uint64_t{a} * b >> 32);
@@ -313,6 +314,13 @@ float read_block(const float* p, unsigned rank) {
     if (there.left != 0) ckf_host::last_error = cudaErrorLaunchFailure;
     const size_t offset = reinterpret_cast<const char*>(p) - ckf_host::own_block().shared;
     return *reinterpret_cast<const float*>(there.shared + offset);
+}
+
+template <int kCluster>
+void write_block(float* p, float value, unsigned rank) {
+    if (ckf_host::blocks[rank].left != 0) ckf_host::last_error = cudaErrorLaunchFailure;
+    const size_t offset = reinterpret_cast<const char*>(p) - ckf_host::own_block().shared;
+    *reinterpret_cast<float*>(ckf_host::blocks[rank].shared + offset) = value;
 }
 
 struct LaunchAttributes {};

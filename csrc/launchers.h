@@ -59,13 +59,21 @@ extern "C" {
 //   elements; a (R, k) and gates (tasks, R) fp32, R the sum of the ranks, the linears' columns side
 //   by side; task_ids (m,).
 // A row with id -1 is left as it is; a row with any other id outside [0, tasks) becomes NaN.
-// overlap: the kernel may start while the one before it on the stream still runs; it reads no
-// memory until that one is complete (ignored before sm_90).
+// overlap: the kernel may start while the one before it on the stream still runs; with 1 it reads no
+// memory until that one is complete, with 2 nothing of y: all else must have been complete before
+// that one began (ignored before sm_90).
 // Returns a cudaError_t: 0, or what went wrong with the arguments or the launch.
 int ckf_multi_lora_decode(const CkfLinear* linears, int count, const void* x, const void* a,
                           const float* gates, const int64_t* task_ids, int64_t m, int64_t k,
                           int64_t tasks, int64_t x_stride, int dtype, int device, int overlap,
                           void* stream);
+
+// For measurements: what the launcher of 16-bit types would otherwise choose itself, for all calls
+// that follow; 0: its own choice. path 1: no tensor cores. width: elements of n of a lane (2, 4);
+// cluster: 1 or 8 blocks; exchange_rows: from how many rows a cluster shares the last sum; list 1:
+// live columns are listed even where few; slices: of n for each block.
+void ckf_decode_experiment(int path, int width, int cluster, int exchange_rows, int list,
+                           int slices);
 
 // Launches it on `stream`. float16 and bfloat16, compute capability 9.0, code for sm_90a; else
 // cudaErrorNotSupported. Returns a cudaError_t as above.

@@ -1,7 +1,10 @@
-// Launches the decode kernel: which rows and which span of n a block gets, clusters or blocks alone.
+// Launches the decode kernel: which rows and which span of n a block gets, clusters or blocks
+// alone.
 #include "multi_lora_decode.h"
+#include "multi_lora_decode_tile.h"
 
 #include <algorithm>
+#include <type_traits>
 
 namespace ckf {
 namespace {
@@ -54,6 +57,70 @@ cudaError_t launch_rows(const Args<T>& p, int device, bool overlap, cudaStream_t
     return launch_kernel<T, kRows, 1, kAligned>(p, device, overlap, stream);
 }
 
+struct Experiment {  // ckf_decode_experiment
+    int path, width, cluster, exchange_rows, list, slices;
+};
+Experiment experiment;
+
+template <typename T, int kN, int kBlocks, bool kAligned, bool kMany>
+cudaError_t launch_tile_kernel(Args<T> p, int64_t slices, int device, bool overlap,
+                               cudaStream_t stream) {
+    constexpr auto kKernel = tile::multi_lora_decode_tile_kernel<T, kN, kBlocks, kAligned, kMany>;
+    p.slices = static_cast<int>(slices);
+    int64_t clusters = 0;
+    for (int l = 0; l < p.count; ++l) {
+        const int64_t wide = slices * kBlocks * tile::kSpanN<kN>;
+        p.linears[l].first_cluster = static_cast<int>(clusters);
+        clusters += (p.linears[l].n + wide - 1) / wide;
+    }
+    const int64_t row_blocks = (p.m + tile::kRows - 1) / tile::kRows;
+    Launch how{dim3(static_cast<unsigned>(clusters * kBlocks), static_cast<unsigned>(row_blocks)),
+               kThreads, kBlocks, overlap && is_hopper_code<kKernel>(device), stream, {}};
+    return launch<kKernel>(how, p);
+}
+
+template <typename T, int kN, bool kAligned, bool kMany>
+cudaError_t launch_tiles(const Args<T>& p, int64_t slices, int device, bool overlap,
+                         cudaStream_t stream) {
+    constexpr auto kKernel = tile::multi_lora_decode_tile_kernel<T, kN, kCluster, kAligned, kMany>;
+    const bool able = most_clusters<kKernel>(device, kThreads, kCluster) > 0;
+    if (able && experiment.cluster != 1)
+        return launch_tile_kernel<T, kN, kCluster, kAligned, kMany>(p, slices, device, overlap,
+                                                                    stream);
+    constexpr int kNarrow = kMany ? 2 : kN;  // for want of registers
+    return launch_tile_kernel<T, kNarrow, 1, kAligned, kMany>(p, slices * kN / kNarrow, device,
+                                                              overlap, stream);
+}
+
+// Narrow spans of n while they fill the GPU once: each computes S for itself.
+template <typename T>
+cudaError_t launch_aligned_tiles(const Args<T>& p, int device, bool overlap, cudaStream_t stream) {
+    const int64_t row_blocks = (p.m + tile::kRows - 1) / tile::kRows;
+    const auto blocks = [&](int64_t width) {
+        int64_t total = 0;
+        for (int l = 0; l < p.count; ++l) {
+            const int64_t wide = width * kCluster * tile::kSpanN<1>;
+            total += (p.linears[l].n + wide - 1) / wide;
+        }
+        return total * row_blocks * kCluster;
+    };
+    bool many = false;
+    for (int l = 0; l < p.count; ++l) many = many || p.linears[l].rank > tile::kColumns;
+    int64_t width = experiment.width > 0 ? experiment.width : 2, slices = 1;
+    if (experiment.width == 0)
+        while (width < 4 && blocks(width) > kWantedBlocks) width *= 2;
+    while (slices < 64 && blocks(width * slices) > kWantedBlocks &&
+           blocks(2 * width * slices) < blocks(width * slices))
+        slices *= 2;
+    if (experiment.slices > 0) slices = experiment.slices;
+    if (many) {
+        if (width == 2) return launch_tiles<T, 2, true, true>(p, slices, device, overlap, stream);
+        return launch_tiles<T, 4, true, true>(p, slices, device, overlap, stream);
+    }
+    if (width == 2) return launch_tiles<T, 2, true, false>(p, slices, device, overlap, stream);
+    return launch_tiles<T, 4, true, false>(p, slices, device, overlap, stream);
+}
+
 bool is_aligned(const void* pointer, int64_t row_bytes) {
     return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && row_bytes % 16 == 0;
 }
@@ -62,8 +129,8 @@ template <typename T>
 cudaError_t launch_typed(const CkfLinear* linears, Args<T> p, int device, bool overlap,
                          cudaStream_t stream) {
     const int64_t size = sizeof(T);
-    bool aligned =
-        is_aligned(p.a, p.k * size) && is_aligned(p.x, p.m > 1 ? p.x_stride * size : 0);
+    bool aligned = is_aligned(p.a, p.k * size) && is_aligned(p.x, p.m > 1 ? p.x_stride * size : 0);
+    bool aligned_y = true, fits_tiles = sizeof(T) == 2;
     p.rank = 0;
     for (int l = 0; l < p.count; ++l) {
         const CkfLinear& from = linears[l];
@@ -76,6 +143,17 @@ cudaError_t launch_typed(const CkfLinear* linears, Args<T> p, int device, bool o
                         0};
         p.rank += static_cast<int>(from.rank);
         aligned = aligned && is_aligned(from.b, from.n * size);
+        aligned_y = aligned_y && is_aligned(from.y, p.m > 1 ? from.y_stride * size : 0);
+        fits_tiles = fits_tiles && from.rank <= tile::kMostGroups * tile::kGroup;
+    }
+    if constexpr (sizeof(T) == 2) {
+        fits_tiles = fits_tiles && int64_t{p.rank} * p.k < int64_t{1} << 31;
+        if (fits_tiles && experiment.path != 1) {
+            p.exchange_rows = experiment.exchange_rows > 0 ? experiment.exchange_rows : 4;
+            p.list = experiment.list != 0;
+            if (aligned && aligned_y) return launch_aligned_tiles(p, device, overlap, stream);
+            return launch_tiles<T, 2, false, true>(p, 1, device, overlap, stream);
+        }
     }
     if (!aligned) return launch_rows<T, 1, false>(p, device, overlap, stream);
     const int64_t blocks = spans(p, kCluster, 1) * kCluster;  // of one row
@@ -91,6 +169,11 @@ cudaError_t launch_typed(const CkfLinear* linears, Args<T> p, int device, bool o
 
 extern "C" const char* ckf_error_string(int code) {
     return cudaGetErrorString(static_cast<cudaError_t>(code));
+}
+
+extern "C" void ckf_decode_experiment(int path, int width, int cluster, int exchange_rows, int list,
+                                      int slices) {
+    ckf::experiment = {path, width, cluster, exchange_rows, list, slices};
 }
 
 extern "C" int ckf_multi_lora_decode(const CkfLinear* linears, int count, const void* x,
@@ -128,6 +211,7 @@ extern "C" int ckf_multi_lora_decode(const CkfLinear* linears, int count, const 
         p.k = static_cast<int>(k);
         p.tasks = static_cast<int>(tasks);
         p.count = count;
+        p.early = overlap > 1;
         const auto s = static_cast<cudaStream_t>(stream);
         const cudaError_t error = ckf::launch_typed<T>(linears, p, device, overlap != 0, s);
         cudaGetLastError();  // as above

@@ -47,6 +47,10 @@ struct Args {
     int64_t m, x_stride;
     int k, rank, tasks, count;
     int slices;  // of n for each block
+    // Of multi_lora_decode_tile.h: from how many rows a cluster shares the last sum, whether all
+    // but y was complete before the kernel ahead began, whether live columns are always listed.
+    int exchange_rows;
+    bool early, list;
 };
 
 // Warp w lists its live columns at live[w][0 .. count[w]).

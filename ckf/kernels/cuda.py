@@ -13,6 +13,7 @@ from torch import Tensor
 MAX_ROWS = 256  # the kernel reads A once for every few rows: past this, matrix products win
 MAX_RANK = 16384  # R, over all linears of a group
 MAX_LINEARS = 8  # kCkfMostLinears in csrc/launchers.h
+EARLY = 2  # of overlap
 _MAX_SIZE = 1 << 30
 _DEVICE_TYPE = "cuda"
 # A subclass (DTensor, FakeTensor) may have no memory of its own, or another's shape.
@@ -106,7 +107,7 @@ class DecodeGroup:
         self._launch = None
 
     def __call__(
-        self, ys: Sequence[Tensor], x: Tensor, task_ids: Tensor, overlap: bool = False
+        self, ys: Sequence[Tensor], x: Tensor, task_ids: Tensor, overlap: bool | int = False
     ) -> None:
         """Add the update to ys in place.
 
@@ -116,7 +117,9 @@ class DecodeGroup:
             task_ids: (m,) int64 contiguous. -1 leaves the row as it is; any other id outside [0, T)
                 makes it NaN.
             overlap: launch before the kernel ahead on the stream ends (sm_90 and later). Nothing is
-                read until that one is complete, so the result is the same whatever it wrote.
+                read until that one is complete, so the result is the same whatever it wrote. With
+                ``EARLY`` this holds for ys alone, and no tensor but ys may have been written by
+                the kernel ahead.
 
         Raises:
             ValueError: tensors that do not fit (nothing is launched).
@@ -181,7 +184,7 @@ def multi_lora_decode_group(
     bs: Sequence[Tensor],
     column_gates: Tensor,
     task_ids: Tensor,
-    overlap: bool = False,
+    overlap: bool | int = False,
 ) -> None:
     """The update of all linears that share x, in one launch; see :class:`DecodeGroup`, which a
     caller with the same a, bs and column_gates at every step makes once."""

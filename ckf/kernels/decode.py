@@ -32,6 +32,7 @@ def forward_pass(
     rows = rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
     arguments = (shape, gates, a, b, x.dtype)
     groups = _prepare(*arguments) if cache is None else cache.get(_prepare, *arguments)
+    ids = task_ids.reshape(-1).contiguous()
     outputs, first = [], 0
     for weight, bias, ranks in zip(weights, biases, shape.ranks, strict=True):
         n = b[first].shape[0]
@@ -40,7 +41,6 @@ def forward_pass(
         y = x.new_zeros(*x.shape[:-1], n) if empty else F.linear(x, weight, bias).contiguous()
         outputs.append(y)
     flat = [y.view(-1, y.shape[-1]) for y in outputs]
-    ids = task_ids.reshape(-1).contiguous()
     for index, group in enumerate(groups):
         group(flat[index * MAX_LINEARS : (index + 1) * MAX_LINEARS], rows, ids)
     return outputs

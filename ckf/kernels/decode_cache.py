@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ckf.kernels import cuda
 from ckf.kernels.group import GroupShape
 
 # What is made: tensors, lists of them, or objects whose ``kept()`` gives them.
@@ -54,8 +55,8 @@ class _Made:
     def wait(self, made: Any) -> None:
         """Before the current stream reads what was made; its memory is not given out again before
         that stream is done with it."""
-        stream = torch.cuda.current_stream()
-        if stream.cuda_stream != self.stream:
+        if cuda._raw_stream(torch.cuda.current_device()) != self.stream:
+            stream = torch.cuda.current_stream()
             stream.wait_event(self.event)
             for tensor in _tensors(made):
                 tensor.record_stream(stream)
@@ -92,9 +93,12 @@ class DecodeCache:
     def get(self, make: Make, shape: GroupShape, gates, a, b, dtype: torch.dtype) -> Any:
         """``make(shape, gates, a, b, dtype)``, or what it made before of the same tensors."""
         tensors = (*gates, *a, *b)
-        if any(t.is_inference() for t in tensors):  # they count no versions
-            return make(shape, gates, a, b, dtype)
-        key = (dtype, _STEPS.count, *((t.data_ptr(), t._version, t.shape) for t in tensors))
+        try:
+            key = (dtype, _STEPS.count, *[(t.data_ptr(), t._version, t.shape) for t in tensors])
+        except RuntimeError:
+            if any(t.is_inference() for t in tensors):  # they count no versions
+                return make(shape, gates, a, b, dtype)
+            raise
         capturing = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
         kept = self._kept.get(make)
         if kept is None or kept[0] != key:

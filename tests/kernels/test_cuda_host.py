@@ -28,6 +28,7 @@ from tests.kernels.decode_cases import (
     assert_poison_around,
     assert_right,
     decode_case,
+    exact,
     group_case,
     stub_cuda,
 )
@@ -141,9 +142,13 @@ def test_against_float64(host, sizes, dtype, layout):
     assert_right(case, run(host, case))
 
 
-@pytest.mark.parametrize("m,n", [(70, 520), (70, 1000), (256, 300)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_two_and_four_rows_a_block(host, m, n, dtype):
+# One a kernel: the other 16-bit type differs from bfloat16 in a conversion.
+KERNELS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+@pytest.mark.parametrize("m,n", [(70, 520), (70, 1000), (256, 300), (70, 8200)])
+@KERNELS
+def test_many_rows(host, m, n, dtype):
     case = decode_case(m=m, n=n, k=16, ranks=(3, 3, 3, 3), dtype=dtype)
     assert_right(case, run(host, case))
 
@@ -199,15 +204,23 @@ def test_same_bits_in_a_group_and_alone(library):
             assert torch.equal(y, result)
 
 
-@pytest.mark.parametrize("n", [24, 4200])
-def test_many_columns_with_gaps(host, n):
-    """More than a window of 256 columns and a vote of 1024; most columns dead."""
-    case = decode_case(m=3, k=33, n=n, ranks=(2, 1500, 3, 700, 5), ids=[1, 3, -1])
+@pytest.mark.parametrize("n,k", [(24, 33), (4200, 33), (4200, 40)])
+@KERNELS
+def test_many_columns_with_gaps(host, n, k, dtype):
+    """More than a window of 256 (80) columns and a vote of 1024; most columns dead."""
+    case = decode_case(m=3, k=k, n=n, ranks=(2, 1500, 3, 700, 5), ids=[1, 3, -1], dtype=dtype)
     assert_right(case, run(host, case))
 
 
-def test_rank_16384(host):
-    case = decode_case(m=2, k=8, n=8, ranks=[64] * 256, ids=[0, 254])
+@KERNELS
+def test_rank_16384(host, dtype):
+    case = decode_case(m=2, k=8, n=8, ranks=[64] * 256, ids=[0, 254], dtype=dtype)
+    assert_right(case, run(host, case))
+
+
+def test_many_windows_and_slices(host):
+    """160 live columns; so many clusters that each takes several slices of n."""
+    case = decode_case(m=66, k=24, n=8200, ranks=(50, 61, 49), dtype=torch.bfloat16)
     assert_right(case, run(host, case))
 
 
@@ -217,9 +230,10 @@ WIDE = 64 * 128
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 @pytest.mark.parametrize("n", [24, WIDE], ids=["a row a block", "four rows a block"])
-def test_a_gate_of_zero_is_a_selection(host, bad, n):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_gate_of_zero_is_a_selection(host, bad, n, dtype):
     """inf and NaN in A and B of an expert stay with the rows of its own task."""
-    case = decode_case(m=8, n=n, ranks=(4, 4, 4), ids=[0, 1, 0, 1, -1, 0, 1, 1])
+    case = decode_case(m=8, n=n, ranks=(4, 4, 4), ids=[0, 1, 0, 1, -1, 0, 1, 1], dtype=dtype)
     clean = run(host, case)
     case.a[4:6] = bad  # columns of task 0
     case.b[6:8] = bad
@@ -229,9 +243,25 @@ def test_a_gate_of_zero_is_a_selection(host, bad, n):
     assert not result[~others].isfinite().any()
 
 
-def test_overflow_of_s_stays_out(host):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_special_values_of_b_are_multiplied(host, dtype):
+    """inf and NaN where and only where arithmetic gives them, in a live expert and beside one."""
+    case = decode_case(m=20, k=40, n=72, ranks=(4, 4, 4), dtype=dtype)
+    case.b[1, 3], case.b[6, 5], case.b[9, ::3] = float("inf"), float("nan"), -float("inf")
+    case.a[5] = 0  # a live h of zero times inf is NaN
+    case.b[5, 7] = float("inf")
+    result = run(host, case)
+    assert_right(case, result)
+    assert torch.equal(result.isinf(), exact(case)[0].isinf())
+    assert result[:, 5].isnan().any() and result[:, 7].isnan().any()
+
+
+@KERNELS
+def test_overflow_of_s_stays_out(host, dtype):
     """A finite A and x whose product overflows float32, behind a gate of zero."""
-    case = decode_case(m=8, k=64, n=WIDE, ranks=(4, 4, 4), ids=[0, 1, 0, 1, 0, 1, 0, 1])
+    case = decode_case(
+        m=8, k=64, n=WIDE, ranks=(4, 4, 4), ids=[0, 1, 0, 1, 0, 1, 0, 1], dtype=dtype
+    )
     case.a[4:8] = 3e38
     case.x[:] = 3e38
     case.a[0:4] = 1e-30
@@ -259,9 +289,11 @@ def test_without_tasks_or_columns(host):
         assert_right(case, run(host, case))
 
 
-def test_neighbours_do_not_matter(host):
+@pytest.mark.parametrize("ranks", [(5, 6, 7), (5, 60, 70)], ids=str)
+@KERNELS
+def test_neighbours_do_not_matter(host, dtype, ranks):
     """A row alone (one row a block) and among seven others (four rows a block): the same bits."""
-    case = decode_case(m=8, k=40, n=WIDE, ranks=(5, 6, 7), seed=3)
+    case = decode_case(m=8, k=40, n=WIDE, ranks=ranks, seed=3, dtype=dtype)
     together = run(host, case)
     for i in (0, 5):
         tensors = case.tensors()
@@ -396,6 +428,38 @@ DEFECTS = {
 }
 
 
+SHRINK, TILE = "multi_lora_decode_shrink.h", "multi_lora_decode_tile.h"
+TILE_DEFECTS = {
+    "no barrier": (SHRINK, "        __syncthreads();\n    }\n", "    }\n"),
+    "gate by multiplication": (
+        SHRINK,
+        "gate[i] != 0.0f ? gate[i] * s + 0.0f : float_of(kDead)",
+        "gate[i] * s",
+    ),
+    "inf spread": (TILE, "word &= ~(halves * 0xffffu);", ""),
+    "id not checked": (TILE, 'task == kInvalid ? nanf("") : ', ""),
+    "another linear's A": (
+        SHRINK,
+        "p.a + static_cast<int64_t>(block.linear.first_column) * p.k",
+        "p.a",
+    ),
+    "another linear's gates": (SHRINK, "p.rank + block.linear.first_column +", "p.rank +"),
+    "a part of k left out": (SHRINK, "from = 0; from < kCluster;", "from = 1; from < kCluster;"),
+    "tail of k": (SHRINK, "at + kChunk <= p.k", "at <= p.k"),
+    "no cluster barrier": (SHRINK, "    cluster_wait<kCluster>();\n    write_h", "    write_h"),
+    "no barrier after the exchange": (
+        SHRINK,
+        "    if (share.for_all)\n        cluster_wait<kCluster>();\n    else\n",
+        "",
+    ),
+    "a block leaves early": (
+        TILE,
+        "    if (kCluster > 1 && pending) cluster_wait<kCluster>();  // nobody leaves",
+        "    //",
+    ),
+}
+
+
 def copy_changed(folder: Path, file: str, right: str, wrong: str) -> None:
     """The sources, with a defect in one of them."""
     for source in (*CSRC.glob("*.h"), *CSRC.glob("*.cu")):
@@ -421,6 +485,21 @@ def test_defects_are_seen(tmp_path, name):
     with pytest.raises(AssertionError):
         for order in (0, 1):
             assert_group_right(case, run_group(host, case, order))
+
+
+@pytest.mark.parametrize("name", TILE_DEFECTS)
+def test_defects_of_the_tile_kernel_are_seen(tmp_path, name):
+    """As above; three rows are summed by every block for itself, five are exchanged."""
+    host = compile_changed(tmp_path, *TILE_DEFECTS[name])
+    with pytest.raises(AssertionError):
+        for m in (3, 5):
+            case = group_case(
+                m=m, k=1048, ns=(304, 24), ranks=((3, 3, 3), (2, 4, 1)), ids=[0, 1, 5, -1, 1][:m],
+                seed=1, dtype=torch.bfloat16,
+            )  # fmt: skip
+            case.bs[0][3:6, ::2] = float("inf")
+            for order in (0, 1):
+                assert_group_right(case, run_group(host, case, order))
 
 
 def test_divergent_barrier_is_reported(tmp_path):
