@@ -181,8 +181,11 @@ def test_clusters_are_used(gpu):
     assert names and all(re.search(r"<\w+, (\(int\))?\d, (\(int\))?8, ", n) for n in names), names
 
 
-@pytest.mark.parametrize("preceding", ["x", "y", "ids", "nothing"])
-def test_overlap_small_reads_what_was_just_written(gpu, preceding):
+@pytest.mark.parametrize(
+    "preceding,overlap",
+    [("x", 1), ("y", 1), ("ids", 1), ("nothing", 1), ("y", cuda.EARLY), ("nothing", cuda.EARLY)],
+)
+def test_overlap_small_reads_what_was_just_written(gpu, preceding, overlap):
     """Whichever tensor the kernel before wrote, plain or slow, the update sees all of it."""
     case = group_case(m=8, k=2048, ns=(2048, 512), ranks=[(8, 8, 8)] * 2, dtype=torch.bfloat16)
     expected = run_group_on_gpu(case)
@@ -207,7 +210,7 @@ def test_overlap_small_reads_what_was_just_written(gpu, preceding):
         elif preceding == "y":
             for y, start in zip(there.ys, ys, strict=True):
                 y.copy_(start)
-        cuda.multi_lora_decode_group(**there.tensors(), overlap=True)
+        cuda.multi_lora_decode_group(**there.tensors(), overlap=overlap)
         assert all(torch.equal(y.cpu(), e) for y, e in zip(there.ys, expected, strict=True))
 
 

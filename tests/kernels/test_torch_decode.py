@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ckf
-from ckf.kernels import decode_cache, torch_backend, torch_runs
+from ckf.kernels import cuda, decode_cache, torch_backend, torch_runs
 from ckf.kernels.decode_cache import DecodeCache
 from ckf.kernels.group import GroupShape
 from ckf.kernels.ops import multi_lora_group, run_group
@@ -153,6 +153,8 @@ def test_another_stream_waits_for_all_that_was_made(monkeypatch):
         torch.Tensor, "record_stream", lambda t, stream: recorded.append((t, stream))
     )
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: one)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cuda, "_raw_stream", lambda index: torch.cuda.current_stream().cuda_stream)
     place = decode_cache._Made.here()
     place.wait(made)
     assert not recorded
