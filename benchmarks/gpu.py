@@ -8,7 +8,7 @@ and summary.json, so that an interrupted run keeps what it has; all of it is pac
 <gpu>.tar.gz as it grows (beside the folder, or in --archive). Every step has a time limit, and
 together they keep to ``--minutes`` (9, so that the whole fits in ten). "all" is build, the tests of
 csrc, the benchmarks (each checks its figures), the Triton tests, compute-sanitizer: what is cut off
-is what can be run again alone. Outside git CKF_COMMIT names the commit.
+is what can be run again alone. CKF_COMMIT names the commit of a copy.
 Without a GPU it is a rehearsal in build/gpu_rehearsal/: a build where nvcc is, the GPU tests only
 collected, and what a CPU can run.
 Exit status: 0 if no step failed, 1 if one did, 2 without a GPU or torch.
@@ -96,7 +96,7 @@ def environment(torch) -> dict:
     """What a reader needs to repeat or to doubt the numbers."""
     from benchmarks.harness import commit, sources_digest  # imports torch
 
-    in_git = (ROOT / ".git").exists()
+    in_git = (ROOT / ".git").exists() and not os.environ.get("CKF_COMMIT")
     versions = {}
     for name in ("torch", "triton", "transformers", "numpy", "peft", "pytest"):
         try:

@@ -272,15 +272,15 @@ def version_of(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit checked out; of a copy without .git what CKF_COMMIT says, or None."""
-    if not (ROOT / ".git").exists():
-        return os.environ.get("CKF_COMMIT") or None
-    return _git("rev-parse", "HEAD") or None
+    """What CKF_COMMIT says of a copy, else the commit checked out; None without git."""
+    if told := os.environ.get("CKF_COMMIT"):
+        return told
+    return (_git("rev-parse", "HEAD") or None) if (ROOT / ".git").exists() else None
 
 
 def uncommitted() -> bool | None:
     """Whether code that counts (see ``sources_digest``) differs from the commit; None: no git."""
-    if not (ROOT / ".git").exists():
+    if os.environ.get("CKF_COMMIT") or not (ROOT / ".git").exists():
         return None
     changed = _git("status", "--porcelain", "--", "ckf", "csrc", "benchmarks")
     endings = (".py", ".cu", ".cuh", ".cpp", ".h")

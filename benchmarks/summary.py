@@ -117,7 +117,7 @@ def speed(records: dict[str, dict], folder: str) -> str:
         what = case["case"]
         title = f"{what['shape']}, {what['m']} rows, {what['tasks']} tasks, {what['mix']}"
         title += f", dropout {what['dropout']}" if what["dropout"] else ""
-        if title not in shown and len(shown) < 4:
+        if title not in shown and (len(shown) < 4 or what["shape"].startswith("layer")):
             shown.add(title)
             single = next((f"{r['ratio']:.2f}" for r in rows if r["provider"] == "single"), "")
             floor = f"{ours['floor_ratio']:.2f}"

@@ -102,9 +102,6 @@ PYBIND11_MODULE(_C, module) {
         "hopper_gemm",
         [](const py::bytes& arguments, uintptr_t stream) { hopper_gemm(arguments, stream); },
         py::arg("arguments"), py::arg("stream"));
-    module.def("decode_experiment", &ckf_decode_experiment, py::kw_only(), py::arg("path") = 0,
-               py::arg("width") = 0, py::arg("cluster") = 0, py::arg("exchange_rows") = 0,
-               py::arg("list") = 0, py::arg("slices") = 0);
     module.def("build_info",
                [] { return py::module_::import("json").attr("loads")(kCkfBuildInfo); });
 }

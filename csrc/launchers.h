@@ -68,13 +68,6 @@ int ckf_multi_lora_decode(const CkfLinear* linears, int count, const void* x, co
                           int64_t tasks, int64_t x_stride, int dtype, int device, int overlap,
                           void* stream);
 
-// For measurements: what the launcher of 16-bit types would otherwise choose itself, for all calls
-// that follow; 0: its own choice. path 1: no tensor cores. width: elements of n of a lane (2, 4);
-// cluster: 1 or 8 blocks; exchange_rows: from how many rows a cluster shares the last sum; list 1:
-// live columns are listed even where few; slices: of n for each block.
-void ckf_decode_experiment(int path, int width, int cluster, int exchange_rows, int list,
-                           int slices);
-
 // Launches it on `stream`. float16 and bfloat16, compute capability 9.0, code for sm_90a; else
 // cudaErrorNotSupported. Returns a cudaError_t as above.
 int ckf_hopper_gemm(const CkfGemm* gemm, void* stream);

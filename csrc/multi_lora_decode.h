@@ -48,9 +48,9 @@ struct Args {
     int k, rank, tasks, count;
     int slices;  // of n for each block
     // Of multi_lora_decode_tile.h: from how many rows a cluster shares the last sum, whether all
-    // but y was complete before the kernel ahead began, whether live columns are always listed.
+    // but y was complete before the kernel ahead began.
     int exchange_rows;
-    bool early, list;
+    bool early;
 };
 
 // Warp w lists its live columns at live[w][0 .. count[w]).

@@ -37,7 +37,7 @@ def explain_auto() -> str:
     if table is None:
         return f"torch: nothing was measured on {device} yet; ckf tune does"
     return (
-        f"the fastest at the nearest of {len(table['rows'])} shapes measured on {device} "
+        f"the fastest at the nearest of {len(table['rows'])} shapes measured on {table['gpu']} "
         f"({table['record']['commit']}, torch {table['record'].get('torch', '?')}); "
         "each choice is logged once (logger ckf.kernels, level INFO)"
     )

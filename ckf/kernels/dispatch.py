@@ -2,7 +2,7 @@
 
 A table, ``<gpu>.json``, holds milliseconds by backend: measured on this very machine by
 ``ckf tune`` (``own_tables()``), or brought along in ``tables/`` (``benchmarks/make_table.py`` makes
-it from the records of ``make gpu``). Nearest: the least sum of doublings between m, k, n and R,
+it from the records of ``make gpu``), of this GPU or of one of the same chip. Nearest: the least sum of doublings between m, k, n and R,
 one's own rows first; farther than FARTHEST says nothing, and then torch's own products are taken,
 as on a GPU without a table.
 """
@@ -24,6 +24,10 @@ logger = logging.getLogger("ckf.kernels")
 TABLES = Path(__file__).parent / "tables"
 FARTHEST = 4.0  # doublings
 LEAST_GAIN = 0.03  # of torch's time, below which its well-worn products are kept
+# Of one chip but for memory and clocks: a GPU without a table goes by its relative's.
+RELATIVES = dict.fromkeys(
+    ("h200", "h200-nvl", "h100-nvl", "h100-pcie", "gh200-480gb", "gh200-120gb"), "h100-80gb-hbm3"
+)
 _SIZES = ("m", "k", "n", "rank")
 ROW_KEY = ("pass", *_SIZES, "tasks", "dropout")  # of what a row of a table is
 
@@ -62,12 +66,15 @@ def own_tables() -> Path:
 def load_table(device: str, folder: Path | None = None) -> dict | None:
     """The table of a GPU by its name, or None.
 
-    The rows of one's own table come before the package's. ``folder``: tables of there alone.
+    The rows of one's own table come before the package's, and that of a relative (its ``gpu`` says
+    so) comes last. ``folder``: tables of there alone.
     """
-    file = f"{device_slug(device)}.json"
-    folders = [own_tables(), TABLES] if folder is None else [folder]
-    found = [table for table in (read_table(place / file) for place in folders) if table]
-    if not found:
+    slug = device_slug(device)
+    places = [(own_tables(), slug), (TABLES, slug)] if folder is None else [(folder, slug)]
+    found = [table for table in (read_table(at / f"{name}.json") for at, name in places) if table]
+    if not found and folder is None and slug in RELATIVES:
+        found = [read_table(TABLES / f"{RELATIVES[slug]}.json")]
+    if not any(found):
         return None
     return found[0] | {"rows": [row for table in found for row in table["rows"]]}
 

@@ -225,6 +225,8 @@ class Dense(_Update):
         it."""
         at = self.columns[linear]
         ds, a = self.ds[:, at], self.stacks.a[at]
+        if self.dropout is not None and hopper.waits_for_ds(dy.shape[0], a.shape[1]):
+            return False
         if weight is None or _products(dy, weight, ds, a, dx=True) is not hopper:
             return False
         inside = self._shrink_inside(dy, self.stacks.b[linear], at, self.ds, saved, h)

@@ -23,6 +23,7 @@ def on_the_host(host, monkeypatch):  # noqa: F811
     monkeypatch.setattr(hopper.cuda, "_load_extension", lambda: (host, ""))
     monkeypatch.setattr(hopper.cuda, "_raw_stream", lambda index: 0)
     monkeypatch.setattr(hopper, "available", lambda device=None: (True, ""))
+    monkeypatch.setattr(hopper, "FEWEST_MASKED_TILES", 0)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     return host
 
@@ -50,6 +51,14 @@ def test_dropout_keeps_h_apart_and_ds_inside(on_the_host):
     case = random_case(m=70, k=48, n=40, tasks=3, ranks=RANKS, dropout_p=0.3).to(torch.float16)
     assert_as_good_as_reference(triton_with("gemm"), case)
     assert launches(on_the_host) == [(False, False), (True, True)]
+
+
+def test_few_masked_tiles_keep_both_apart(on_the_host, monkeypatch):
+    monkeypatch.setattr(hopper, "FEWEST_MASKED_TILES", 2)
+    case = random_case(m=70, k=48, n=40, tasks=3, ranks=RANKS, dropout_p=0.3).to(torch.float16)
+    assert_as_good_as_reference(triton_with("gemm"), case)
+    assert launches(on_the_host) == [(False, False), (True, False)]
+    assert hopper.waits_for_ds(256, 256) and not hopper.waits_for_ds(257, 256)
 
 
 def test_odd_ranks_and_learned_gates_keep_both_apart(on_the_host):

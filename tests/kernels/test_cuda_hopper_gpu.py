@@ -129,7 +129,7 @@ def test_stream_and_graph():
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_the_plan_takes_it(monkeypatch, dropout_p):
-    """With H and dS made inside, but for a forward with dropout on its input."""
+    """With H and dS made inside, but with dropout on the input, or a mask on few tiles."""
     calls = []
     for name in ("gemm", "gemm_dx"):
         real = getattr(hopper, name)
@@ -143,7 +143,7 @@ def test_the_plan_takes_it(monkeypatch, dropout_p):
     )
     with torch.device("cuda"):  # the reference makes its mask there
         assert_as_good_as_reference(partial(multi_lora_linear, backend="triton:gemm"), case)
-    assert calls == [("gemm", 5 if dropout_p else 6), ("gemm_dx", 7)]
+    assert calls == [("gemm", bool(dropout_p)), ("gemm_dx", bool(dropout_p))]
 
 
 SHRINKS = [

@@ -142,6 +142,23 @@ def test_against_float64(host, sizes, dtype, layout):
     assert_right(case, run(host, case))
 
 
+@pytest.fixture
+def scalar(host):
+    """16-bit types by the scalar kernel, as a GPU takes it for few rows."""
+    host.library.ckf_host_set_scalar_rows(ctypes.c_int64(16))
+    yield host
+    host.library.ckf_host_set_scalar_rows(ctypes.c_int64(0))
+
+
+@pytest.mark.parametrize("m", [1, 5, 16, 17])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_few_rows_of_16_bits(scalar, m, dtype):
+    """On either side of where the tiles begin; odd sizes as well."""
+    for sizes in ({"k": 264, "n": 264, "ranks": (16,) * 5}, {"k": 41, "n": 29, "ranks": (3, 1, 9)}):
+        case = decode_case(m=m, **sizes, dtype=dtype)
+        assert_right(case, run(scalar, case))
+
+
 # One a kernel: the other 16-bit type differs from bfloat16 in a conversion.
 KERNELS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 

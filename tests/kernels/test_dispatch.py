@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounter
 
 from ckf.kernels import config, multi_lora_linear
 from ckf.kernels.config import check_backend, choose_backend, explain_auto
-from ckf.kernels.dispatch import TABLES, Call, device_slug, measured_choice
+from ckf.kernels.dispatch import TABLES, Call, device_slug, load_table, measured_choice
 from tests.kernels.cases import random_case
 
 GPU = "NVIDIA Test 100"
@@ -65,6 +65,19 @@ def test_a_table_is_found_by_the_name_that_the_driver_gives(tables, name):
     table = json.loads((tables / "test-100.json").read_text()) | {"gpu": name}
     (tables / f"{device_slug(name)}.json").write_text(json.dumps(table))
     assert measured_choice(name, call(rank=1000), ALL, tables).backend == "triton"
+
+
+def test_a_gpu_of_the_same_chip_goes_by_its_relative(monkeypatch, tmp_path):
+    """An H200 by the H100's table, until it has its own; no other GPU does."""
+    monkeypatch.setattr("ckf.kernels.dispatch.own_tables", lambda: tmp_path)
+    load_table.cache_clear()
+    relative = load_table("NVIDIA H200")
+    assert relative is not None and relative["gpu"] == "NVIDIA H100 80GB HBM3"
+    assert load_table("NVIDIA A100-SXM4-80GB") is None
+    (tmp_path / "h200.json").write_text(json.dumps(relative | {"gpu": "NVIDIA H200"}))
+    load_table.cache_clear()
+    assert load_table("NVIDIA H200")["gpu"] == "NVIDIA H200"
+    load_table.cache_clear()
 
 
 def test_the_reason_has_the_figures_and_is_logged(tables, caplog):
