@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncthreads();
 
     int groups = (linear.rank + kGroup - 1) / kGroup;
-    constexpr bool listed = kMany;
+    const bool listed = kMany || p.list;
     if (listed) {
         if (!publish_tasks(p, block, id, shared)) return;  // the same for the whole cluster
         groups = list_groups(p, block, shared);

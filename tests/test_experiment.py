@@ -170,6 +170,31 @@ def test_a_prepared_folder_moves_to_a_machine_without_the_raw_data(
     same_results(experiment, finished)
 
 
+def test_a_prepared_folder_has_the_valid_prompts_that_a_prior_is_weighed_on(
+    small_model, raw_data, tmp_path, monkeypatch
+):
+    changes = {"metanet__match": "none", "cf__blend": 2, "train__schedule": "joint"}
+    config = quick(small_model, **changes)
+    packed, cells = tmp_path / "packed", ["ckf-prior"]
+    made = make_experiment(config, packed, cells, 1)
+    run_experiment(made, str(raw_data), device="cpu", prepare_only=True, log=quiet)
+    monkeypatch.setattr("ckf.experiment.prompt_cache._write", None)
+    experiment = make_experiment(config, tmp_path / "moved", cells, 1)
+    run_experiment(experiment, prepared=str(packed), device="cpu", log=quiet)
+    figures = read_experiment(experiment.out)
+    assert figures["runs_done"] == 1
+    about = experiment.result(*experiment.runs()[0])["about"]
+    assert figures["environment"]["torch"] == about["versions"]["torch"] == torch.__version__
+
+
+def test_versions_are_those_of_the_machine_that_trained():
+    trained = {"device": "H", "versions": {"python": "3.12", "torch": "2.11", "transformers": "5"}}
+    found = ckf.experiment.figures._environment({"a": [{"about": trained}], "b": []})
+    assert found == {"devices": ["H"], **trained["versions"]}
+    old = ckf.experiment.figures._environment({"a": [{"about": {"device": "H"}}]})
+    assert old["torch"] == torch.__version__
+
+
 def test_a_cell_keeps_the_vectors_it_was_begun_with(tmp_path):
     """Half a training on other vectors would be neither; ``load_run`` would read the first ones."""
     cell = tmp_path / "cells" / "ckf" / "seed0"

@@ -2,9 +2,9 @@
 
 A table, ``<gpu>.json``, holds milliseconds by backend: measured on this very machine by
 ``ckf tune`` (``own_tables()``), or brought along in ``tables/`` (``benchmarks/make_table.py`` makes
-it from the records of ``make gpu``), of this GPU or of one of the same chip. Nearest: the least sum of doublings between m, k, n and R,
-one's own rows first; farther than FARTHEST says nothing, and then torch's own products are taken,
-as on a GPU without a table.
+it from the records of ``make gpu``), of this GPU or of one of the same chip. Nearest: the least sum
+of doublings between m, k, n and R, one's own rows first; farther than FARTHEST says nothing, and
+then torch's own products are taken, as on a GPU without a table.
 """
 
 import json

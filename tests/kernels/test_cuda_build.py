@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -98,18 +99,26 @@ def test_hopper_gemm_on_its_chip(build, nvcc, tmp_path):
     assert len(kernels) == 4  # two types, forward and dx
     for kernel in kernels:
         ops = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)", kernel)
-        products = [i for i, op in enumerate(ops) if op.startswith("HGMMA.64x256x16.F32")]
-        # four of a stage of the base; one, in a loop, of the update
-        assert len(products) == 5, [ops[i] for i in products]
-        assert sum(op.startswith("UTMALDG.2D.MULTICAST") for op in ops) >= 2
-        assert ops.count("UTMALDG.2D") == 2
-        assert ops.count("STG.E.128") == 16  # 128 x 2 bytes of a thread, all in 16-byte stores
+        dx = "Lb1E" in kernel.splitlines()[0]
+        wide = [i for i, op in enumerate(ops) if op.startswith("HGMMA.64x256x16.F32")]
+        narrow = [i for i, op in enumerate(ops) if op.startswith("HGMMA.64x128x16.F32")]
+        # four of a stage of H (wide and narrow) and of the base; in a loop, one of the update,
+        # which is there twice in dx: before the base and after it
+        assert (len(wide), len(narrow)) == (10 if dx else 9, 4)
+        loads = Counter(op for op in ops if op.startswith("UTMALDG"))
+        assert sum(n for op, n in loads.items() if "MULTICAST" in op) >= 4
+        assert loads["UTMALDG.2D"] == (5 if dx else 4)  # the left operand of each
+        # 128 x 2 bytes of a thread in 16-byte stores, and twice what a tile of H writes
+        assert ops.count("STG.E.128") == 16 + 2 * (16 + 8)
+        assert Counter(op for op in ops if op.startswith("STG"))["STG.E.128"] == 64
         assert sum(op.startswith("USETMAXREG") for op in ops) == 2
-        assert kernel.count("tnspB") == (5 if "Lb1E" in kernel.splitlines()[0] else 1)
-        # a fence of the whole GPU belongs to the two cluster barriers alone, not to the loop
-        assert ops.count("MEMBAR.ALL.GPU") == ops.count("UCGABAR_ARV") == 2
-        between = ops[products[0] : products[-1]]
-        assert not any(op.startswith(("HMMA", "MEMBAR", "CCTL")) for op in between)
+        assert kernel.count("tnspB") == (6 if dx else 1)
+        # a fence of the whole GPU belongs to the cluster barriers, and to where H is counted
+        assert ops.count("UCGABAR_ARV") == 2 and ops.count("MEMBAR.SC.GPU") == 2
+        for stage in (wide[:4], narrow, wide[-5:-1]):
+            between = ops[stage[0] : stage[-1]]
+            assert len(between) < 40
+            assert not any(op.startswith(("HMMA", "MEMBAR", "CCTL")) for op in between)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_100"])
