@@ -107,6 +107,13 @@ def asked_anew():
 def host(library, monkeypatch) -> Host:
     """The bridge takes CPU tensors, and its outputs are poisoned, inside and around."""
     there = Host(library)
+    pretend(there, monkeypatch)
+    return there
+
+
+def pretend(there: Host, monkeypatch) -> None:
+    """That the extension is this one, on a GPU that has the kernel."""
+    hopper._usable.cache_clear()
     monkeypatch.setattr(cuda, "_DEVICE_TYPE", "cpu")
     monkeypatch.setattr(cuda, "_load_extension", lambda: (there, ""))
     monkeypatch.setattr(cuda, "available", lambda: (True, ""))
@@ -118,7 +125,6 @@ def host(library, monkeypatch) -> Host:
         return guarded(torch.full((m, n), float("nan"), dtype=dtype, device=device))
 
     monkeypatch.setattr(torch, "empty", poisoned)
-    return there
 
 
 def run(case: GemmCase) -> torch.Tensor:

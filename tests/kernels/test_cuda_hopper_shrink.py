@@ -4,6 +4,8 @@ import ctypes
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.kernels.decode_cases import assert_poison_around
 from tests.kernels.hopper_shrink_cases import ShrinkCase, assert_shrunk, shrink_case
@@ -12,12 +14,14 @@ from tests.kernels.test_cuda_hopper_host import (  # noqa: F401 (fixtures)
     FRAGMENTS,
     INVALID_VALUE,
     KERNEL,
+    Host,
     asked_anew,
     compile_for_host,
     copy_changed,
     host,
     library,
     packed,
+    pretend,
 )
 
 
@@ -74,6 +78,34 @@ def test_any_order_and_number_of_clusters(host):  # noqa: F811
             case.gated.fill_(float("nan"))
             assert torch.equal(first, run(case)) and torch.equal(kept, case.gated)
         host.clusters, host.order = 2, 0
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_sizes(library, data):  # noqa: F811
+    """Rows, widths, ranks, clusters and order as they come."""
+    sizes = data.draw(st.tuples(st.integers(1, 400), *[st.integers(1, 40)] * 2), "m, n / 8, k / 8")
+    ranks = data.draw(st.lists(st.integers(0, 4), min_size=2, max_size=7), "ranks / 8")
+    if sum(ranks) == 0:
+        ranks[0] = 1
+    dx = data.draw(st.booleans(), "dx")
+    slotted = data.draw(st.booleans(), "slotted")
+    there = Host(library, data.draw(st.integers(1, 5), "clusters"), data.draw(st.integers(0, 9)))
+    with pytest.MonkeyPatch.context() as patch:
+        pretend(there, patch)
+        case = shrink_case(
+            sizes[0],
+            8 * sizes[1],
+            8 * sizes[2],
+            tuple(8 * r for r in ranks),
+            dx=dx,
+            p=data.draw(st.sampled_from([0.0, 0.4]), "p") * dx,
+            dtype=data.draw(st.sampled_from(DTYPES)),
+            slotted=slotted,
+            soft=not slotted and data.draw(st.booleans(), "soft"),
+            padding=data.draw(st.sampled_from([0, 8])),
+        )
+        assert_shrunk(case, run(case))
 
 
 def test_invalid_ids_become_nan_rows(host):  # noqa: F811
