@@ -1,13 +1,16 @@
 """From measured linears to the table by which ``backend="auto"`` chooses on a GPU.
 
-``python benchmarks/make_table.py --results benchmarks/results/h200 [--out FILE]``
+``python benchmarks/make_table.py --results benchmarks/results/h200 [--out FILE] [--decode FILE]``
 
 Reads bench_linear.json, and bench_scaling.json and bench_decode.json where they are; writes
 ckf/kernels/tables/<gpu>.json. Only single linears count, rows of one task next to each other where
 it matters. Of several measurements of one shape the first is taken: linear, scaling, decode.
+--decode: a CSV with columns m, k, n, rank and ms of csrc's decode kernel, measured apart since, in
+place of the records' figures for "cuda".
 """
 
 import argparse
+import csv
 import json
 import sys
 from pathlib import Path
@@ -68,15 +71,31 @@ def make_table(records: list[dict]) -> dict:
     return {"gpu": about["device"], "record": source, "rows": rows}
 
 
+def with_decode(rows: list[dict], file: Path) -> list[dict]:
+    """The forward rows with other milliseconds of "cuda"."""
+    with open(file, newline="", encoding="utf-8") as opened:
+        sizes = ("m", "k", "n", "rank")
+        found = {tuple(int(r[s]) for s in sizes): float(r["ms"]) for r in csv.DictReader(opened)}
+    return [
+        row | {"cuda": found.get(tuple(row[s] for s in sizes), row["cuda"])}
+        if row["pass"] == "forward"
+        else row
+        for row in rows
+    ]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--results", type=Path, required=True, help="folder of the records")
     parser.add_argument("--out", type=Path, help="default: ckf/kernels/tables/<gpu>.json")
+    parser.add_argument("--decode", type=Path, help="CSV of the decode kernel, measured apart")
     options = parser.parse_args(argv)
     paths = [options.results / f"{name}.json" for name in SOURCES]
     try:
         table = make_table([load_record(p) for p in paths if p.exists() or p is paths[0]])
-    except (OSError, ValueError) as error:
+        if options.decode is not None:
+            table["rows"] = with_decode(table["rows"], options.decode)
+    except (OSError, ValueError, KeyError) as error:
         print(f"no table: {error}", file=sys.stderr)
         return 1
     out = options.out or ROOT / "ckf" / "kernels" / "tables" / f"{device_slug(table['gpu'])}.json"

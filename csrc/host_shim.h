@@ -318,9 +318,10 @@ float read_block(const float* p, unsigned rank) {
 
 template <int kCluster>
 void write_block(float* p, float value, unsigned rank) {
-    if (ckf_host::blocks[rank].left != 0) ckf_host::last_error = cudaErrorLaunchFailure;
+    ckf_host::Block& there = ckf_host::blocks[ckf_host::own_cluster() * ckf_host::cluster_size + rank];
+    if (there.left != 0) ckf_host::last_error = cudaErrorLaunchFailure;
     const size_t offset = reinterpret_cast<const char*>(p) - ckf_host::own_block().shared;
-    *reinterpret_cast<float*>(ckf_host::blocks[rank].shared + offset) = value;
+    *reinterpret_cast<float*>(there.shared + offset) = value;
 }
 
 struct LaunchAttributes {};

@@ -147,7 +147,8 @@ cudaError_t launch_typed(const CkfLinear* linears, Args<T> p, int device, bool o
         p.rank += static_cast<int>(from.rank);
         aligned = aligned && is_aligned(from.b, from.n * size);
         aligned_y = aligned_y && is_aligned(from.y, p.m > 1 ? from.y_stride * size : 0);
-        fits_tiles = fits_tiles && from.rank <= tile::kMostGroups * tile::kGroup;
+        fits_tiles = fits_tiles && from.rank <= tile::kMostGroups * tile::kGroup &&
+                     from.rank * from.n < int64_t{1} << 32;
     }
     if constexpr (sizeof(T) == 2) {
         fits_tiles = fits_tiles && int64_t{p.rank} * p.k < int64_t{1} << 31;

@@ -319,6 +319,7 @@ __device__ __forceinline__ bool shrink(const Args<T>& p, const Block<T>& block,
         if (pass > 0) __syncthreads();  // everybody has read the last pass's sums
         sum_over_block(s, pass == 0, block.rows, block.lane, block.warp, shared);
     }
+    __syncwarp();
     cluster_arrive<kCluster>();
     return true;
 }

@@ -7,7 +7,7 @@
 // more, the groups live for a row of the block are listed first. Shrink: warp v of 64 (eight parts
 // of eight warps, whatever the cluster) takes chunks 2v and 2v + 1 of 32 elements of k, then every
 // 64th pair; warps are summed in a fixed tree, parts in order. Expand: h = gate * S is split into
-// two tf32 terms, which keep all of its 24 bits, and every warp adds all groups to its own columns
+// two tf32 terms, which keep 23 of its 24 bits, and every warp adds all groups to its own columns
 // of n. A lane's fragments are 16 (or fewer) bytes that lie side by side: the order of k and of n
 // within a product is free.
 //
@@ -212,7 +212,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     int groups = (linear.rank + kGroup - 1) / kGroup;
     const bool listed = kMany || p.list;
     if (listed) {
-        if (!publish_tasks(p, block, id, shared)) return;  // the same for the whole cluster
+        if (!publish_tasks(p, block, id, shared)) {  // the same for the whole cluster
+            wait_for_previous_grid();  // what follows on the stream counts on it
+            return;
+        }
         groups = list_groups(p, block, shared);
     }
     const int total = rows * kColumns;
@@ -241,8 +244,10 @@ __global__ void __launch_bounds__(kThreads, 1)
                 if (kCluster > 1 && pending) cluster_wait<kCluster>();
                 const bool publish = !listed && slice == 0;
                 if (!shrink<T, kN, kCluster, kAligned, kMany>(p, block, window, share, publish, id,
-                                                              start, shared, gate))
+                                                              start, shared, gate)) {
+                    wait_for_previous_grid();
                     return;
+                }
                 pending = !share.for_all;
             }
             load_b<T, kN, kAligned>(block, window, warp_n, shared, b);

@@ -18,13 +18,14 @@ STACK_EXPERTS = 32  # up to so many one kernel stacks them; 0: always torch's ca
 FEWEST_CHUNK_ROWS = 256
 FEWEST_SPLIT_COLUMNS = 256
 MOST_SPLIT = 4  # beyond, writing and adding the sums costs more than the programs save
+FEWEST_SPLIT_TILES = 32  # as measured; fewer fill the chip once
 CALLS = 1024  # of which a rule remembers its answer: packed steps bring a new m each
 
 # How the base gets under the update; LOG.md has the bytes of each. "expand": cuBLAS writes the
 # base, the expand adds in place. "addmm": the expand stores, cuBLAS adds the base in place (as dx
 # always does; two bytes an element less to read in the expand, which cuBLAS can hide).
-# "gemm": one product for both (triton_gemm.py), of y and of dx, where operands are aligned and
-# H is dense; else as "expand".
+# "gemm": one product for both, of y and of dx, where operands are aligned and H is dense: csrc's on
+# Hopper (hopper.py), which can make H and dS as well, else triton_gemm.py; else as "expand".
 PLANS = ("expand", "addmm", "gemm")
 
 
@@ -79,8 +80,11 @@ class GemmLaunch:
 
 @lru_cache(maxsize=CALLS)
 def shrink_launch(m: int, k: int, r: int, dtype: torch.dtype, dropout: bool) -> ShrinkLaunch:
-    """Tiles of 64 rows, k split until two run on every multiprocessor; blocks of 64 columns where R
-    is large.
+    """Tiles of 64 rows, k split where they are too few for one on every multiprocessor (with
+    dropout for two, MOST_SPLIT parts at most); blocks of 64 columns where R is large.
+
+    Without dropout blocks of 64 of k in four stages were up to 8% faster on an H100 (18% at k 576),
+    but some of their forms spill; "gemm" makes that H inside the product.
 
     A tile reads all of A from the L2 cache, R / BLOCK_M of the bytes of x. At m 2048, k 4096, R 80
     tiles of 16 rows fill the chip but read 84 MB of A for 17 MB of x; 32 tiles of 64 rows on four
@@ -94,19 +98,23 @@ def shrink_launch(m: int, k: int, r: int, dtype: torch.dtype, dropout: bool) -> 
         return ShrinkLaunch(16, _power(r, 16, 32), 64, num_warps=4, num_stages=2)
     block_m = _power(m, 16, 64)
     block_r = _power(r, 16, DENSE_RANK) if r <= DENSE_RANK else 64
-    block_k = 64 if block_m > 16 else 128
-    full = block_m * block_r == 64 * DENSE_RANK
-    warps = 8 if full and dropout else 4  # the mask of a tile lives in registers
-    if full and dropout and r % 16:  # stores one by one: their offsets need the registers
+    block_k = 64 if dropout and block_m > 16 else 128  # the mask of a tile lives in registers
+    warps = 8 if block_m * block_r == 64 * DENSE_RANK else 4
+    if dropout and r % 16 and warps == 8:  # stores one by one: their offsets need the registers
         block_m = 32
     tiles = ceil_div(m, block_m) * ceil_div(r, block_r)
-    split = max(1, min(PROGRAMS // tiles, MOST_SPLIT, k // FEWEST_SPLIT_COLUMNS))
-    return ShrinkLaunch(block_m, block_r, block_k, num_warps=warps, num_stages=4, split=split)
+    programs, stages = MULTIPROCESSORS, 3
+    if dropout:  # half the shared memory: two run at a time
+        stages = 4
+        if tiles >= FEWEST_SPLIT_TILES:
+            programs = min(PROGRAMS, MOST_SPLIT * tiles)
+    split = max(1, min(programs // tiles, k // FEWEST_SPLIT_COLUMNS))
+    return ShrinkLaunch(block_m, block_r, block_k, num_warps=warps, num_stages=stages, split=split)
 
 
 @lru_cache(maxsize=CALLS)
 def expand_launch(m: int, n: int, r: int, dtype: torch.dtype) -> ExpandLaunch:
-    """The rank is the contraction: one or two steps for most calls, so traffic of y decides.
+    """The rank is the contraction: a few steps for most calls, so traffic of y decides.
 
     A tile reads its columns of B from the L2 cache: tiles of 64 rows wherever they are enough, also
     because WGMMA starts there. At m 2048, n 4096, R 80 tiles of 16 rows read 84 MB for 17 MB of y.
@@ -125,8 +133,8 @@ def expand_launch(m: int, n: int, r: int, dtype: torch.dtype) -> ExpandLaunch:
 def outer_launch(m: int, r: int, c: int, dtype: torch.dtype, dropout: bool) -> OuterLaunch:
     """As many chunks of rows as fit on the chip, none shorter than FEWEST_CHUNK_ROWS.
 
-    One program with four stages on a multiprocessor where that leaves two chunks and more, else two
-    with three.
+    One program with four stages on a multiprocessor where that leaves two chunks and more, else
+    (and with dropout) two with three.
     """
     warps, stages, programs = 4, 3, PROGRAMS
     if dtype == torch.float32:
@@ -166,7 +174,7 @@ def gather_shrink_launch(
 
 @lru_cache(maxsize=CALLS)
 def gather_expand_launch(m: int, n: int, width: int, dtype: torch.dtype) -> ExpandLaunch:
-    """As the dense expand's; nothing to skip."""
+    """As the dense expand's, in two stages; nothing to skip."""
     return replace(expand_launch(m, n, width, dtype), skip=False, num_stages=2)
 
 

@@ -10,6 +10,7 @@ Gates act where the shrink stores, dropout where x is loaded: no (m, k) or (m, n
 beside x, y, dy and dx. Saved: x and one more tensor: the compact H of hard gates, H, or S where
 gates need a gradient. Past DENSE_RANK columns hard gates take the gather kernels, which touch the
 columns of a row's own task alone. dB follows dS at once, while the L2 cache still holds part of dy.
+With the plan "gemm" on Hopper H and y come from one product, dS and dx from another (hopper.py).
 No host synchronisation, no shape that depends on values, no atomics.
 """
 
@@ -102,6 +103,8 @@ def backward_pass(
     with torch.cuda.device_of(x):
         stacks = stack(shape, gates, a, b, x.dtype)
         inside = plan == "gemm" and needs[0] and shrinks_inside(shape, rows, weights)
+        if seed is not None and hopper.waits_for_ds(*rows.shape):
+            inside = False
         kind = Gathered if gathers(shape, save_plain, slots) and not inside else Dense
         update = kind(shape, stacks, task_ids, seed, save_plain, slots, width)
         bases = weights if needs[0] and plan == "gemm" else ()  # dx may come with dS

@@ -167,6 +167,8 @@ class Dense(_Update):
     def fused_output(self, rows, linear: int, weight, bias) -> Tensor | None:
         h, b = self.h[:, self.columns[linear]], self.stacks.b[linear]
         products = _products(rows, weight, h, b)
+        if products is hopper and bias is not None and bias.data_ptr() % 4:
+            bias = bias.clone()  # a slice from an odd element on
         if products is hopper and self._left is not None and self.dropout is None:
             every = slice(0, self.shape.columns)
             at = every if every.stop <= hopper.MAX_SHRINK else self.columns[linear]

@@ -54,6 +54,14 @@ def test_no_table_from_a_cpu(results, tmp_path, capsys):
     assert "--device cuda" in capsys.readouterr().err
 
 
+def test_the_decode_kernel_can_be_measured_apart(tmp_path):
+    row = {"pass": "forward", "m": 4, "k": 8, "n": 8, "rank": 80, "cuda": 2.0}
+    rows = [row, row | {"m": 5}, row | {"pass": "train", "cuda": None}]
+    (tmp_path / "apart.csv").write_text("m,k,n,rank,kernel,ms\n4,8,8,80,scalar,0.5\n")
+    found = make_table.with_decode(rows, tmp_path / "apart.csv")
+    assert [r["cuda"] for r in found] == [0.5, 2.0, None]
+
+
 @pytest.mark.parametrize(
     ("name", "slug", "known"),
     [

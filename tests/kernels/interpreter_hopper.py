@@ -136,6 +136,22 @@ def test_a_linear_that_the_product_refuses_is_added_apart(on_the_host, monkeypat
         assert (True, True) in launches(on_the_host)
 
 
+def test_a_bias_from_an_odd_element_on(on_the_host):
+    """As a slice of a longer one may lie; the product takes its pairs four bytes at a time."""
+    case = random_case(m=40, k=48, n=40, tasks=3, ranks=RANKS).to(torch.float16)
+    case.bias = torch.cat([case.bias.detach().new_zeros(1), case.bias.detach()])[1:]
+    assert case.bias.data_ptr() % 4
+    assert_as_good_as_reference(triton_with("gemm"), case)
+    assert launches(on_the_host) == [(False, True), (True, True)]
+
+
+def test_masked_dx_of_few_tiles_is_gathered(on_the_host, monkeypatch):
+    """Nothing would be made inside, so what gathers forward gathers backward."""
+    monkeypatch.setattr(hopper, "FEWEST_MASKED_TILES", 2)
+    with patch.object(triton_update.Dense, "rank_gradients", side_effect=AssertionError("dense")):
+        of_group(6, (40, 24), dropout_p=0.3)
+
+
 def test_left_out_by_the_environment(on_the_host, monkeypatch):
     monkeypatch.setattr(hopper, "available", lambda device=None: (False, "CKF_HOPPER_GEMM=0"))
     case = random_case(m=20, k=48, n=40, tasks=3, ranks=RANKS).to(torch.float16)

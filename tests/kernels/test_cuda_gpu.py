@@ -116,6 +116,51 @@ def test_selection(gpu):
     assert not result[~others].isfinite().any()
 
 
+HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+
+
+@HALVES
+def test_small_tiles(gpu, dtype):
+    """More rows than the scalar kernel takes: ids of all kinds, unlike linears, odd sizes."""
+    ids = [-1, 0, 2, 3, -2, 2**40, -(2**62), 1] * 3
+    for sizes in ({"k": 64, "n": 264}, {"k": 41, "n": 29, "padding": 3}):
+        case = decode_case(m=24, ranks=(2, 20, 2, 2), ids=ids, dtype=dtype, **sizes)
+        assert_right(case, run_on_gpu(case))
+    for sizes in GROUPS:
+        sizes = sizes | {"m": 24}
+        case = group_case(**sizes, dtype=dtype, ids=[-1, 0, 1, 7, 0, 1] * 4)
+        assert_group_right(case, run_group_on_gpu(case))
+
+
+@HALVES
+def test_small_tiles_select(gpu, dtype):
+    case = decode_case(m=24, n=512, ranks=(4, 4, 4), ids=[0, 1, 0, 1, -1, 0, 1, 1] * 3, dtype=dtype)
+    clean = run_on_gpu(case)
+    case.a[4:6] = float("inf")
+    case.b[6:8] = float("nan")
+    result = run_on_gpu(case)
+    others = case.task_ids != 0
+    assert torch.equal(result[others], clean[others])
+    assert not result[~others].isfinite().any()
+
+
+@pytest.mark.parametrize("overlap", [0, 1, cuda.EARLY])
+def test_tiles_in_a_graph(gpu, overlap):
+    """After a kernel that writes y alone, as a base product does."""
+    case = decode_case(m=24, k=256, n=512, dtype=torch.bfloat16).to("cuda")
+    start = case.y.clone()
+    wanted = run_on_gpu(decode_case(m=24, k=256, n=512, dtype=torch.bfloat16))
+    group = cuda.DecodeGroup(case.a, [case.b], case.column_gates)
+    group([case.y], case.x, case.task_ids, overlap)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        case.y.copy_(start)
+        group([case.y], case.x, case.task_ids, overlap)
+    for _ in range(20):
+        graph.replay()
+        assert torch.equal(case.y.cpu(), wanted)
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 def test_stream_and_graph(gpu, overlap):
     """The launch goes to the current stream and is captured by a CUDA graph."""
@@ -187,7 +232,8 @@ def test_clusters_are_used(gpu):
 )
 def test_overlap_small_reads_what_was_just_written(gpu, preceding, overlap):
     """Whichever tensor the kernel before wrote, plain or slow, the update sees all of it."""
-    case = group_case(m=8, k=2048, ns=(2048, 512), ranks=[(8, 8, 8)] * 2, dtype=torch.bfloat16)
+    m = 24 if overlap == cuda.EARLY else 8  # the scalar kernel knows no early start
+    case = group_case(m=m, k=2048, ns=(2048, 512), ranks=[(8, 8, 8)] * 2, dtype=torch.bfloat16)
     expected = run_group_on_gpu(case)
     for _ in range(20):
         there = case.to("cuda")

@@ -215,7 +215,7 @@ DEFECTS = {
     "gates multiplied": (FRAGMENTS, "g != 0.0f ? pack", "true ? pack"),
     "slots of another task": (FRAGMENTS, "s.slots + (valid ? id : 0) * s.slots_stride", "s.slots"),
     "shared rows of A": (KERNEL, "rank * (kColumns / kPair);", "rank * (kColumns / 2 / kPair);"),
-    "a sum that goes on": (KERNEL, "products.add = false;\n            products", "products"),
+    "a sum that goes on": (KERNEL, "products.add = false;\n            if (is_wide", "if (is_wide"),
 }  # fmt: skip
 
 

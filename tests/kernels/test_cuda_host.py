@@ -65,6 +65,8 @@ def compile_for_host(source: Path, folder: Path, planted: bool = False) -> ctype
     library = folder / f"{source.stem}.so"
     flags = ["-x", "c++", "-std=c++17", "-shared", "-fPIC", "-DCKF_HOST_SHIM"]
     flags += ["-U_FORTIFY_SOURCE"]  # it forbids _longjmp between stacks
+    if "clang" not in cxx[0]:
+        flags += ["-fno-gnu-unique"]  # else libraries share the shim's inline variables
     if planted:
         flags += ["-O0", "-w"]
     else:
