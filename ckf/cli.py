@@ -254,7 +254,7 @@ def _info(options) -> None:
     import transformers
 
     import ckf
-    from ckf.kernels import cuda
+    from ckf.kernels import cuda, hopper
     from ckf.kernels.config import explain_auto, usable_backends
 
     print(f"ckf {ckf.__version__}, Python {platform.python_version()}")
@@ -266,6 +266,8 @@ def _info(options) -> None:
         print("GPU: none that torch can use")
     for name, (usable, why) in usable_backends().items():
         print(f"backend {name}: {'usable' if usable else 'not usable'}: {why}")
+    usable, why = hopper.available()
+    print(f"csrc's product for Hopper (plan gemm): {'usable' if usable else 'not usable'}: {why}")
     print(f"backend auto takes {explain_auto()}")
     for key, value in cuda.build_info().items():
         print(f"CUDA extension {key}: {value}")

@@ -93,6 +93,7 @@ def test_info_tells_versions_and_backends(capsys):
     out = capsys.readouterr().out
     for word in ("ckf ", "torch ", "GPU", "backend torch: usable", "backend cuda: ", "CUDA ext"):
         assert word in out
+    assert "csrc's product for Hopper (plan gemm): " in out
 
 
 @pytest.mark.parametrize(
