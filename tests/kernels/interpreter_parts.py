@@ -4,6 +4,7 @@ Run by test_triton_interpreter.py like interpreter_suite.py, whose poisoned memo
 """
 
 import json
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -247,3 +248,21 @@ def test_tuning_measures_every_plan(tmp_path, monkeypatch):
     assert len(rows) == 2 and all(row["triton"] > 0 for row in rows)
     for line in said:
         assert all(f"triton:{plan} " in line for plan in PLANS) and "no triton" not in line
+
+
+@pytest.mark.parametrize("index", range(9))
+def test_what_the_benchmark_of_launches_holds_them_against(index, monkeypatch):
+    """benchmarks/bench_kernels.py: its plain formulas, for the rule and for another launch."""
+    from benchmarks import bench_kernels
+
+    monkeypatch.setattr(bench_kernels, "DTYPE", torch.float16)
+    case = replace(bench_kernels.cases(True)[index], m=96, width=64)
+    launches = list(bench_kernels.launches(case).values())
+    for chosen in (launches[0], launches[-1]):
+        tensors = bench_kernels.make_tensors(case, torch.device("cpu"))
+        wanted = bench_kernels.exact(case, tensors, torch.float64)
+        found = bench_kernels.run(case, tensors, chosen)
+        plain = [t.half() for t in wanted]
+        assert bench_kernels.gate(found, wanted, plain, 2**-10).failure is None
+        wrong = [t + 0.1 * t.norm() / t.numel() ** 0.5 for t in found]
+        assert bench_kernels.gate(wrong, wanted, plain, 2**-10).failure is not None
