@@ -1,7 +1,7 @@
 """Base and update in one product: who is fastest, and how far from cuBLAS's base alone?
 
 ``python benchmarks/bench_gemm.py [--device cuda] [--out FOLDER] [--quick] [--fresh]
-[--without NAME ...]``
+[--without NAME ...] [--launches]``
 
 y = x W^T + H B^T and dx = dS A + dy W, in bfloat16, as plain products: cuBLAS for the base alone
 ("base", the floor), expand first and then cuBLAS with beta = 1 ("addmm"), the Triton kernel and

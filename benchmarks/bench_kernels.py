@@ -35,7 +35,7 @@ from benchmarks.harness import (  # noqa: E402
     why_no_figure,
     words,
 )
-from benchmarks.problems import task_ids  # noqa: E402
+from benchmarks.problems import hard_gates, task_ids  # noqa: E402
 from benchmarks.records import Record  # noqa: E402
 from ckf.kernels import launch as rules  # noqa: E402
 from ckf.kernels.dropout import dropout_mask, dropout_scale, dropout_threshold  # noqa: E402
@@ -82,8 +82,7 @@ def make_tensors(case: Case, device: torch.device, seed: int = 0) -> Tensors:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device).to(DTYPE)
 
-    gates = torch.eye(TASKS, TASKS + 1).roll(1, 1)
-    gates[:, 0] = 1
+    gates = hard_gates(TASKS)
     slots, width = compact_slots([(gates != 0).tolist()], [[RANK] * (TASKS + 1)])
     dropout = None
     if case.dropout:

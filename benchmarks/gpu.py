@@ -252,7 +252,9 @@ def rehearse_tests(runner: Runner, reserved: float) -> None:
         "test_cuda_bridge",
         "test_cuda_build",
         "test_cuda_host",
+        "test_cuda_host_defects",
         "test_cuda_hopper_host",
+        "test_cuda_hopper_shrink",
         "test_triton_compile",
     ):
         command = pytest_command("-m", "not gpu and not slow", f"tests/kernels/{name}.py")

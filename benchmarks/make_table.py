@@ -5,8 +5,8 @@
 Reads bench_linear.json, and bench_scaling.json and bench_decode.json where they are; writes
 ckf/kernels/tables/<gpu>.json. Only single linears count, rows of one task next to each other where
 it matters. Of several measurements of one shape the first is taken: linear, scaling, decode.
---decode: a CSV with columns m, k, n, rank and ms of csrc's decode kernel, measured apart since, in
-place of the records' figures for "cuda".
+--decode: a CSV (decode_variants.csv) of csrc's decode kernel measured apart since; its ms in rows
+that are "taken", of the "token" mix, stand for the records' figures of "cuda".
 """
 
 import argparse
@@ -74,8 +74,9 @@ def make_table(records: list[dict]) -> dict:
 def with_decode(rows: list[dict], file: Path) -> list[dict]:
     """The forward rows with other milliseconds of "cuda"."""
     with open(file, newline="", encoding="utf-8") as opened:
-        sizes = ("m", "k", "n", "rank")
-        found = {tuple(int(r[s]) for s in sizes): float(r["ms"]) for r in csv.DictReader(opened)}
+        taken = [r for r in csv.DictReader(opened) if r["taken"] and r["mix"] == "token"]
+    sizes = ("m", "k", "n", "rank")
+    found = {tuple(int(r[s]) for s in sizes): float(r["ms"]) for r in taken}
     return [
         row | {"cuda": found.get(tuple(row[s] for s in sizes), row["cuda"])}
         if row["pass"] == "forward"

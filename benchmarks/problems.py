@@ -145,10 +145,16 @@ def make_problem(case: Case, device: torch.device, seed: int = 0) -> Problem:
                 tensor.requires_grad_(train)
             linears.append(LinearTensors(group, normal(n, k, scale=k**-0.5), a, b))
             dys.append(normal(case.m, n) if train else xs[0])
-    gates = torch.eye(case.tasks, case.tasks + 1).roll(1, 1)
-    gates[:, 0] = 1
+    gates = hard_gates(case.tasks)
     ids = task_ids(case.m, case.tasks, case.mix)
     return Problem(case, xs, dys, linears, (gates * SCALING).to(device), ids.to(device))
+
+
+def hard_gates(tasks: int) -> Tensor:
+    """(T, T + 1): one for the shared expert and for a task's own."""
+    gates = torch.eye(tasks, tasks + 1).roll(1, 1)
+    gates[:, 0] = 1
+    return gates
 
 
 def task_ids(m: int, tasks: int, mix: str) -> Tensor:

@@ -51,7 +51,6 @@ inline void fail(const char* what) {
 }
 
 inline int own_index() { return current / block_threads; }  // of the block, among all that run
-inline int index_of(unsigned rank) { return own_cluster() * cluster_size + static_cast<int>(rank); }
 
 inline char* shared_at(int block, uint32_t address, size_t bytes) {
     static char nowhere[64 * 1024];

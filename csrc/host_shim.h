@@ -94,6 +94,9 @@ inline void (*cluster_ends)() = nullptr;
 
 inline Block& own_block() { return blocks[current / block_threads]; }
 inline int own_cluster() { return current / block_threads / cluster_size; }
+inline int index_of(unsigned rank) {  // of a block of the own cluster
+    return own_cluster() * cluster_size + static_cast<int>(rank);
+}
 inline Barrier& own_cluster_barrier() { return cluster_barriers[own_cluster()]; }
 inline Warp& own_warp() { return own_block().warps[current % block_threads / kWarpSize]; }
 
@@ -309,8 +312,7 @@ void cluster_wait() {
 
 template <int kCluster>
 float read_block(const float* p, unsigned rank) {
-    const ckf_host::Block& there =
-        ckf_host::blocks[ckf_host::own_cluster() * ckf_host::cluster_size + rank];
+    const ckf_host::Block& there = ckf_host::blocks[ckf_host::index_of(rank)];
     if (there.left != 0) ckf_host::last_error = cudaErrorLaunchFailure;
     const size_t offset = reinterpret_cast<const char*>(p) - ckf_host::own_block().shared;
     return *reinterpret_cast<const float*>(there.shared + offset);
@@ -318,7 +320,7 @@ float read_block(const float* p, unsigned rank) {
 
 template <int kCluster>
 void write_block(float* p, float value, unsigned rank) {
-    ckf_host::Block& there = ckf_host::blocks[ckf_host::own_cluster() * ckf_host::cluster_size + rank];
+    ckf_host::Block& there = ckf_host::blocks[ckf_host::index_of(rank)];
     if (there.left != 0) ckf_host::last_error = cudaErrorLaunchFailure;
     const size_t offset = reinterpret_cast<const char*>(p) - ckf_host::own_block().shared;
     *reinterpret_cast<float*>(there.shared + offset) = value;

@@ -12,15 +12,23 @@ namespace {
 constexpr int kCluster = 8;         // the most that every sm_90 device can do
 constexpr int kWantedBlocks = 128;  // about one per SM; below it, rows and n are spread wider
 
-// Clusters that cover the n of all linears once, `slices` slices of n a block.
+// Clusters that cover the n of all linears once, each `wide` of one linear.
 template <typename T>
-int64_t spans(const Args<T>& p, int cluster, int64_t slices) {
+int64_t spans(const Args<T>& p, int64_t wide) {
     int64_t total = 0;
-    for (int l = 0; l < p.count; ++l) {
-        const int64_t wide = kBlockN<T> * cluster * slices;
-        total += (p.linears[l].n + wide - 1) / wide;
-    }
+    for (int l = 0; l < p.count; ++l) total += (p.linears[l].n + wide - 1) / wide;
     return total;
+}
+
+// The same, and where each linear's begin.
+template <typename T>
+int64_t place(Args<T>& p, int64_t wide) {
+    int64_t clusters = 0;
+    for (int l = 0; l < p.count; ++l) {
+        p.linears[l].first_cluster = static_cast<int>(clusters);
+        clusters += (p.linears[l].n + wide - 1) / wide;
+    }
+    return clusters;
 }
 
 // kBlocks: of a cluster.
@@ -36,14 +44,10 @@ cudaError_t launch_kernel(Args<T> p, int device, bool overlap, cudaStream_t stre
     }
     p.slices = 1;  // the more a block has, the less often S is computed
     while (one_window && int64_t{2} * p.slices * kBlocks * kBlockN<T> <= widest &&
-           row_blocks * spans(p, kBlocks, 2 * p.slices) * kBlocks >= kWantedBlocks)
+           row_blocks * spans(p, int64_t{2} * p.slices * kBlocks * kBlockN<T>) * kBlocks >=
+               kWantedBlocks)
         p.slices *= 2;
-    int64_t clusters = 0;
-    for (int l = 0; l < p.count; ++l) {
-        const int64_t wide = int64_t{kBlockN<T>} * kBlocks * p.slices;
-        p.linears[l].first_cluster = static_cast<int>(clusters);
-        clusters += (p.linears[l].n + wide - 1) / wide;
-    }
+    const int64_t clusters = place(p, int64_t{kBlockN<T>} * kBlocks * p.slices);
     Launch how{dim3(static_cast<unsigned>(clusters * kBlocks), static_cast<unsigned>(row_blocks)),
                kThreads, kBlocks, overlap && is_hopper_code<kKernel>(device), stream, {}};
     return launch<kKernel>(how, p);
@@ -57,27 +61,21 @@ cudaError_t launch_rows(const Args<T>& p, int device, bool overlap, cudaStream_t
     return launch_kernel<T, kRows, 1, kAligned>(p, device, overlap, stream);
 }
 
-// Measured on an H100 at k = n = 4096, R 80, microseconds beyond the base (scalar, tiles): m 1 5.7 and
-// 8.2, m 16 8.4 and 9.0, m 64 17.2 and 9.9, m 256 47.8 and 26.3.
+// Measured on an H100 at k = n = 4096, R 80, microseconds beyond the base (scalar, tiles): m 1 5.7
+// and 8.2, m 16 8.4 and 9.0, m 64 17.2 and 9.9, m 256 47.8 and 26.3.
 #ifdef CKF_HOST_SHIM
 int64_t scalar_rows = 0;  // tests see the tiles at any m
 #else
 constexpr int64_t scalar_rows = 16;  // up to here 16-bit types stay with the scalar kernel
 #endif
 constexpr int kTileBlocks = 64;  // wanted of the tiles: 128 in clusters of eight took two waves
-constexpr int kExchangeRows = 4;  // from here on a cluster shares the last sum
 
 template <typename T, int kN, int kBlocks, bool kAligned, bool kMany>
 cudaError_t launch_tile_kernel(Args<T> p, int64_t slices, int device, bool overlap,
                                cudaStream_t stream) {
     constexpr auto kKernel = tile::multi_lora_decode_tile_kernel<T, kN, kBlocks, kAligned, kMany>;
     p.slices = static_cast<int>(slices);
-    int64_t clusters = 0;
-    for (int l = 0; l < p.count; ++l) {
-        const int64_t wide = slices * kBlocks * tile::kSpanN<kN>;
-        p.linears[l].first_cluster = static_cast<int>(clusters);
-        clusters += (p.linears[l].n + wide - 1) / wide;
-    }
+    const int64_t clusters = place(p, slices * kBlocks * tile::kSpanN<kN>);
     const int64_t row_blocks = (p.m + tile::kRows - 1) / tile::kRows;
     Launch how{dim3(static_cast<unsigned>(clusters * kBlocks), static_cast<unsigned>(row_blocks)),
                kThreads, kBlocks, overlap && is_hopper_code<kKernel>(device), stream, {}};
@@ -102,12 +100,7 @@ template <typename T>
 cudaError_t launch_aligned_tiles(const Args<T>& p, int device, bool overlap, cudaStream_t stream) {
     const int64_t row_blocks = (p.m + tile::kRows - 1) / tile::kRows;
     const auto blocks = [&](int64_t width) {
-        int64_t total = 0;
-        for (int l = 0; l < p.count; ++l) {
-            const int64_t wide = width * kCluster * tile::kSpanN<1>;
-            total += (p.linears[l].n + wide - 1) / wide;
-        }
-        return total * row_blocks * kCluster;
+        return spans(p, width * kCluster * tile::kSpanN<1>) * row_blocks * kCluster;
     };
     bool many = false;
     for (int l = 0; l < p.count; ++l) many = many || p.linears[l].rank > tile::kColumns;
@@ -153,13 +146,12 @@ cudaError_t launch_typed(const CkfLinear* linears, Args<T> p, int device, bool o
     if constexpr (sizeof(T) == 2) {
         fits_tiles = fits_tiles && int64_t{p.rank} * p.k < int64_t{1} << 31;
         if (fits_tiles && p.m > scalar_rows) {
-            p.exchange_rows = kExchangeRows;
             if (aligned && aligned_y) return launch_aligned_tiles(p, device, overlap, stream);
             return launch_tiles<T, 2, false, true>(p, 1, device, overlap, stream);
         }
     }
     if (!aligned) return launch_rows<T, 1, false>(p, device, overlap, stream);
-    const int64_t blocks = spans(p, kCluster, 1) * kCluster;  // of one row
+    const int64_t blocks = spans(p, int64_t{kCluster} * kBlockN<T>) * kCluster;  // of one row
     if ((p.m + 3) / 4 * blocks >= kWantedBlocks)
         return launch_rows<T, 4, true>(p, device, overlap, stream);
     if ((p.m + 1) / 2 * blocks >= kWantedBlocks)

@@ -47,10 +47,9 @@ struct Args {
     int64_t m, x_stride;
     int k, rank, tasks, count;
     int slices;  // of n for each block
-    // Of multi_lora_decode_tile.h: from how many rows a cluster shares the last sum, whether all
-    // but y was complete before the kernel ahead began, whether live columns are listed where all
-    // would fit (never: slower where measured, but ptxas spills 96 bytes where it knows).
-    int exchange_rows;
+    // Of multi_lora_decode_tile.h: whether all but y was complete before the kernel ahead began,
+    // whether live columns are listed where all would fit (never: slower where measured, but
+    // ptxas spills 96 bytes where it knows).
     bool early, list;
 };
 

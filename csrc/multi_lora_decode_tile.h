@@ -24,6 +24,8 @@ namespace ckf {
 namespace {
 namespace tile {
 
+constexpr int kExchangeRows = 4;  // from here on a cluster shares the last sum
+
 // A lane's operands of the expand: columns l % 4 and 4 further, kN elements of n for each product.
 template <int kN>
 using Rows2 = Words<kN / 2>[kGroups][2];
@@ -220,7 +222,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     const int total = rows * kColumns;
     Share share{0, total, false};
-    if (kCluster > 1 && rows >= p.exchange_rows) {
+    if (kCluster > 1 && rows >= kExchangeRows) {
         const int each = (total + kCluster - 1) / kCluster;
         share = {static_cast<int>(block.rank) * each,
                  min(total, (static_cast<int>(block.rank) + 1) * each), true};

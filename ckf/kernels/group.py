@@ -33,6 +33,11 @@ class GroupShape:
         return [r for ranks in self.ranks for r in ranks]
 
     @property
+    def aligned(self) -> bool:
+        """Whether every rank is a multiple of eight: 16-byte loads of 16-bit columns."""
+        return all(rank % 8 == 0 for ranks in self.ranks for rank in ranks)
+
+    @property
     def linear_ranks(self) -> list[int]:
         return [sum(ranks) for ranks in self.ranks]
 

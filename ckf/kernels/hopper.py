@@ -130,18 +130,17 @@ def why_not_shrink(x: Tensor, shrink: Shrink, dx: bool = False) -> str | None:
             return f"{name} has shape {tuple(matrices[name].shape)}; expected {shape}"
     tables = {"gates": (shrink.gates, torch.float32), "slots": (shrink.slots, torch.int32)}
     for name, (table, dtype) in tables.items():
-        if table is not None and not _is_table(table, (tasks, columns), dtype, x):
+        fits = table is None or _is_like(table, (tasks, columns), dtype, x)
+        if not fits or (table is not None and table.stride(1) != 1):
             return f"{name} are {_words(table)}; expected {dtype} ({tasks}, {columns})"
-    if not _is_table(shrink.task_ids.unsqueeze(-1), (m, 1), torch.int64, x):
-        return f"task ids are {_words(shrink.task_ids)}; expected torch.int64 ({m},)"
+    ids = shrink.task_ids
+    if not (_is_like(ids, (m,), torch.int64, x) and ids.is_contiguous()):
+        return f"task ids are {_words(ids)}; expected torch.int64 ({m},), contiguous"
     return None
 
 
-def _is_table(table: Tensor, shape: tuple[int, int], dtype: torch.dtype, x: Tensor) -> bool:
-    """Of this shape, its columns side by side (one column: its rows), beside x."""
-    apart = table.stride(0) if shape[1] == 1 else table.stride(1)
-    alike = table.dtype is dtype and table.device == x.device
-    return alike and table.shape == shape and (apart == 1 or max(shape) == 1)
+def _is_like(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, x: Tensor) -> bool:
+    return tensor.shape == shape and tensor.dtype is dtype and tensor.device == x.device
 
 
 def _words(tensor: Tensor) -> str:

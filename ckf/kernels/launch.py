@@ -2,8 +2,8 @@
 
 float32 products run on the plain cores unless torch allows TF32, and want small blocks. The 16-bit
 rules keep every kernel without spills and inside the shared memory of sm_80, sm_90 and sm_100
-(tests/kernels/test_triton_compile.py compiles all of them). The dense shrink, expand and outer are
-as measured on an H100 among others (benchmarks/bench_kernels.py); the rest is by arithmetic.
+(tests/kernels/test_triton_compile.py compiles all of them). The dense shrink with dropout, expand
+and outer are as measured on an H100 (benchmarks/bench_kernels.py); the rest is by arithmetic.
 """
 
 from dataclasses import dataclass, replace

@@ -131,7 +131,7 @@ def shrinks_inside(shape: GroupShape, rows: Tensor, weights) -> bool:
         rows.dtype.itemsize == 2
         and hopper.available(rows.device)[0]
         and max(shape.linear_ranks) <= hopper.MAX_SHRINK
-        and not any(rank % 8 for rank in shape.expert_ranks)
+        and shape.aligned
         and not any(weight is None for weight in weights)
     )
 

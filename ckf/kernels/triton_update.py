@@ -40,7 +40,7 @@ class _Update:
         slots: Tensor | None,
         width: int,
     ) -> None:
-        self.shape, self.stacks = shape, stacks
+        self.shape, self.stacks, self.aligned = shape, stacks, shape.aligned
         self.ids = task_ids.reshape(-1).contiguous()
         self.save_plain, self.slots, self.width = save_plain, slots, width
         self.dropout = None
@@ -147,7 +147,7 @@ class Dense(_Update):
 
         at: of the group's rank columns; ``gated`` and ``restored`` hold all of them.
         """
-        if self.save_plain or any(rank % 8 for rank in self.shape.expert_ranks):
+        if self.save_plain or not self.aligned:
             return None
         saved = ()
         if self._packs:
@@ -177,15 +177,17 @@ class Dense(_Update):
             if inside is not None:
                 if at.stop == every.stop:
                     self._left = None
-                return hopper.gemm(rows, weight, bias, h, b, inside, True)
+                return hopper.gemm(rows, weight, bias, h, b, inside, checked=True)
         self.make_h()
         if products is hopper:
-            return hopper.gemm(rows, weight, bias, h, b, None, True)
+            return hopper.gemm(rows, weight, bias, h, b, checked=True)
         return products and products.gemm(rows, weight, bias, h, b)
 
     def fused_input_gradient(self, dy, weight) -> Tensor | None:
         ds, a = self.ds, self.stacks.a
         products = _products(dy, weight, ds, a, dx=True)
+        if products is hopper:
+            return hopper.gemm_dx(dy, weight, ds, a, self.dropout, checked=True)
         return products and products.gemm_dx(dy, weight, ds, a, self.dropout)
 
     def rank_gradients(
@@ -234,7 +236,9 @@ class Dense(_Update):
         inside = self._shrink_inside(dy, self.stacks.b[linear], at, self.ds, saved, h)
         if inside is None:
             return False
-        self._dx = hopper.gemm_dx(dy, weight, ds, a, self.dropout, inside, self._dx, True)
+        self._dx = hopper.gemm_dx(
+            dy, weight, ds, a, self.dropout, inside, onto=self._dx, checked=True
+        )
         self._in_dx.add(linear)
         return True
 
@@ -268,7 +272,6 @@ class Gathered(_Update):
     def __init__(self, shape: GroupShape, stacks: Stacks, task_ids, *arguments) -> None:
         super().__init__(shape, stacks, task_ids, *arguments)
         self.groups = group_rows(self.ids, self.slots, self.width)
-        self.aligned = all(rank % 8 == 0 for rank in shape.expert_ranks)
 
     def shrink(self, rows: Tensor, saved: Tensor) -> None:
         self.h = saved

@@ -57,7 +57,9 @@ def test_no_table_from_a_cpu(results, tmp_path, capsys):
 def test_the_decode_kernel_can_be_measured_apart(tmp_path):
     row = {"pass": "forward", "m": 4, "k": 8, "n": 8, "rank": 80, "cuda": 2.0}
     rows = [row, row | {"m": 5}, row | {"pass": "train", "cuda": None}]
-    (tmp_path / "apart.csv").write_text("m,k,n,rank,kernel,ms\n4,8,8,80,scalar,0.5\n")
+    lines = ["mix,kernel,taken,m,k,n,rank,ms", "token,scalar,yes,4,8,8,80,0.5"]
+    lines += ["token,tiles,,4,8,8,80,0.7", "one task,scalar,yes,4,8,8,80,0.4"]
+    (tmp_path / "apart.csv").write_text("\n".join(lines) + "\n")
     found = make_table.with_decode(rows, tmp_path / "apart.csv")
     assert [r["cuda"] for r in found] == [0.5, 2.0, None]
 

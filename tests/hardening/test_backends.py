@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from tests.hardening.test_kernels import share
 from tests.kernels.decode_cases import assert_group_right, group_case
-from tests.kernels.test_cuda_host import CSRC, Host, compile_for_host, run_group
+from tests.kernels.host_build import CSRC, compile_for_host
+from tests.kernels.test_cuda_host import Host, run_group
 
 HERE = Path(__file__).parent
 

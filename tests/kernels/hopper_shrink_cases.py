@@ -10,6 +10,20 @@ from ckf.kernels.slots import compact_slots
 from tests.kernels.decode_cases import guarded, hard_column_gates, moved
 from tests.kernels.hopper_cases import GemmCase, assert_right, gemm_case
 
+# Of ``shrink_case``: what host and chip are asked.
+VARIANTS = [
+    {},
+    {"padding": 8},
+    {"slotted": False},
+    {"slotted": False, "soft": True},
+    {"ranks": (8, 24, 0, 40, 56)},
+    {"ranks": (64, 64, 64, 56)},
+    {"ranks": (64, 64, 64, 56), "dx": True},
+    {"dx": True},
+    {"dx": True, "p": 0.3},
+    {"dx": True, "slotted": False},
+]
+
 
 @dataclass
 class ShrinkCase:

@@ -14,7 +14,7 @@ from ckf.kernels.dropout import dropout_mask, dropout_scale
 from tests.kernels.cases import assert_as_good_as_reference, on_gpu, random_case
 from tests.kernels.decode_cases import GUARD, assert_poison_around
 from tests.kernels.hopper_cases import DTYPES, GemmCase, assert_right, exact, gemm_case
-from tests.kernels.hopper_shrink_cases import assert_shrunk, shrink_case
+from tests.kernels.hopper_shrink_cases import VARIANTS, assert_shrunk, shrink_case
 
 pytestmark = pytest.mark.gpu
 
@@ -134,10 +134,10 @@ def test_the_plan_takes_it(monkeypatch, dropout_p):
     for name in ("gemm", "gemm_dx"):
         real = getattr(hopper, name)
 
-        def counted(*arguments, name=name, real=real):
+        def counted(*arguments, name=name, real=real, **options):
             alone = not any(isinstance(argument, hopper.Shrink) for argument in arguments)
             calls.append((name, alone))
-            return real(*arguments)
+            return real(*arguments, **options)
 
         monkeypatch.setattr(hopper, name, counted)
     case = on_gpu(
@@ -148,21 +148,8 @@ def test_the_plan_takes_it(monkeypatch, dropout_p):
     assert calls == [("gemm", bool(dropout_p)), ("gemm_dx", bool(dropout_p))]
 
 
-SHRINKS = [
-    {},
-    {"padding": 8},
-    {"slotted": False, "soft": True},
-    {"ranks": (8, 24, 0, 40, 56)},
-    {"ranks": (64, 64, 64, 56)},
-    {"ranks": (64, 64, 64, 56), "dx": True},
-    {"dx": True},
-    {"dx": True, "p": 0.3},
-    {"dx": True, "slotted": False},
-]
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", SHRINKS, ids=lambda o: "small-" + "-".join(o))
+@pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "small-" + "-".join(o))
 def test_small_h_made_inside(options, dtype):
     for sizes in ((1, 8, 8), (280, 264, 136), (700, 1032, 328)):
         case = shrink_case(*sizes, dtype=dtype, **options).to("cuda")

@@ -16,7 +16,7 @@ import torch
 from ckf.kernels import cuda, hopper
 from tests.kernels.decode_cases import assert_poison_around, guarded
 from tests.kernels.hopper_cases import DTYPES, GemmCase, assert_right, exact, gemm_case
-from tests.kernels.test_cuda_host import CSRC, INVALID_VALUE, compile_for_host, copy_changed
+from tests.kernels.host_build import CSRC, INVALID_VALUE, compile_for_host, copy_changed
 
 POINTERS = ("x", "w", "h", "b", "bias", "seed", "y")
 SIZES = ("m", "n", "k", "r", "x_stride", "w_stride", "h_stride", "b_stride", "y_stride")

@@ -8,16 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.decode_cases import assert_poison_around
-from tests.kernels.hopper_shrink_cases import ShrinkCase, assert_shrunk, shrink_case
+from tests.kernels.hopper_shrink_cases import VARIANTS, ShrinkCase, assert_shrunk, shrink_case
+from tests.kernels.host_build import INVALID_VALUE, compile_for_host, copy_changed
 from tests.kernels.test_cuda_hopper_host import (  # noqa: F401 (fixtures)
     DTYPES,
     FRAGMENTS,
-    INVALID_VALUE,
     KERNEL,
     Host,
     asked_anew,
-    compile_for_host,
-    copy_changed,
     host,
     library,
     packed,
@@ -46,22 +44,7 @@ def test_integers_exactly(host, sizes, dx):  # noqa: F811
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"padding": 8},
-        {"slotted": False},
-        {"slotted": False, "soft": True},
-        {"ranks": (8, 24, 0, 40, 56)},
-        {"ranks": (64, 64, 64, 56)},
-        {"ranks": (64, 64, 64, 56), "dx": True},
-        {"dx": True},
-        {"dx": True, "p": 0.3},
-        {"dx": True, "slotted": False},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_against_float64(host, options, dtype):  # noqa: F811
     case = shrink_case(280, 264, 136, dtype=dtype, **options)
     assert_shrunk(case, run(case))
