@@ -152,7 +152,7 @@ def build_models(case: dict, device: torch.device) -> tuple[dict, dict[str, str]
     """(name to provider, reasons of the others), around one base for all row counts."""
     kinds = [FrozenModel, MasksModel, BigModel, MixedModel, OursModel]
     if device.type == "cuda":
-        kinds += [ours_with("triton"), ours_with("cuda")]
+        kinds += [ours_with("triton"), ours_with("cuda"), ours_with("cuda:linear")]
     base = make_base(SHAPES[case["model"]], device, getattr(torch, case["dtype"]))
     adapters = make_adapters(base, TASKS, RANK, getattr(torch, case["adapters"]))
     kinds, reasons = runnable(kinds)

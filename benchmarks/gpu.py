@@ -43,16 +43,21 @@ SANITIZERS = {
     "initcheck": [],
 }
 HOPPER_TESTS, CUDA_TESTS = "test_cuda_hopper_gpu.py", "test_cuda_gpu.py"
+LINEAR_TESTS = "test_cuda_linear_gpu.py"
+CSRC_TESTS = (("hopper", HOPPER_TESTS, 1), ("decode", CUDA_TESTS, 4), ("linear", LINEAR_TESTS, 4))
 TRITON_SANITIZED = "test_cuda_sanitized.py"
 # The most telling first, a process each: one that hangs costs no other its verdict.
 SANITIZED = (
     ("decode", CUDA_TESTS, "memcheck"),
+    ("linear", LINEAR_TESTS, "memcheck"),
     ("hopper", HOPPER_TESTS, "memcheck"),
     ("triton", TRITON_SANITIZED, "memcheck"),
     ("decode", CUDA_TESTS, "racecheck"),
+    ("linear", LINEAR_TESTS, "racecheck"),
     ("hopper", HOPPER_TESTS, "racecheck"),
     ("triton", TRITON_SANITIZED, "racecheck"),
     ("decode", CUDA_TESTS, "initcheck"),
+    ("linear", LINEAR_TESTS, "initcheck"),
     ("hopper", HOPPER_TESTS, "initcheck"),
     ("triton", TRITON_SANITIZED, "initcheck"),
 )
@@ -232,14 +237,15 @@ def part_tests(runner: Runner, reserved: float) -> None:
 
 def part_cuda_tests(runner: Runner, reserved: float) -> None:
     """csrc's own, those of the WGMMA kernel first and alone."""
-    for name, file, processes in (("hopper", HOPPER_TESTS, 1), ("decode", CUDA_TESTS, 4)):
+    for name, file, processes in CSRC_TESTS:
         command = gpu_tests(named(file), processes)
         run_tests(runner, f"tests_{name}", command, limit(runner, "cuda_tests", reserved))
 
 
 def part_triton_tests(runner: Runner, reserved: float) -> None:
     """All others: most of their time is Triton compiling, a core a process."""
-    files = [f for f in gpu_test_files() if not f.endswith((HOPPER_TESTS, CUDA_TESTS))]
+    own = tuple(file for _, file, _ in CSRC_TESTS)
+    files = [f for f in gpu_test_files() if not f.endswith(own)]
     command = gpu_tests(files, max(1, min(14, (os.cpu_count() or 2) - 2)))
     run_tests(runner, "tests_triton", command, limit(runner, "triton_tests", reserved))
 
@@ -255,6 +261,7 @@ def rehearse_tests(runner: Runner, reserved: float) -> None:
         "test_cuda_host_defects",
         "test_cuda_hopper_host",
         "test_cuda_hopper_shrink",
+        "test_cuda_linear_host",
         "test_triton_compile",
     ):
         command = pytest_command("-m", "not gpu and not slow", f"tests/kernels/{name}.py")

@@ -64,6 +64,33 @@ class MultiLoraDecode {
               "multi_lora_decode");
     }
 
+    // The outputs with their bases; false, and nothing done, where that kernel is not for the call.
+    bool linears(const std::vector<uintptr_t>& y, const std::vector<uintptr_t>& w,
+                 const std::vector<int64_t>& w_strides, const std::vector<uintptr_t>& bias,
+                 uintptr_t x, int64_t x_stride, uintptr_t task_ids, int64_t m,
+                 uintptr_t stream) const {
+        if (y.size() != count_ || w.size() != count_ || w_strides.size() != count_ ||
+            bias.size() != count_)
+            throw std::invalid_argument("decode_linear: y, w and bias need one entry a linear");
+        std::array<CkfFrozenLinear, kCkfMostLinears> frozen{};
+        for (size_t l = 0; l < count_; ++l)
+            frozen[l] = {pointer<void>(y[l]),
+                         pointer<const void>(w[l]),
+                         pointer<const void>(bias[l]),
+                         linears_[l].b,
+                         linears_[l].n,
+                         w_strides[l],
+                         linears_[l].n,
+                         linears_[l].rank};
+        const int code = ckf_decode_linear(frozen.data(), static_cast<int>(count_),
+                                           pointer<const void>(x), a_, gates_,
+                                           pointer<const int64_t>(task_ids), m, k_, tasks_,
+                                           x_stride, dtype_, device_, pointer<void>(stream));
+        constexpr int kNotSupported = 801;  // cudaErrorNotSupported
+        if (code != kNotSupported) check(code, "decode_linear");
+        return code != kNotSupported;
+    }
+
   private:
     const void* a_;
     const float* gates_;
@@ -97,7 +124,10 @@ PYBIND11_MODULE(_C, module) {
              py::arg("gates"), py::arg("k"), py::arg("tasks"), py::arg("dtype"), py::arg("device"))
         .def("__call__", &MultiLoraDecode::operator(), py::arg("y"), py::arg("y_strides"),
              py::arg("x"), py::arg("x_stride"), py::arg("task_ids"), py::arg("m"),
-             py::arg("overlap"), py::arg("stream"));
+             py::arg("overlap"), py::arg("stream"))
+        .def("linears", &MultiLoraDecode::linears, py::arg("y"), py::arg("w"), py::arg("w_strides"),
+             py::arg("bias"), py::arg("x"), py::arg("x_stride"), py::arg("task_ids"), py::arg("m"),
+             py::arg("stream"));
     module.def(
         "hopper_gemm",
         [](const py::bytes& arguments, uintptr_t stream) { hopper_gemm(arguments, stream); },

@@ -27,6 +27,10 @@ struct alignas(16) Pack {
     T v[kVec<T>];
 };
 
+struct alignas(16) Quad {
+    float v[4];
+};
+
 __device__ __forceinline__ float to_float(float v) { return v; }
 __device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
@@ -89,10 +93,43 @@ __device__ __forceinline__ void sum_over_warp(float (&v)[kSize], int lane) {
 #ifndef CKF_HOST_SHIM
 
 #define CKF_SHARED(Type, name) __shared__ Type name
+// More than 48 KiB; the launch says how much.
+#define CKF_LARGE_SHARED(Type, name)               \
+    extern __shared__ uint4 ckf_dynamic_shared[];  \
+    Type& name = *reinterpret_cast<Type*>(ckf_dynamic_shared)
+#if __CUDA_ARCH__ >= 900
+#define CKF_HAS_CLUSTERS 1
+#endif
+
+// The same value, of which the compiler knows nothing: what is made of it is not made early and
+// kept in registers.
+__device__ __forceinline__ int unknown(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
 
 // A hint: the bytes at p will be read soon. Safe for any mapped address at any time.
 __device__ __forceinline__ void prefetch(const void* p) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
+// The same for `bytes` of them; p and bytes are multiples of 16.
+__device__ __forceinline__ void prefetch_bytes([[maybe_unused]] const void* p,
+                                               [[maybe_unused]] int bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
+#endif
+}
+
+// kBytes to shared memory, there after wait_for_copies() of the same thread; both aligned to them.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+    const auto address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(kBytes)
+                 : "memory");
+}
+__device__ __forceinline__ void wait_for_copies() {
+    asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
 // Nothing that the kernels before this one wrote may be read before this. Without the overlap
@@ -114,6 +151,14 @@ __device__ __forceinline__ void cluster_arrive() {
         __trap();  // clusters_work() keeps launches away from here
 #endif
     }
+}
+
+// An arrival that makes no writes seen.
+template <int kCluster>
+__device__ __forceinline__ void cluster_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
 }
 
 template <int kCluster>
@@ -158,6 +203,19 @@ __device__ __forceinline__ void write_block(float* p, float value,
         asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(value) : "memory");
 #endif
     }
+}
+
+// The same for two values at p and p + 1, which is aligned to both.
+template <int kCluster>
+__device__ __forceinline__ void write_block_pair(float* p, float first, float second,
+                                                 [[maybe_unused]] unsigned rank) {
+#if __CUDA_ARCH__ >= 900
+    const auto own = static_cast<unsigned>(__cvta_generic_to_shared(p));
+    unsigned remote;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(own), "r"(rank));
+    asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(remote), "f"(first), "f"(second)
+                 : "memory");
+#endif
 }
 
 struct Launch {

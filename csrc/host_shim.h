@@ -20,6 +20,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -49,7 +50,7 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 namespace ckf_host {
 
 constexpr int kWarpSize = 32;
-constexpr size_t kStackBytes = 64 * 1024, kSharedBytes = 48 * 1024;
+constexpr size_t kStackBytes = 64 * 1024, kSharedBytes = 112 * 1024;
 
 struct Barrier {
     int arrived = 0;
@@ -67,6 +68,7 @@ struct Fiber {
     std::unique_ptr<char[]> stack{new char[kStackBytes]};
     bool started = false, done = false;
     unsigned cluster_generation = 0;  // of the arrival that has no wait yet
+    std::vector<std::tuple<void*, const void*, int>> copies;  // of bytes, not waited for yet
 };
 struct Block {
     Barrier barrier;
@@ -286,13 +288,33 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 }
 
 // What device.h has for the GPU.
-#define CKF_SHARED(Type, name)                                 \
-    static_assert(sizeof(Type) <= ckf_host::kSharedBytes);     \
+#define CKF_SHARED(Type, name)                             \
+    static_assert(sizeof(Type) <= ckf_host::kSharedBytes); \
     Type& name = *reinterpret_cast<Type*>(ckf_host::own_block().shared)
+#define CKF_LARGE_SHARED CKF_SHARED
+#define CKF_HAS_CLUSTERS 1
 
 namespace ckf {
 
+inline int unknown(int value) { return value; }
 inline void prefetch(const void*) {}
+inline void prefetch_bytes(const void* p, int bytes) {
+    if (reinterpret_cast<uintptr_t>(p) % 16 != 0 || bytes % 16 != 0)
+        ckf_host::last_error = cudaErrorLaunchFailure;
+}
+// Lands as late as it may; until then what was there is NaN.
+template <int kBytes>
+void copy_async(void* to, const void* from) {
+    if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % kBytes != 0)
+        ckf_host::last_error = cudaErrorLaunchFailure;
+    memset(to, 0xff, kBytes);
+    ckf_host::fibers[ckf_host::current].copies.emplace_back(to, from, kBytes);
+}
+inline void wait_for_copies() {
+    auto& copies = ckf_host::fibers[ckf_host::current].copies;
+    for (const auto& [to, from, bytes] : copies) memcpy(to, from, bytes);
+    copies.clear();
+}
 inline void wait_for_previous_grid() {}
 
 template <int kCluster>
@@ -301,6 +323,16 @@ void cluster_arrive() {
     ckf_host::Barrier& barrier = ckf_host::own_cluster_barrier();
     ckf_host::fibers[ckf_host::current].cluster_generation = barrier.generation;
     ckf_host::arrive(barrier, ckf_host::cluster_size * ckf_host::block_threads);
+    const int lag = ckf_host::current / ckf_host::block_threads * 7 + ckf_host::order_seed;
+    for (int i = ckf_host::order_seed > 1 ? lag % 5 * 50 : 0; i > 0; --i) {
+        ckf_host::moved = true;  // other blocks may be ahead of this one
+        ckf_host::pause();
+    }
+}
+
+template <int kCluster>
+void cluster_begin() {
+    cluster_arrive<kCluster>();
 }
 
 template <int kCluster>
@@ -324,6 +356,13 @@ void write_block(float* p, float value, unsigned rank) {
     if (there.left != 0) ckf_host::last_error = cudaErrorLaunchFailure;
     const size_t offset = reinterpret_cast<const char*>(p) - ckf_host::own_block().shared;
     *reinterpret_cast<float*>(there.shared + offset) = value;
+}
+
+template <int kCluster>
+void write_block_pair(float* p, float first, float second, unsigned rank) {
+    if (reinterpret_cast<uintptr_t>(p) % 8 != 0) ckf_host::last_error = cudaErrorLaunchFailure;
+    write_block<kCluster>(p, first, rank);
+    write_block<kCluster>(p + 1, second, rank);
 }
 
 struct LaunchAttributes {};

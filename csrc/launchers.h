@@ -17,6 +17,14 @@ struct CkfLinear {
     int64_t y_stride, n, rank;
 };
 
+// A frozen linear of a group with its update: w (n, k) and y (m, n) with row strides in elements,
+// bias (n,) or null, b (rank, n).
+struct CkfFrozenLinear {
+    void* y;
+    const void *w, *bias, *b;
+    int64_t y_stride, w_stride, n, rank;
+};
+
 // H (m, columns) for a product, made by the same launch: gates[task_ids[i], c] * dot(x[i, :], a[c, :])
 // or 0 where the gate is; ids as in ckf_multi_lora_decode. Forward, its columns with slots[t, c] >= 0 are
 // also written to compact (m, width) at that slot; for dx, `restored` (m, columns) is read back from
@@ -67,6 +75,16 @@ int ckf_multi_lora_decode(const CkfLinear* linears, int count, const void* x, co
                           const float* gates, const int64_t* task_ids, int64_t m, int64_t k,
                           int64_t tasks, int64_t x_stride, int dtype, int device, int overlap,
                           void* stream);
+
+// For each linear l of a group that shares x, in one launch: y_l[i, :] = x[i, :] w_l^T + bias_l + what
+// ckf_multi_lora_decode adds to it; arguments and ids as there. For up to 64 rows of float16 or bfloat16
+// on a device with clusters of eight blocks, ranks of at most 256 (128 from 17 rows on), k a multiple of
+// eight; x, a and w 16-byte aligned, x_stride and w_stride multiples of eight.
+// Returns cudaErrorNotSupported (801), having done nothing, where the arguments or the device are not
+// such; otherwise as above.
+int ckf_decode_linear(const CkfFrozenLinear* linears, int count, const void* x, const void* a,
+                      const float* gates, const int64_t* task_ids, int64_t m, int64_t k,
+                      int64_t tasks, int64_t x_stride, int dtype, int device, void* stream);
 
 // Launches it on `stream`. float16 and bfloat16, compute capability 9.0, code for sm_90a; else
 // cudaErrorNotSupported. Returns a cudaError_t as above.

@@ -83,10 +83,12 @@ class OursAuto(Ours):
 
 def our_providers() -> list[type[Ours]]:
     """One a backend, of the Triton kernels one a plan; the default last."""
-    return [OursTorch, *map(_with_plan, launch.PLANS), OursCuda, OursAuto]
+    triton = [_with_plan("triton", "Triton", plan) for plan in launch.PLANS]
+    cuda = [_with_plan("cuda", "CUDA", plan) for plan in launch.CUDA_PLANS[1:]]
+    return [OursTorch, *triton, OursCuda, *cuda, OursAuto]
 
 
-def _with_plan(plan: str) -> type[Ours]:
-    backend = f"triton:{plan}"
-    own = {"name": f"ckf-{backend}", "label": f"ckf (Triton, {plan})", "backend": backend}
-    return type("OursTriton", (Ours,), own)
+def _with_plan(name: str, words: str, plan: str) -> type[Ours]:
+    backend = f"{name}:{plan}"
+    own = {"name": f"ckf-{backend}", "label": f"ckf ({words}, {plan})", "backend": backend}
+    return type(f"Ours{words}", (Ours,), own)

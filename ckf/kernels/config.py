@@ -9,11 +9,12 @@ import torch
 
 from ckf.kernels import cuda
 from ckf.kernels.dispatch import Call, Choice, load_table, measured_choice
-from ckf.kernels.launch import PLANS
+from ckf.kernels.launch import CUDA_PLANS, PLANS
 
 BACKENDS = ("auto", "torch", "triton", "cuda")
 _ASKED = {name: (name, "") for name in BACKENDS}
-_ASKED |= {f"triton:{plan}": ("triton", plan) for plan in PLANS}
+_PLANS = {"triton": PLANS, "cuda": CUDA_PLANS}
+_ASKED |= {f"{name}:{plan}": (name, plan) for name, plans in _PLANS.items() for plan in plans}
 _GPU = "cuda"
 _ON_A_CPU = Choice("torch", "the other backends need a GPU")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -55,7 +56,8 @@ def choose_backend(backend: str, x: torch.Tensor, call: Call) -> Choice:
     """The backend for a call on x (..., k).
 
     Args:
-        backend: one of BACKENDS; "triton:PLAN" asks for one of ``PLANS`` as well.
+        backend: one of BACKENDS; "triton:PLAN" and "cuda:PLAN" ask for one of ``PLANS`` or of
+            ``CUDA_PLANS`` as well.
 
     Raises:
         ValueError: an unknown backend, or one that cannot run this call.
@@ -66,7 +68,7 @@ def choose_backend(backend: str, x: torch.Tensor, call: Call) -> Choice:
     refusal = _refusal(name, x, call)
     if refusal is not None:
         raise ValueError(f"backend={backend!r} cannot compute this call: {refusal}")
-    return Choice(name, "asked for", plan or PLANS[0])
+    return Choice(name, "asked for", plan or _PLANS.get(name, PLANS)[0])
 
 
 def _split(backend: str) -> tuple[str, str]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 MAX_ROWS = 256  # the kernel reads A once for every few rows: past this, matrix products win
+MAX_LINEAR_ROWS = 64  # of decode_linear, which computes the base as well
 MAX_RANK = 16384  # R, over all linears of a group
 MAX_LINEARS = 8  # kCkfMostLinears in csrc/launchers.h
 EARLY = 2  # of overlap
@@ -146,12 +147,74 @@ class DecodeGroup:
         if m == 0:
             return
         arguments = (pointers, strides, x.data_ptr(), x_stride, task_ids.data_ptr(), m, overlap)
-        if torch.cuda.current_device() == self.index:  # a guard costs more than all checks of a y
-            launch(*arguments, _raw_stream(self.index))
-        else:
-            with torch.cuda.device(self.index):
-                launch(*arguments, _raw_stream(self.index))
+        self._on_device(launch, *arguments)
         torch.autograd.graph.increment_version([y for y in ys if not y.is_inference()])
+
+    def linears(
+        self,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        task_ids: Tensor,
+    ) -> list[Tensor] | None:
+        """The outputs of the frozen linears with their update, base included, in one launch.
+
+        ``ys[l][i] = weights[l] @ x[i] + biases[l] + what a call adds``, summed in float32 and
+        rounded once. Same inputs, same bits, whatever the other rows and linears are.
+
+        Args:
+            x: (m, k) of a's dtype; rows may be strided.
+            weights: (n_l, k) of a's dtype; rows may be strided.
+            biases: (n_l,) or None.
+            task_ids: as in a call, but that -1 gives the base alone.
+
+        Returns:
+            New tensors (m, n_l). None, and nothing was launched, where that kernel is not for it:
+            more than 64 rows, ranks above 256 (128 from 17 rows on), float32, k no multiple of
+            eight, rows not aligned to 16 bytes, weights of another kind than a plain tensor of
+            this dtype, or a GPU before sm_90.
+
+        Raises:
+            ValueError, RuntimeError: as in a call.
+        """
+        x_stride = _check_rows("x", x, None, self.k, self.dtype, self.device)
+        m = x.shape[0]
+        _check_ids(task_ids, m, self.device)
+        if m > MAX_LINEAR_ROWS or len(weights) != len(self.widths):
+            return None
+        pointers, strides, offsets = [], [], []
+        for weight, bias, n in zip(weights, biases, self.widths, strict=True):
+            if not self._is_plain(weight, (n, self.k)):
+                return None
+            if bias is not None and not self._is_plain(bias, (n,)):
+                return None
+            pointers.append(weight.data_ptr())
+            strides.append(weight.stride(0))
+            offsets.append(0 if bias is None else bias.data_ptr())
+        launch = (self._launch or self._prepare()).linears
+        ys = [x.new_empty(m, n) for n in self.widths]
+        outputs = [y.data_ptr() for y in ys]
+        arguments = (outputs, pointers, strides, offsets, x.data_ptr(), x_stride)
+        done = self._on_device(launch, *arguments, task_ids.data_ptr(), m)
+        return ys if done else None
+
+    def _is_plain(self, tensor: Tensor, shape: tuple[int, ...]) -> bool:
+        """Whether it owns strided memory of a's dtype there, its last dimension contiguous."""
+        return (
+            type(tensor) in _PLAIN
+            and tensor.dtype is self.dtype
+            and tensor.device == self.device
+            and tensor.layout is torch.strided
+            and tensor.shape == shape
+            and (tensor.stride(-1) == 1 or shape[-1] == 1)
+        )
+
+    def _on_device(self, launch, *arguments):
+        """Launches on the current stream of the group's device."""
+        if torch.cuda.current_device() == self.index:  # a guard costs more than all checks of a y
+            return launch(*arguments, _raw_stream(self.index))
+        with torch.cuda.device(self.index):
+            return launch(*arguments, _raw_stream(self.index))
 
     def kept(self) -> list[Tensor]:
         """The tensors whose memory it reads."""

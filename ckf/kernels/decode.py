@@ -1,7 +1,8 @@
-"""The "cuda" backend, for a few rows: cuBLAS writes every base, one launch adds all updates.
+"""The "cuda" backend, for a few rows, in one of two ways (``launch.CUDA_PLANS``).
 
-Stacking the experts costs more launches than the update itself, so a caller that decodes keeps a
-``DecodeCache``.
+"update": cuBLAS writes every base, one launch adds all updates. "linear": one launch computes bases
+and updates, where its kernel is for the call; elsewhere as "update". Stacking the experts costs
+more launches than the update itself, so a caller that decodes keeps a ``DecodeCache``.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from torch import Tensor
 from ckf.kernels.cuda import MAX_LINEARS, DecodeGroup
 from ckf.kernels.decode_cache import DecodeCache
 from ckf.kernels.group import GroupShape
+from ckf.kernels.launch import CUDA_PLANS
 from ckf.kernels.stacks import Stacks
 
 
@@ -26,23 +28,34 @@ def forward_pass(
     b: Sequence[Tensor],
     task_ids: Tensor,
     cache: DecodeCache | None = None,
+    plan: str = CUDA_PLANS[0],
 ) -> list[Tensor]:
     """The outputs (..., n_l); arguments as in torch_backend.forward_pass."""
+    assert plan in CUDA_PLANS, plan
     rows = x.reshape(-1, x.shape[-1])
     rows = rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
     arguments = (shape, gates, a, b, x.dtype)
     groups = _prepare(*arguments) if cache is None else cache.get(_prepare, *arguments)
     ids = task_ids.reshape(-1).contiguous()
-    outputs, first = [], 0
-    for weight, bias, ranks in zip(weights, biases, shape.ranks, strict=True):
-        n = b[first].shape[0]
-        first += len(ranks)
+    outputs = []
+    for start, group in zip(range(0, shape.linears, MAX_LINEARS), groups, strict=True):
+        own = slice(start, start + MAX_LINEARS)
+        outputs += _group_pass(group, x, rows, weights[own], biases[own], ids, plan)
+    return outputs
+
+
+def _group_pass(group: DecodeGroup, x, rows, weights, biases, ids, plan: str) -> list[Tensor]:
+    found = None
+    if plan == "linear" and not any(weight is None for weight in weights):
+        found = group.linears(rows, weights, biases, ids)
+    if found is not None:
+        return [y.view(*x.shape[:-1], y.shape[1]) for y in found]
+    outputs = []
+    for weight, bias, n in zip(weights, biases, group.widths, strict=True):
         empty = weight is None
         y = x.new_zeros(*x.shape[:-1], n) if empty else F.linear(x, weight, bias).contiguous()
         outputs.append(y)
-    flat = [y.view(-1, y.shape[-1]) for y in outputs]
-    for index, group in enumerate(groups):
-        group(flat[index * MAX_LINEARS : (index + 1) * MAX_LINEARS], rows, ids)
+    group([y.view(-1, y.shape[-1]) for y in outputs], rows, ids)
     return outputs
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ckf.cache import cache_folder
-from ckf.kernels.launch import PLANS
+from ckf.kernels.launch import CUDA_PLANS, PLANS
 
 logger = logging.getLogger("ckf.kernels")
 
@@ -33,7 +33,7 @@ ROW_KEY = ("pass", *_SIZES, "tasks", "dropout")  # of what a row of a table is
 
 
 class Choice(NamedTuple):
-    """A backend, the way in which it adds the base (Triton's plan), and the reason in words."""
+    """A backend, the way in which it adds the base (its plan), and the reason in words."""
 
     backend: str
     why: str
@@ -109,25 +109,27 @@ def _check_row(row: dict) -> None:
         raise ValueError(f"pass {row['pass']!r} and dropout {row['dropout']!r} in a row")
     if row["triton"] is not None and row["triton_plan"] not in PLANS:
         raise ValueError(f"no plan is named {row['triton_plan']!r}")
+    if row.get("cuda_plan", CUDA_PLANS[0]) not in CUDA_PLANS:
+        raise ValueError(f"no plan of cuda is named {row['cuda_plan']!r}")
 
 
 def table_row(key: dict, times: dict[str, float]) -> dict | None:
-    """A row of a table, with the best of Triton's plans; None where torch has no time.
+    """A row of a table, with the best plans of Triton and CUDA; None where torch has no time.
 
     Args:
         key: what ROW_KEY names.
-        times: milliseconds of "torch", "triton:PLAN" and "cuda", where they were measured.
+        times: milliseconds of "torch", "triton:PLAN" and "cuda:PLAN", where they were measured;
+            "cuda" alone is its first plan.
     """
     if "torch" not in times:
         return None
-    plans = {name: t for name, t in times.items() if name.startswith("triton:")}
-    best = min(plans, key=plans.__getitem__, default=None)
-    return {name: key[name] for name in ROW_KEY} | {
-        "torch": times["torch"],
-        "triton": None if best is None else plans[best],
-        "cuda": times.get("cuda"),
-        "triton_plan": best.partition(":")[2] if best else "",
-    }
+    row = {name: key[name] for name in ROW_KEY} | {"torch": times["torch"]}
+    for backend, no_plan in (("triton", ""), ("cuda", CUDA_PLANS[0])):
+        plans = {name: t for name, t in times.items() if name.partition(":")[0] == backend}
+        best = min(plans, key=plans.__getitem__, default="")
+        row[backend] = plans.get(best)
+        row[f"{backend}_plan"] = best.partition(":")[2] or no_plan
+    return row
 
 
 def measured_choice(
@@ -153,7 +155,8 @@ def _choose(table: dict | None, device: str, call: Call, usable: tuple[str, ...]
         best = "torch"
     sizes = ", ".join(f"{size} {near[size]}" for size in _SIZES)
     why = f"at {sizes} it took " + ", ".join(f"{name} {ms:.3g} ms" for name, ms in times.items())
-    return Choice(best, why, near["triton_plan"] or "expand" if best == "triton" else "expand")
+    default = CUDA_PLANS[0] if best == "cuda" else PLANS[0]
+    return Choice(best, why, near.get(f"{best}_plan") or default)
 
 
 def _doublings(row: dict, call: Call) -> float:

@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from ckf.kernels.checks import (
     check_task_ids,
 )
 from ckf.kernels.config import choose_backend
-from ckf.kernels.dispatch import Call
+from ckf.kernels.dispatch import Call, Choice
 from ckf.kernels.dropout import dropout_threshold
 from ckf.kernels.group import GroupShape, expert_parts, unflatten
 
@@ -148,7 +149,7 @@ def run_group(
     )
     seed = _seed_tensor(seed, x.device) if dropout_p > 0 else None
     with _no_autocast(x):
-        passes = _decode_pass(choice.backend, call) if decode_cache is not None else None
+        passes = _decode_pass(choice, call) if decode_cache is not None else None
         if passes and _keeps_stacks(x, choice.backend):
             check_id_range(task_ids, gates[0].shape[0])
             shape = _shape(gates, flat_a, 0.0)
@@ -159,13 +160,13 @@ def run_group(
         return tuple(_forward_op(static, x, task_ids, seed, slots, tensors)[:-1])
 
 
-def _decode_pass(backend: str, call: Call):
+def _decode_pass(choice: Choice, call: Call):
     """The function for a few rows whose experts are kept stacked, where the backend has one."""
     if call.train or call.dropout:
         return None
-    if backend == "torch" and call.m <= torch_backend.DECODE_ROWS:
+    if choice.backend == "torch" and call.m <= torch_backend.DECODE_ROWS:
         return torch_backend.decode_pass
-    return decode.forward_pass if backend == "cuda" else None
+    return partial(decode.forward_pass, plan=choice.plan) if choice.backend == "cuda" else None
 
 
 def _keeps_stacks(x: Tensor, backend: str) -> bool:
@@ -275,7 +276,7 @@ def _multi_lora(
     check_id_range(ids, gates[0].shape[0])
     shape = _shape(gates, a, p)
     if backend == "cuda":
-        outputs = decode.forward_pass(shape, x, weights, biases, gates, a, b, ids)
+        outputs = decode.forward_pass(shape, x, weights, biases, gates, a, b, ids, plan=plan)
         return [*outputs, x.new_empty(0)]
     passes = _passes(backend)
     extra = (plan,) if backend == "triton" else ()

@@ -21,12 +21,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ckf.kernels import config, dispatch
+from ckf.kernels import config, dispatch, launch
 from ckf.kernels.decode_cache import DecodeCache
 from ckf.kernels.ops import run_group
 from ckf.kernels.slots import compact_slots
 
-CANDIDATES = ("torch", *(f"triton:{plan}" for plan in config.PLANS), "cuda")
+CANDIDATES = (
+    "torch",
+    *(f"triton:{plan}" for plan in launch.PLANS),
+    *(f"cuda:{plan}" for plan in launch.CUDA_PLANS),
+)
 TRAIN_ROWS = (512, 2048, 8192, 32768)
 FORWARD_ROWS = (1, 16, 64, 256, 2048, 8192)
 # What a 135M and an 8B decoder layer compute from one input: (k, (n, ...)).

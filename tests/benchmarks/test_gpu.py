@@ -245,7 +245,7 @@ def test_gpu_tests_run_side_by_side_where_xdist_is(runner, monkeypatch, found, c
     monkeypatch.setattr(gpu.os, "cpu_count", lambda: cores)
     calls = Calls(runner, monkeypatch)
     gpu.part_tests(runner, 0)
-    assert list(calls) == ["tests_hopper", "tests_decode", "tests_triton"]
+    assert list(calls) == ["tests_hopper", "tests_decode", "tests_linear", "tests_triton"]
     command = calls["tests_triton"]["command"]
     assert "-n" not in calls["tests_hopper"]["command"], "one that hangs would hide the others"
     assert ("-n" in command) == (flags is not None)
@@ -263,9 +263,11 @@ def test_sanitizers_see_every_kernel(runner, monkeypatch, reserved, most):
     monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: f"/x/{name}")
     gpu.part_sanitize(runner, reserved)
     assert {call["limit"] for call in calls.values()} == {most}
-    kinds, tools = ("decode", "hopper", "triton"), ("memcheck", "racecheck", "initcheck")
+    kinds = ("decode", "linear", "hopper", "triton")
+    tools = ("memcheck", "racecheck", "initcheck")
     assert list(calls) == [f"sanitize_{kind}_{tool}" for tool in tools for kind in kinds]
-    of_kind = {"decode": "test_cuda_gpu", "hopper": "hopper_gpu", "triton": "cuda_sanitized"}
+    of_kind = {"decode": "test_cuda_gpu", "linear": "linear_gpu"}
+    of_kind |= {"hopper": "hopper_gpu", "triton": "cuda_sanitized"}
     for name, call in calls.items():
         command = call["command"]
         kind, tool = name.split("_")[1:]
@@ -307,7 +309,7 @@ def test_rehearsal(monkeypatch, tmp_path, capsys):
     assert gpu.main(["sanitize", "--out", str(tmp_path / "never")]) == 2
     assert not (tmp_path / "never").exists(), "a rehearsal is no record"
     steps = json.loads((tmp_path / "summary.json").read_text())
-    assert [step["why"] for step in steps] == ["no GPU"] * 9
+    assert [step["why"] for step in steps] == ["no GPU"] * 12
     assert json.loads((tmp_path / "environment.json").read_text())["gpu"] is None
     said = capsys.readouterr()
     assert "this is a rehearsal" in said.err

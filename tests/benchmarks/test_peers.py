@@ -194,7 +194,8 @@ def test_auto_waits_for_a_table(monkeypatch):
 
 def test_a_plan_is_asked_for_by_name():
     plans = {p.name: p.backend for p in ours.our_providers() if ":" in p.name}
-    assert plans == {f"ckf-triton:{p}": f"triton:{p}" for p in ("expand", "addmm", "gemm")}
+    asked = [*(f"triton:{plan}" for plan in ("expand", "addmm", "gemm")), "cuda:linear"]
+    assert plans == {f"ckf-{one}": one for one in asked}
 
 
 def test_ours_keeps_the_stacks_of_decoding(monkeypatch):

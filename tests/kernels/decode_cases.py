@@ -147,14 +147,10 @@ def group_case(
     )
 
 
-def exact(case: DecodeCase) -> tuple[Tensor, Tensor]:
-    """The float64 result, and how far a float32 sum rounded once may be from it.
-
-    A sum of p products in float32, in any order, errs by at most p * 2^-24 times the sum of their
-    magnitudes (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1), to first
-    order; twice that covers the rest.
-    """
-    y, x, a, b = (t.double() for t in (case.y, case.x, case.a, case.b))
+def update_of(case: DecodeCase) -> tuple[Tensor, Tensor, Tensor]:
+    """What is added to y in float64 (m, n), the sum of its products' magnitudes, and which rows
+    (m,) have a known task: the others have zero."""
+    x, a, b = (t.double() for t in (case.x, case.a, case.b))
     tasks = case.column_gates.shape[0]
     known = (case.task_ids >= 0) & (case.task_ids < tasks)
     if tasks == 0:
@@ -162,23 +158,39 @@ def exact(case: DecodeCase) -> tuple[Tensor, Tensor]:
     else:
         gates = case.column_gates.double()[case.task_ids.clamp(0, tasks - 1)]
     live = (gates != 0) & known[:, None]  # (m, R)
-    zero = torch.zeros((), dtype=torch.float64)
 
     def update(x: Tensor, a: Tensor, b: Tensor, gates: Tensor) -> Tensor:
-        result = torch.zeros_like(y)
-        for i in range(len(y)):  # by selection, as the kernel: dead columns may hold inf and NaN
+        result = torch.zeros(len(x), b.shape[1], dtype=torch.float64)
+        for i in range(len(x)):  # by selection, as the kernel: dead columns may hold inf and NaN
             c = live[i].nonzero().flatten()
             result[i] = ((a[c] @ x[i]) * gates[i, c]) @ b[c]
         return result
 
-    result = y + update(x, a, b, gates)
-    magnitude = y.abs() + update(x.abs(), a.abs(), b.abs(), gates.abs())
-    products = a.shape[0] + a.shape[1] + 8
+    return update(x, a, b, gates), update(x.abs(), a.abs(), b.abs(), gates.abs()), known
+
+
+def allowed_error(dtype: torch.dtype, result: Tensor, magnitude: Tensor, products: int) -> Tensor:
+    """How far a float32 sum rounded once to dtype may be from the float64 result.
+
+    A sum of p products in float32, in any order, errs by at most p * 2^-24 times the sum of their
+    magnitudes (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1), to first
+    order; twice that covers the rest.
+    """
     error = 2 * products * 2.0**-24 * magnitude
-    smallest = torch.finfo(case.y.dtype).smallest_normal
-    error += torch.finfo(case.y.dtype).eps / 2 * (result.abs() + error) + smallest
+    numbers = torch.finfo(dtype)
+    return error + numbers.eps / 2 * (result.abs() + error) + numbers.smallest_normal
+
+
+def exact(case: DecodeCase) -> tuple[Tensor, Tensor]:
+    """The float64 result, and how far a float32 sum rounded once may be from it."""
+    update, magnitude, known = update_of(case)
+    y = case.y.double()
+    result = y + update
+    products = case.a.shape[0] + case.a.shape[1] + 8
+    error = allowed_error(case.y.dtype, result, y.abs() + magnitude, products)
     wrong = ~known & (case.task_ids != -1)
     result = torch.where(wrong[:, None], torch.full_like(result, float("nan")), result)
+    zero = torch.zeros((), dtype=torch.float64)
     return torch.where((case.task_ids == -1)[:, None], y, result), torch.where(
         known[:, None], error, zero
     )
@@ -198,7 +210,10 @@ def assert_group_right(case: GroupCase, results: list[Tensor]) -> None:
 
 def assert_right(case: DecodeCase, result: Tensor) -> None:
     """Every element within the allowed error; untouched and NaN rows exactly so."""
-    wanted, allowed = exact(case)
+    assert_within(result, *exact(case))
+
+
+def assert_within(result: Tensor, wanted: Tensor, allowed: Tensor) -> None:
     got = result.double().cpu()
     assert torch.equal(got.isnan(), wanted.isnan()), "NaN in other places than expected"
     excess = ((got - wanted).abs() - allowed).nan_to_num(nan=0.0)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
-INVALID_VALUE, LAUNCH_FAILURE = 1, 719  # of cudaError_t
+INVALID_VALUE, LAUNCH_FAILURE, NOT_SUPPORTED = 1, 719, 801  # of cudaError_t
 
 
 def compile_for_host(source: Path, folder: Path, planted: bool = False) -> ctypes.CDLL:

@@ -19,12 +19,24 @@ from tests.kernels.cases import random_case
 class PlainGroup:
     """DecodeGroup's contract in plain PyTorch; counts how often it is made."""
 
-    made = 0
+    made = whole = 0
 
     def __init__(self, a, bs, column_gates):
         type(self).made += 1
         assert all(t.is_contiguous() for t in (a, *bs, column_gates)) and len(bs) <= 2
         self.a, self.bs, self.gates = a.clone(), [b.clone() for b in bs], column_gates.clone()
+        self.widths = [b.shape[1] for b in bs]
+
+    def linears(self, x, weights, biases, ids):
+        """Not for linears of width 9, as the kernel is not for some."""
+        assert all(w.shape == (n, x.shape[1]) for w, n in zip(weights, self.widths, strict=True))
+        if 9 in self.widths:
+            return None
+        type(self).whole += 1
+        pairs = zip(weights, biases, strict=True)
+        ys = [torch.nn.functional.linear(x, w, bias) for w, bias in pairs]
+        self(ys, x, ids)
+        return ys
 
     def __call__(self, ys, x, ids):
         gates = torch.where((ids >= 0).unsqueeze(1), self.gates[ids.clamp(min=0)], 0)
@@ -37,7 +49,7 @@ class PlainGroup:
 def plain_group(monkeypatch):
     monkeypatch.setattr(decode, "DecodeGroup", PlainGroup)
     monkeypatch.setattr(decode, "MAX_LINEARS", 2)  # three linears take two launches
-    PlainGroup.made = 0
+    PlainGroup.made = PlainGroup.whole = 0
 
 
 @pytest.fixture
@@ -73,6 +85,26 @@ def assert_right(outputs, group):
 
 def test_a_group_equals_the_torch_backend(group):
     assert_right(run(group), group)
+
+
+def test_bases_inside_the_launch_where_its_kernel_can(group):
+    """Of three linears the first two are one group, which it is not for."""
+    shape, x, rest, ids = group
+    outputs = decode.forward_pass(shape, x, *rest, ids, plan="linear")
+    assert_right(outputs, group)
+    assert PlainGroup.whole == 1
+    sequences = (x[:12].view(3, 4, -1), *rest, ids[:12].view(3, 4))
+    outputs = decode.forward_pass(shape, *sequences, plan="linear")
+    assert outputs[2].shape == (3, 4, 5)
+
+
+def test_an_update_without_a_base_is_no_linear(group):
+    shape, x, rest, ids = group
+    rest[0][2] = None
+    rest[1][2] = None
+    outputs = decode.forward_pass(shape, x, *rest, ids, plan="linear")
+    assert_right(outputs, (shape, x, rest, ids))
+    assert PlainGroup.whole == 0
 
 
 def test_one_linear_equals_the_reference():

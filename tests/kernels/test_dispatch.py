@@ -57,7 +57,22 @@ def call(m=8192, rank=80, train=True, dropout=False, k=4096, n=4096):
 def test_the_nearest_measured_shape_decides(tables, asked, usable, expected):
     choice = measured_choice(GPU, asked, usable, tables)
     assert choice.backend == expected
-    assert choice.plan == ("gemm" if expected == "triton" else "expand")
+    assert choice.plan == {"triton": "gemm", "cuda": "update", "torch": "expand"}[expected]
+
+
+def test_a_row_names_the_plan_of_cuda(tables):
+    table = json.loads((tables / "test-100.json").read_text())
+    table["rows"] = [row | {"cuda_plan": "linear"} for row in table["rows"]]
+    (tables / "test-100.json").write_text(json.dumps(table))
+    load_table.cache_clear()
+    choice = measured_choice(GPU, call(m=12, train=False), ALL, tables)
+    assert (choice.backend, choice.plan) == ("cuda", "linear")
+    assert measured_choice(GPU, call(rank=1000), ALL, tables).plan == "gemm"
+    table["rows"][0]["cuda_plan"] = "lineal"
+    (tables / "test-100.json").write_text(json.dumps(table))
+    load_table.cache_clear()
+    with pytest.warns(UserWarning, match="no plan of cuda is named 'lineal'"):
+        assert measured_choice(GPU, call(rank=1000), ALL, tables).backend == "torch"
 
 
 @pytest.mark.parametrize("name", ["NVIDIA H200", "NVIDIA H100 80GB HBM3"])

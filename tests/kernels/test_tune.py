@@ -60,20 +60,21 @@ def test_only_what_can_run_is_measured(tmp_path, monkeypatch):
     assert "no triton:expand: backend='triton:expand' cannot compute this call" in said[0]
 
 
-def test_the_fastest_plan_of_triton_is_the_row_s(monkeypatch, tmp_path):
+def test_the_fastest_plans_are_the_row_s(monkeypatch, tmp_path):
     others(monkeypatch, {})
     seconds = {"torch": 4.0, "triton:expand": 3.0, "triton:addmm": 2.0, "triton:gemm": 2.5}
+    seconds |= {"cuda:update": 6.0, "cuda:linear": 5.0}
+    assert tuple(seconds) == tune.CANDIDATES
 
     def clock(step, calls):
         step()
-        names = [*seconds, "cuda"]
-        clock.at = (getattr(clock, "at", -1) + 1) % len(names)
-        return calls * seconds.get(names[clock.at], 5.0)
+        clock.at = (getattr(clock, "at", -1) + 1) % len(seconds)
+        return calls * list(seconds.values())[clock.at]
 
     monkeypatch.setattr(tune, "_wall_seconds", clock)
     (row,) = rows_of(tune.tune([TRAIN], "cpu", print, tmp_path))
     assert (row["torch"], row["triton"], row["triton_plan"]) == (4000.0, 2000.0, "addmm")
-    assert row["cuda"] == 5000.0
+    assert (row["cuda"], row["cuda_plan"]) == (5000.0, "linear")
 
 
 @pytest.mark.parametrize(
@@ -86,11 +87,11 @@ def test_the_fastest_plan_of_triton_is_the_row_s(monkeypatch, tmp_path):
     ],
 )
 def test_a_backend_that_errs_gets_no_time(monkeypatch, tmp_path, outcome, why):
-    others(monkeypatch, {"triton:expand": outcome, "cuda": outcome})
+    others(monkeypatch, dict.fromkeys(("triton:expand", "cuda:update", "cuda:linear"), outcome))
     said = []
     (row,) = rows_of(tune.tune([TRAIN], "cpu", said.append, tmp_path))
     assert row["cuda"] is None and row["triton_plan"] in ("addmm", "gemm")
-    assert said[0].count(why) == 2 and "more" not in said[0]
+    assert said[0].count(why) == 3 and "more" not in said[0]
 
 
 def test_without_a_time_of_torch_there_is_no_row(monkeypatch, tmp_path):
@@ -130,14 +131,14 @@ def test_wrong_gradients_are_seen(monkeypatch, tmp_path):
 
     def run_group(*arguments):
         outputs = real(*arguments)
-        if arguments[9] == "cuda":
+        if arguments[9].startswith("cuda"):
             outputs = tuple(y.detach() + 1.1 * (y - y.detach()) for y in outputs)
         return outputs
 
     monkeypatch.setattr(tune, "run_group", run_group)
     said = []
     (row,) = rows_of(tune.tune([TRAIN], "cpu", said.append, tmp_path))
-    assert row["cuda"] is None and "no cuda: its result is off by 0.1" in said[0]
+    assert row["cuda"] is None and "no cuda:linear: its result is off by 0.1" in said[0]
 
 
 def test_decoding_is_measured_with_its_kept_stacks(monkeypatch, tmp_path):

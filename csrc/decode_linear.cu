@@ -1,0 +1,133 @@
+// Launches the kernel of decode_linear.h: which rows and ranks take which of its plans, and how
+// many clusters share n.
+#include "decode_linear.h"
+
+#include <algorithm>
+
+namespace ckf {
+namespace {
+namespace decode_linear {
+
+bool is_aligned(const void* pointer, int64_t stride) {
+    return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && stride % 8 == 0;
+}
+
+// Clusters that share n when each has so many spans; where each linear's begin.
+template <typename P, typename T>
+int64_t place(Args<T>& p) {
+    int64_t clusters = 0;
+    for (int l = 0; l < p.count; ++l) {
+        const int64_t wide = int64_t{p.spans} * P::kSpan;
+        p.linears[l].first_cluster = static_cast<int>(clusters);
+        clusters += (p.linears[l].n + wide - 1) / wide;
+    }
+    return clusters;
+}
+
+template <typename P, typename T>
+cudaError_t launch_plan(Args<T> p, int device, cudaStream_t stream) {
+    constexpr auto kKernel = decode_linear_kernel<T, P>;
+    constexpr size_t kBytes = sizeof(Shared<T, P>);
+    const int most = most_clusters<kKernel>(device, P::kThreads, kCluster, kBytes);
+    if (most <= 0) return cudaErrorNotSupported;
+    p.spans = 1;
+    int64_t clusters = place<P>(p);
+    while (clusters > most) {  // a second wave would compute S again
+        const int before = p.spans;
+        p.spans = static_cast<int>(before * ((clusters + most - 1) / most));
+        const int64_t fewer = place<P>(p);
+        if (fewer == clusters) break;  // a span for each linear at least
+        clusters = fewer;
+    }
+    Launch how{dim3(static_cast<unsigned>(clusters * kCluster)),
+               P::kThreads,
+               kCluster,
+               false,
+               stream,
+               {},
+               kBytes};
+    return launch<kKernel>(how, p);
+}
+
+template <typename T>
+cudaError_t launch_typed(const CkfFrozenLinear* linears, Args<T> p, int device,
+                         cudaStream_t stream) {
+    bool aligned = p.k > 0 && is_aligned(p.a, p.k) && is_aligned(p.x, p.m > 1 ? p.x_stride : 0);
+    int most_rank = 0;
+    for (int l = 0; l < p.count; ++l) {
+        const CkfFrozenLinear& from = linears[l];
+        p.linears[l] = {static_cast<T*>(from.y),
+                        static_cast<const T*>(from.w),
+                        static_cast<const T*>(from.bias),
+                        static_cast<const T*>(from.b),
+                        from.y_stride,
+                        from.w_stride,
+                        static_cast<int>(from.n),
+                        static_cast<int>(from.rank),
+                        p.rank,
+                        0,
+                        is_aligned(from.b, from.n)};
+        p.rank += static_cast<int>(from.rank);
+        most_rank = std::max(most_rank, static_cast<int>(from.rank));
+        aligned = aligned && is_aligned(from.w, from.n > 1 ? from.w_stride : 0);
+    }
+    if (!aligned) return cudaErrorNotSupported;
+    const auto fits = [&](auto plan) { return p.m <= plan.kRows && most_rank <= plan.kMostRank; };
+    if (fits(FewRows{})) return launch_plan<FewRows>(p, device, stream);
+    if (fits(FewRowsWide{})) return launch_plan<FewRowsWide>(p, device, stream);
+    if (fits(SomeRows{})) return launch_plan<SomeRows>(p, device, stream);
+    if (fits(ManyRows{})) return launch_plan<ManyRows>(p, device, stream);
+    return cudaErrorNotSupported;
+}
+
+}  // namespace decode_linear
+}  // namespace
+}  // namespace ckf
+
+extern "C" int ckf_decode_linear(const CkfFrozenLinear* linears, int count, const void* x,
+                                 const void* a, const float* gates, const int64_t* task_ids,
+                                 int64_t m, int64_t k, int64_t tasks, int64_t x_stride, int dtype,
+                                 int device, void* stream) {
+    constexpr int64_t kMost = int64_t{1} << 30;  // int arithmetic on sizes never overflows
+    const auto fits = [](int64_t size) { return size >= 0 && size <= kMost; };
+    if (!fits(m) || !fits(k) || !fits(tasks) || count < 0 || count > kCkfMostLinears)
+        return cudaErrorInvalidValue;
+    int64_t rank = 0, columns = 0;
+    for (int l = 0; l < count; ++l) {
+        if (!fits(linears[l].n) || !fits(linears[l].rank)) return cudaErrorInvalidValue;
+        rank += linears[l].rank;
+        columns += linears[l].n;
+    }
+    if (!fits(rank)) return cudaErrorInvalidValue;
+    if (m == 0 || columns == 0) return cudaSuccess;
+    // The extension has its own copy of the runtime: tell it the device that torch has chosen.
+    if (const cudaError_t error = cudaSetDevice(device); error != cudaSuccess) {
+        cudaGetLastError();  // forget it: the next launch must not be blamed
+        return error;
+    }
+    const auto go = [&](auto zero) {
+        using T = decltype(zero);
+        ckf::decode_linear::Args<T> p{};
+        p.x = static_cast<const T*>(x);
+        p.a = static_cast<const T*>(a);
+        p.gates = gates;
+        p.task_ids = task_ids;
+        p.x_stride = x_stride;
+        p.m = static_cast<int>(m);
+        p.k = static_cast<int>(k);
+        p.tasks = static_cast<int>(tasks);
+        p.count = count;
+        const cudaError_t error =
+            ckf::decode_linear::launch_typed(linears, p, device, static_cast<cudaStream_t>(stream));
+        cudaGetLastError();  // as above
+        return error;
+    };
+    switch (dtype) {
+        case kCkfFloat16:
+            return go(__half{});
+        case kCkfBFloat16:
+            return go(__nv_bfloat16{});
+        default:
+            return cudaErrorNotSupported;
+    }
+}

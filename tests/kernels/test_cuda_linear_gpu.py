@@ -1,0 +1,143 @@
+"""decode_linear on a GPU: values, bits, spans, streams, graphs, and as a plan of the backend.
+
+Tests named "small" also run under compute-sanitizer (benchmarks/gpu.py).
+"""
+
+import pytest
+import torch
+
+from ckf.kernels import cuda, multi_lora_linear
+from ckf.kernels.reference import multi_lora_reference
+from tests.kernels.cases import random_case
+from tests.kernels.frozen_cases import FrozenCase, assert_frozen_right, frozen_case
+from tests.kernels.test_cuda_sanitized import to_gpu
+
+pytestmark = pytest.mark.gpu
+
+SMALL = [
+    {"m": 1, "k": 8, "ns": (1,), "ranks": ((1, 1),)},
+    {"m": 5, "k": 584, "ns": (727, 24), "ranks": ((5, 0, 9), (0, 0, 0))},
+    {"m": 16, "k": 264, "ns": (264,), "ranks": ((16,) * 5,)},
+    {"m": 9, "k": 72, "ns": (40, 7), "ranks": ((90, 90, 70), (3, 1, 5))},
+    {"m": 30, "k": 776, "ns": (300,), "ranks": ((30, 30, 30),)},
+    {"m": 61, "k": 136, "ns": (200, 16), "ranks": ((43, 43, 42), (4, 4, 4))},
+]
+MODEL = [
+    {"m": m, "k": 4096, "ns": ns, "ranks": [(16,) * 5] * len(ns)}
+    for m in (1, 4, 16, 32, 64)
+    for ns in ((4096,), (4096, 1024, 1024), (14336, 14336))
+] + [{"m": 4, "k": 14336, "ns": (4096,), "ranks": [(32,) * 5]}]
+HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+
+
+@pytest.fixture
+def gpu():
+    if not cuda.build_info()["built"]:
+        pytest.skip(cuda.build_info()["reason"])
+    usable, why = cuda.available()
+    assert usable, why
+    if torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("no clusters before sm_90")
+
+
+def run(case: FrozenCase, rows: slice = slice(None)) -> list[torch.Tensor]:
+    """The results on the host."""
+    there = case.to("cuda")
+    group = there.group
+    prepared = cuda.DecodeGroup(group.a, group.bs, group.column_gates)
+    ys = prepared.linears(group.x[rows], there.weights, there.biases, group.task_ids[rows])
+    assert ys is not None, "the kernel was not for it"
+    return [y.cpu() for y in ys]
+
+
+@HALVES
+@pytest.mark.parametrize("options", [{}, {"padding": 8, "bias": False}, {"soft": True}], ids=str)
+@pytest.mark.parametrize("sizes", SMALL, ids=lambda s: f"small{s['m']}x{s['k']}x{s['ns'][0]}")
+def test_small(gpu, sizes, options, dtype):
+    case = frozen_case(**sizes, **options, dtype=dtype)
+    assert_frozen_right(case, run(case))
+
+
+@HALVES
+def test_small_ids_and_dead_experts(gpu, dtype):
+    ids = [-1, 0, 2, 3, -2, 2**40, -(2**62), 1]
+    case = frozen_case(m=8, k=264, ns=(520,), ranks=((4, 4, 4, 4),), ids=ids, dtype=dtype)
+    (clean,) = run(case)
+    assert_frozen_right(case, [clean])
+    case.group.a[4:6] = float("nan")  # of task 0
+    case.group.bs[0][6:8] = float("inf")
+    (result,) = run(case)
+    others = [0, 2, 7]
+    assert torch.equal(result[others], clean[others])
+    assert not result[1].isfinite().any()
+
+
+@HALVES
+@pytest.mark.parametrize("sizes", MODEL, ids=lambda s: f"{s['m']}x{s['k']}x{s['ns'][0]}")
+def test_model_sizes(gpu, sizes, dtype):
+    case = frozen_case(**sizes, dtype=dtype)
+    results = run(case)
+    assert_frozen_right(case, results)
+    for _ in range(5):
+        again = run(case)
+        assert all(torch.equal(r, s) for r, s in zip(results, again, strict=True)), "other bits"
+
+
+def test_same_bits_for_fewer_rows(gpu):
+    """A row's bits depend on neither the other rows nor on which plan of the kernel their number
+    takes."""
+    case = frozen_case(m=64, k=4096, ns=(4096, 1024), ranks=[(16,) * 5] * 2)
+    together = run(case)
+    for rows in (slice(0, 32), slice(3, 4), slice(5, 20)):
+        for some, y in zip(run(case, rows), together, strict=True):
+            assert torch.equal(some, y[rows])
+
+
+def test_stress(gpu):
+    """Many launches one after another on fresh memory: the same bits every time."""
+    for m in (3, 16, 40):
+        there = frozen_case(m=m, k=2048, ns=(2048, 512), ranks=[(16,) * 5] * 2).to("cuda")
+        group = there.group
+        prepared = cuda.DecodeGroup(group.a, group.bs, group.column_gates)
+        arguments = (group.x, there.weights, there.biases, group.task_ids)
+        first = [y.clone() for y in prepared.linears(*arguments)]
+        wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+        for _ in range(300):
+            for y, wanted in zip(prepared.linears(*arguments), first, strict=True):
+                wrong += (y != wanted).sum()
+                y.fill_(float("nan"))
+        assert wrong.item() == 0
+
+
+def test_graph_and_no_synchronisation(gpu):
+    there = frozen_case(m=4, k=512, ns=(512,), ranks=((8, 8, 8),)).to("cuda")
+    group = there.group
+    prepared = cuda.DecodeGroup(group.a, group.bs, group.column_gates)
+    arguments = (group.x, there.weights, there.biases, group.task_ids)
+    (wanted,) = prepared.linears(*arguments)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        prepared.linears(*arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        group.x.mul_(-1)
+        (y,) = prepared.linears(*arguments)
+    for _ in range(2):  # the second replay sees the first x again
+        graph.replay()
+    assert torch.equal(y, wanted)
+
+
+@pytest.mark.parametrize("rows", [4, 40, 100])
+def test_as_a_plan_of_the_backend(gpu, rows):
+    """At most twice the error of same-dtype torch; 100 rows are not for it and go the other way."""
+    made = random_case(m=rows, k=264, n=136, ranks=[16, 16, 16], tasks=2)
+    case = to_gpu(made, torch.bfloat16)
+    with torch.no_grad():
+        exact = multi_lora_reference(*case.to(torch.float64).arguments())
+        plain = multi_lora_reference(*case.arguments())
+        ours = multi_lora_linear(*case.arguments(), backend="cuda:linear")
+    band = 4 * torch.finfo(torch.bfloat16).eps * exact.abs().max()
+    allowed = 2 * (plain.double() - exact).abs().max() + band
+    assert (ours.double() - exact).abs().max() <= allowed

@@ -1,0 +1,361 @@
+"""decode_linear's own source on the host (csrc/host_shim.h), as in test_cuda_host.py."""
+
+import ctypes
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ckf.kernels import cuda
+from ckf.kernels.cuda import _DTYPES
+from tests.kernels.decode_cases import assert_poison_around, stub_cuda
+from tests.kernels.frozen_cases import FrozenCase, assert_frozen_right, exact, frozen_case
+from tests.kernels.host_build import (
+    CSRC,
+    INVALID_VALUE,
+    NOT_SUPPORTED,
+    compile_for_host,
+    copy_changed,
+)
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+class FrozenLinear(ctypes.Structure):
+    """CkfFrozenLinear in csrc/launchers.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("y", "w", "bias", "b")),
+        *((name, ctypes.c_int64) for name in ("y_stride", "w_stride", "n", "rank")),
+    )
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory) -> ctypes.CDLL:
+    return compile_for_host(CSRC / "decode_linear.cu", tmp_path_factory.mktemp("host"))
+
+
+def call(library, case: FrozenCase, order: int = 0, clusters: int = 1 << 20, **changes) -> int:
+    """``clusters``: how many the device runs at once."""
+    group = case.group
+    (m, k), tasks = group.x.shape, group.column_gates.shape[0]
+    sizes = {"m": m, "k": k, "tasks": tasks, "x_stride": group.x.stride(0)}
+    linears = [
+        FrozenLinear(
+            y.data_ptr(), w.data_ptr(), None if bias is None else bias.data_ptr(), b.data_ptr(),
+            y.stride(0), w.stride(0), b.shape[1], changes.get("rank", b.shape[0]),
+        )
+        for y, w, bias, b in zip(group.ys, case.weights, case.biases, group.bs, strict=True)
+    ]  # fmt: skip
+    library.ckf_host_set_order(ctypes.c_uint(order))
+    library.ckf_host_set_clusters(ctypes.c_int(clusters))
+    tensors = (group.x, group.a, group.column_gates, group.task_ids)
+    return library.ckf_decode_linear(
+        (FrozenLinear * len(linears))(*linears),
+        ctypes.c_int(changes.get("count", len(linears))),
+        *(ctypes.c_void_p(t.data_ptr()) for t in tensors),
+        *(ctypes.c_int64(changes.get(name, size)) for name, size in sizes.items()),
+        ctypes.c_int(_DTYPES[changes.get("dtype", group.x.dtype)]),
+        ctypes.c_int(0),
+        ctypes.c_void_p(None),
+    )
+
+
+def run(library, case: FrozenCase, order: int = 0, clusters: int = 1 << 20) -> list[torch.Tensor]:
+    """The results; nothing around a y may change."""
+    for y in case.group.ys:
+        y.fill_(float("nan"))
+    assert call(library, case, order, clusters) == 0
+    for y in case.group.ys:
+        assert_poison_around(y)
+    return [y.clone() for y in case.group.ys]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"m": 1, "k": 8, "ns": (1,), "ranks": ((1, 1),)},
+        {"m": 3, "k": 1048, "ns": (300, 24), "ranks": ((3, 3, 3), (2, 4, 1))},
+        {"m": 16, "k": 264, "ns": (264,), "ranks": ((16,) * 5,)},
+        {"m": 5, "k": 72, "ns": (40, 7), "ranks": ((90, 90, 70), (0, 0, 5))},
+        {"m": 9, "k": 512, "ns": (727,), "ranks": ((0, 0),)},
+        {"m": 17, "k": 776, "ns": (136, 9), "ranks": ((30, 30), (16, 0))},
+        {"m": 64, "k": 136, "ns": (200,), "ranks": ((43, 43, 42),)},
+        {"m": 2, "k": 16, "ns": [8] * 8, "ranks": [(2, i, 1) for i in range(8)]},
+    ],
+    ids=lambda s: f"{s['m']}x{s['k']}x{'-'.join(map(str, s['ns']))}",
+)
+@pytest.mark.parametrize("options", [{}, {"padding": 8, "bias": False}, {"soft": True}], ids=str)
+def test_against_float64(library, sizes, dtype, options):
+    case = frozen_case(**sizes, dtype=dtype, **options)
+    assert_frozen_right(case, run(library, case))
+
+
+@pytest.mark.parametrize("m", [4, 33])
+@pytest.mark.parametrize("clusters", [1, 2, 3])
+def test_spans_one_after_the_other(library, m, clusters):
+    """Fewer clusters than spans of n; the same bits as with one span each."""
+    case = frozen_case(m=m, k=520, ns=(1100, 300), ranks=((4, 4, 4), (2, 6, 1)), seed=3)
+    wide = run(library, case)
+    narrow = run(library, case, 0, clusters)
+    assert_frozen_right(case, narrow)
+    for one, other in zip(wide, narrow, strict=True):
+        assert torch.equal(one.view(torch.int16), other.view(torch.int16))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    m=st.integers(0, 64),
+    k=st.integers(1, 40).map(lambda k: 8 * k),
+    n=st.integers(0, 300),
+    ranks=st.lists(st.integers(0, 20), min_size=1, max_size=6),
+    dtype=st.sampled_from(HALVES),
+    soft=st.booleans(),
+    padding=st.sampled_from([0, 8]),
+    order=st.integers(0, 3),
+    seed=st.integers(0, 99),
+)
+def test_any_sizes(library, m, k, n, ranks, dtype, soft, padding, order, seed):
+    ids = torch.randint(-3, len(ranks) + 1, (m,), generator=torch.Generator().manual_seed(seed))
+    case = frozen_case(m, k, (n,), (ranks,), seed, dtype=dtype, ids=ids, soft=soft, padding=padding)
+    assert_frozen_right(case, run(library, case, order))
+
+
+def test_ids(library):
+    wild = [-1, 0, 2, 3, -2, 2**40, -(2**62), 1]
+    case = frozen_case(m=8, k=64, ns=(40,), ranks=((2, 2, 2, 2),), ids=wild)
+    (result,) = run(library, case)
+    assert result[[3, 4, 5, 6]].isnan().all()
+    assert_frozen_right(case, [result])
+
+
+def test_dead_experts_do_not_matter(library):
+    """inf and NaN in A and B of one task, and an S that overflows, stay in its rows."""
+    case = frozen_case(m=20, k=64, ns=(72,), ranks=((4, 4, 4),), ids=[0, 1] * 10)
+    (clean,) = run(library, case)
+    case.group.a[4:6], case.group.a[6] = float("nan"), 3e38
+    case.group.bs[0][7] = float("inf")
+    (result,) = run(library, case)
+    assert torch.equal(result[1::2], clean[1::2])
+    assert not result[::2].isfinite().any()
+
+
+def test_special_values_spread_as_arithmetic_says(library):
+    """inf in a row of x, NaN in a row of W, inf in a live B times h."""
+    case = frozen_case(m=5, k=64, ns=(72,), ranks=((4, 4, 4),), ids=[0, 1, 0, -1, 1])
+    case.group.x[1, 3] = float("inf")
+    case.weights[0][5, 40] = float("nan")
+    case.group.bs[0][1, 9] = float("inf")  # shared: live in every row but -1
+    (result,) = run(library, case)
+    assert result[:, 5].isnan().all()
+    assert not result[[0, 2, 4], 9].isfinite().any() and result[3, 9].isfinite()
+    others = [c for c in range(72) if c not in (5, 9)]
+    assert result[[0, 2, 3, 4]][:, others].isfinite().all()
+    wanted = exact(case)[0][0]
+    assert torch.equal(result.isnan(), wanted.isnan())
+
+
+@pytest.mark.parametrize("m", [12, 20, 50])
+def test_same_bits(library, m):
+    """Twice, in other thread orders, and with the rows turned round."""
+    case = frozen_case(m=m, k=600, ns=(272, 40), ranks=((6, 6, 6), (5, 0, 2)), seed=2)
+    first = run(library, case)
+    for order in (0, 1, 2, 3):
+        for one, other in zip(first, run(library, case, order), strict=True):
+            assert torch.equal(one.view(torch.int16), other.view(torch.int16)), f"order {order}"
+    for name in ("x", "task_ids"):
+        tensor = getattr(case.group, name)
+        tensor.copy_(tensor.flip(0))
+    for one, other in zip(first, run(library, case), strict=True):
+        assert torch.equal(one.view(torch.int16), other.flip(0).view(torch.int16))
+
+
+def test_a_row_and_a_linear_alone(library):
+    """The same bits whatever the number of rows, so whichever plan, and whatever the group."""
+    case = frozen_case(m=40, k=600, ns=(272, 40), ranks=((6, 6, 6), (5, 0, 2)), seed=2)
+    together = run(library, case)
+    group = case.group
+    for rows in (1, 7, 17):
+        group.x, group.task_ids = group.x[:rows], group.task_ids[:rows]
+        short = [y[:rows] for y in group.ys]
+        for y in short:
+            y.fill_(float("nan"))
+        group.ys = short
+        assert call(library, case) == 0
+        for y, all_rows in zip(short, together, strict=True):
+            assert torch.equal(y.view(torch.int16), all_rows[:rows].view(torch.int16))
+        case = frozen_case(m=40, k=600, ns=(272, 40), ranks=((6, 6, 6), (5, 0, 2)), seed=2)
+        group = case.group
+    alone = frozen_case(m=40, k=600, ns=(272, 40), ranks=((6, 6, 6), (5, 0, 2)), seed=2)
+    first = sum((6, 6, 6))
+    alone.group.a = alone.group.a[first:].clone()
+    alone.group.column_gates = alone.group.column_gates[:, first:].contiguous()
+    alone.group.ys, alone.group.bs = alone.group.ys[1:], alone.group.bs[1:]
+    alone.weights, alone.biases = alone.weights[1:], alone.biases[1:]
+    (result,) = run(library, alone)
+    assert torch.equal(result.view(torch.int16), together[1].view(torch.int16))
+
+
+def test_unaligned_b(library):
+    """Rows of b that begin anywhere, where n is no multiple of eight or b a view."""
+    case = frozen_case(m=6, k=64, ns=(264,), ranks=((4, 4, 4),))
+    b = case.group.bs[0]
+    shifted = torch.full((b.numel() + 1,), float("nan"), dtype=b.dtype)
+    shifted[1:] = b.flatten()
+    aligned = run(library, case)
+    case.group.bs[0] = shifted[1:].view(b.shape)
+    assert torch.equal(run(library, case)[0].view(torch.int16), aligned[0].view(torch.int16))
+
+
+def test_without_tasks_rows_or_columns(library):
+    for sizes in (
+        {"m": 3, "ns": (24,), "ranks": ((3,),), "ids": [-1, 5, -1]},
+        {"m": 0},
+        {"ns": (0, 0)},
+        {"m": 2, "ns": (16, 0, 24), "ranks": ((2, 2, 2), (3, 3, 3), (1, 1, 1))},
+    ):
+        case = frozen_case(**sizes)
+        assert_frozen_right(case, run(library, case))
+
+
+def test_launcher_refuses(library):
+    case = frozen_case(k=64)
+    for wrong in ({"m": -1}, {"k": -1}, {"rank": 2**31}, {"tasks": 2**40}, {"count": 9}):
+        assert call(library, case, **wrong) == INVALID_VALUE, wrong
+    for unable in ({"m": 65}, {"k": 60}, {"rank": 257}, {"x_stride": 63}, {"dtype": torch.float32}):
+        assert call(library, case, **unable) == NOT_SUPPORTED, unable
+    assert call(library, case, clusters=0) == NOT_SUPPORTED
+    many = frozen_case(m=17, k=64, ns=(24,), ranks=((65, 64),))
+    assert call(library, many) == NOT_SUPPORTED
+    shifted = frozen_case(k=64, offset=1)
+    assert call(library, shifted) == NOT_SUPPORTED
+    assert all(y.isnan().all() for y in case.group.ys), "something was written"
+
+
+def test_through_the_bridge(library, monkeypatch):
+    """ckf.kernels.cuda with this kernel in the extension's place: each pointer and size arrives."""
+
+    class OnHost:
+        def __init__(self, a, b, n, rank, gates, k, tasks, dtype, device):
+            self.own = (a, gates, k, tasks, dtype, device)
+            self.linears_of = list(zip(b, n, rank, strict=True))
+
+        def linears(self, y, w, w_strides, bias, x, x_stride, task_ids, m, stream):
+            a, gates, k, tasks, dtype, device = self.own
+            frozen = [
+                FrozenLinear(y_l, w_l, bias_l or None, b, n, stride, n, rank)
+                for y_l, w_l, stride, bias_l, (b, n, rank) in zip(
+                    y, w, w_strides, bias, self.linears_of, strict=True
+                )
+            ]
+            status = library.ckf_decode_linear(
+                (FrozenLinear * len(frozen))(*frozen),
+                ctypes.c_int(len(frozen)),
+                *map(ctypes.c_void_p, (x, a, gates, task_ids)),
+                *map(ctypes.c_int64, (m, k, tasks, x_stride)),
+                *map(ctypes.c_int, (dtype, device)),
+                ctypes.c_void_p(stream),
+            )
+            assert status in (0, NOT_SUPPORTED)
+            return status == 0
+
+    stub_cuda(monkeypatch, OnHost)
+    library.ckf_host_set_clusters(ctypes.c_int(9))
+    case = frozen_case(m=6, k=72, ns=(264, 40), padding=8)
+    group, weights, biases = case.group, case.weights, [case.biases[0], None]
+    case.biases[1] = None
+    prepared = cuda.DecodeGroup(group.a, group.bs, group.column_gates)
+    results = prepared.linears(group.x, weights, biases, group.task_ids)
+    assert_frozen_right(case, results)
+    ids = group.task_ids
+    assert prepared.linears(group.x[:0], weights, biases, ids[:0])[1].shape == (0, 40)
+    shorter = frozen_case(m=6, k=60, ns=(264, 40)).group  # rows that do not begin at 16 bytes
+    odd = cuda.DecodeGroup(shorter.a, shorter.bs, shorter.column_gates)
+    assert odd.linears(shorter.x, [w[:, :60] for w in weights], biases, ids) is None
+
+
+def test_what_the_bridge_leaves_to_others(library, monkeypatch):
+    """None, and nothing reaches the kernel, where a weight is not what it reads."""
+
+    class Never:
+        def __init__(self, **static):
+            pass
+
+        def linears(self, *arguments):
+            raise AssertionError("launched")
+
+    stub_cuda(monkeypatch, Never)
+    case = frozen_case(m=6, k=72, ns=(24,), ranks=((4, 4, 4),))
+    group, (w,), (bias,) = case.group, case.weights, case.biases
+    prepared = cuda.DecodeGroup(group.a, group.bs, group.column_gates)
+
+    class Quantized(torch.Tensor):
+        pass
+
+    wrong = [w.float(), w[:, :64], w.t().contiguous().t(), w.as_subclass(Quantized), w[:8]]
+    for weight in wrong:
+        assert prepared.linears(group.x, [weight], [bias], group.task_ids) is None
+    for offset in (bias.float(), bias[:3], bias[None]):
+        assert prepared.linears(group.x, [w], [offset], group.task_ids) is None
+    many = torch.zeros(65, 72, dtype=group.x.dtype)
+    assert prepared.linears(many, [w], [bias], torch.zeros(65, dtype=torch.int64)) is None
+    with pytest.raises(ValueError, match="task_ids has shape"):
+        prepared.linears(group.x, [w], [bias], group.task_ids[:2])
+    with pytest.raises(ValueError, match="x is torch.float32"):
+        prepared.linears(group.x.float(), [w], [bias], group.task_ids)
+
+
+HEADER = "decode_linear.h"
+DEFECTS = {
+    "tail of k": (HEADER, "block.first_k + at + block.lane % 4 * 8 < p.k", "true"),
+    "a part's end": (HEADER, "i < block.chunks &&", "true &&"),
+    "another linear's A": (
+        HEADER, "p.a + static_cast<int64_t>(linear.first_column) * p.k", "p.a",
+    ),
+    "another linear's gates": (HEADER, "block.linear.first_column + place.column", "place.column"),
+    "gate by multiplication": (
+        HEADER, "gate != 0.0f ? gate * s + 0.0f : float_of(kDead)", "gate * s + 0.0f",
+    ),
+    "id not checked": (HEADER, "shared.task[row + r] == kInvalid ? nanf(\"\") : ", ""),
+    "a part left out": (HEADER, "int from = 1; from < kCluster", "int from = 2; from < kCluster"),
+    "no bias": (HEADER, "linear.bias != nullptr", "false"),
+    "a copy not waited for": (HEADER, "        wait_for_copies();\n", ""),
+    "sums read too early": (
+        HEADER, "        cluster_wait<kCluster>();\n        write_y", "        write_y",
+    ),
+    "h read too early": (
+        HEADER,
+        "        cluster_arrive<kCluster>();\n        cluster_wait<kCluster>();\n        write_y",
+        "        __syncthreads();\n        write_y",
+    ),
+    "sent before it was read": (
+        HEADER,
+        "        write_y<P>(p, block, span, shared);\n"
+        "        if (phase == block.spans) break;\n"
+        "        cluster_arrive<kCluster>();",
+        "        if (phase < block.spans) cluster_arrive<kCluster>();\n"
+        "        write_y<P>(p, block, span, shared);\n        if (phase == block.spans) break;",
+    ),
+    "next span's loads": (HEADER, "find_tiles<P>(p, block, phase + 1);\n            const",
+                          "find_tiles<P>(p, block, phase);\n            const"),
+    "b copied while it is read": (
+        HEADER, "        __syncthreads();\n        copy_b", "        copy_b",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DEFECTS)
+def test_defects_are_seen(tmp_path: Path, name):
+    """A planted defect must show, or the tests above prove nothing."""
+    copy_changed(tmp_path, *DEFECTS[name])
+    changed = compile_for_host(tmp_path / "decode_linear.cu", tmp_path, planted=True)
+    ids, ranks = [0, 1, 5, -1, 1], ((3, 3, 3), (2, 4, 1))
+    with pytest.raises(AssertionError):
+        for k in (1048, 40):  # some blocks have nothing of 40 to multiply and run ahead
+            case = frozen_case(m=5, k=k, ns=(1100, 24), ranks=ranks, ids=ids, seed=1)
+            case.group.bs[0][3:6, ::2] = float("inf")
+            for order in (0, 1, 2, 3):
+                assert_frozen_right(case, run(changed, case, order, 2))
