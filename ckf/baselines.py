@@ -118,7 +118,7 @@ def ctr_scores(
     if regression is not None:
         scores["logistic_regression"] = regression
     if vectors is not None:
-        history = data.history[rows] if _folds_in(vectors) else None
+        history = data.history[rows] if vectors.takes_history else None
         scores["cf"] = vectors.score(user, item, history).numpy()
     return scores
 
@@ -134,7 +134,7 @@ def topk_scores(
     }
     if vectors is not None:
         user = data.user[candidates.rows][:, None]  # (P, 1)
-        history = data.history[candidates.rows][:, None] if _folds_in(vectors) else None
+        history = data.history[candidates.rows][:, None] if vectors.takes_history else None
         scores["cf"] = vectors.score(user, candidates.items, history).numpy()
     return scores
 
@@ -208,11 +208,6 @@ def _evaluate_texts(data, rows, n, seed) -> dict[str, dict]:
         name: text_metrics(texts, own, data.user[rows], n, seed)
         for name, texts in explanations(data, rows).items()
     }
-
-
-def _folds_in(vectors: CFVectors) -> bool:
-    """Whether a score takes the history of users without train rows."""
-    return vectors.fold_in is not None and vectors.blend is None
 
 
 def _prepared_lists(data: PreparedData, split: str) -> list[str]:

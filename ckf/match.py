@@ -29,7 +29,8 @@ _ROWS_TO_SCALE_ON = 100_000  # of the train rows
 class MatchScores:
     """The CF model's score of a user and an item, of mean 0 and deviation 1 over the train rows.
 
-    Users without train rows are folded in; in a blend they have the items' part.
+    Users without train rows are folded in; in a blend they have the items' part and, with
+    ``cf.history``, what their history adds.
 
     Args:
         vectors: CF vectors before standardising.
@@ -50,9 +51,10 @@ class MatchScores:
     def _raw(self, users: np.ndarray, history: np.ndarray, items: np.ndarray) -> Tensor:
         """Scores (p,) float64, the global bias left out."""
         index = torch.as_tensor(np.array(users, np.int64))
-        known = (index >= 0) & self.vectors.user_known[index.clamp(min=0)]
         if self.vectors.blend is not None:
-            return self._blended(index, torch.as_tensor(np.array(items, np.int64)))
+            past = history if self.vectors.takes_history else None
+            return self.vectors.score(index, items, past).double()
+        known = (index >= 0) & self.vectors.user_known[index.clamp(min=0)]
         folded = fold_in_users(self.vectors, np.asarray(history))
         u = torch.where(known.unsqueeze(1), self.vectors.users[index.clamp(min=0)], folded)
         i = self.vectors.items[torch.as_tensor(np.array(items, np.int64))]
@@ -60,10 +62,3 @@ class MatchScores:
         if self.vectors.score_form == "biased_dot":  # the last dimensions are biases, they add up
             return (u[:, :-1] * i[:, :-1]).sum(1) + u[:, -1] + i[:, -1]
         return (u * i).sum(1)
-
-    def _blended(self, users: Tensor, items: Tensor) -> Tensor:
-        """Scores (p,) float64 of the blend; strangers (-1) have the items' part alone."""
-        blend = self.vectors.blend
-        scores = self.vectors.score(users.clamp(min=0), items)
-        alone = blend.items[items] + blend.scalars[1]
-        return torch.where(users >= 0, scores, alone).double()

@@ -133,7 +133,7 @@ def test_test_rows_and_valid_labels_never_shape_the_blend(data, blended):
     label = data.label.copy()
     label[data.split == 2] = 1 - label[data.split == 2]
     other = fit_cf(CFConfig(**SMALL), replace(data, label=label), quiet)
-    for name, value in vars(blended.blend).items():
+    for name, value in blended.blend.tensors().items():
         assert torch.equal(value, getattr(other.blend, name))
 
 

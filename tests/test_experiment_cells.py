@@ -301,7 +301,7 @@ def test_switches_that_do_not_fit_together_are_named(small_model, changes, words
 
 
 def test_cf_models_alone_are_plain_and_chosen_on_valid(base):
-    cf = replace(base.cf, blend=4, titles=8, beside=["mf", "lightgcn"])
+    cf = replace(base.cf, blend=4, titles=8, history=True, beside=["mf", "lightgcn"])
     mf, lightgcn = cf_alone(replace(base, cf=cf))
     assert [cf_name(c) for c in (replace(base, cf=cf), mf, lightgcn)] == [
         "mf-blend",
@@ -309,5 +309,5 @@ def test_cf_models_alone_are_plain_and_chosen_on_valid(base):
         "lightgcn",
     ]
     assert mf.cf == replace(base.cf, blend=0, titles=0, beside=[])
-    assert lightgcn.cf.blend == lightgcn.cf.titles == 0
+    assert lightgcn.cf.blend == lightgcn.cf.titles == 0 and not lightgcn.cf.history
     assert (min(lightgcn.cf.dim), max(lightgcn.cf.dim)) == (8, 256)

@@ -8,12 +8,13 @@ that an item without train rows has a score too. A train row is scored as if it 
 model and a regression fitted without the row's fold; otherwise the language model after it would
 trust scores that know the answer. Rows of one pair of user and item tell of one another: they are
 left out together. Those scores of train pairs are kept: training sees what new rows will show.
+With ``cf.history`` a row's last liked items count as well (ckf.cf.history).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,7 +23,8 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ckf.baselines import pair_numbers, release_years
-from ckf.cf.effects import ItemSide, Observations, fit_effects
+from ckf.cf.effects import Effects, ItemSide, Observations, fit_effects
+from ckf.cf.history import HistoryTerm, Sides, fit_weights, points_of, scored
 
 if TYPE_CHECKING:
     from ckf.cf.vectors import CFVectors
@@ -32,6 +34,7 @@ _KNOWN_AXIS = 0.35  # length of the axes of year and popularity; a title's have 
 REGRESSION = 2  # the regression's version: scores of another are not these
 _STATES_AT_ONCE = 65_536
 _LEFT_OUT = 3  # a split that no model reads
+_HISTORY = "history."  # begins the names of its tensors in a file
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class Blend:
 
     tastes (U, k) and axes (I, k): their product is added too.
     pairs (L,): user * n_items + item of the train rows, ascending; pair_scores (L,): their scores
-    from without the pair. scalars (2,): weight and bias.
+    from without the pair, the first row's where a pair repeats. scalars (2,): weight and bias.
+    history: what a row's last liked items add, or None.
     """
 
     users: Tensor
@@ -50,6 +54,7 @@ class Blend:
     pairs: Tensor
     pair_scores: Tensor
     scalars: Tensor
+    history: HistoryTerm | None = None
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor], n_users: int, n_items: int) -> Blend | None:
@@ -59,25 +64,58 @@ class Blend:
         count = len(tensors.get("pairs", ()))
         if not {"tastes", "axes"} & tensors.keys():  # a file of before they were there
             tensors |= {"tastes": torch.zeros(n_users, 0), "axes": torch.zeros(n_items, 0)}
-        width = tensors["axes"].shape[1] if tensors.get("axes", torch.empty(0)).ndim == 2 else 0
+        width = _width(tensors, "axes")
         expected = {"users": (n_users,), "items": (n_items,), "scalars": (2,)}
         expected |= {"tastes": (n_users, width), "axes": (n_items, width)}
         expected |= {"pairs": (count,), "pair_scores": (count,)}
+        parts = [name for name in tensors if name.startswith(_HISTORY)]
+        if parts:
+            width = _width(tensors, f"{_HISTORY}items")
+            shapes = (n_items, width), (n_items, width), (2, width), (2, 2)
+            names = [_HISTORY + part.name for part in fields(HistoryTerm)]
+            expected |= dict(zip(names, shapes, strict=True))
         found = {name: tuple(value.shape) for name, value in tensors.items()}
         if found != expected or tensors["pairs"].dtype != torch.int64:
             raise ValueError(
                 f"a blend of shapes {found}, expected {expected}: fit the vectors anew"
             )
-        return cls(**tensors)
+        history = {name.removeprefix(_HISTORY): tensors.pop(name) for name in parts}
+        return cls(**tensors, history=HistoryTerm(**history) if parts else None)
 
-    def score(self, user_idx: Tensor, item_idx: Tensor, dots: Tensor) -> Tensor:
-        """Scores of pairs in the shape of both; dots: p . q of each, biases left out."""
+    def tensors(self) -> dict[str, Tensor]:
+        """What `of` reads."""
+        found = {name: value for name, value in vars(self).items() if name != "history"}
+        if self.history is not None:
+            found |= {_HISTORY + name: value for name, value in vars(self.history).items()}
+        return found
+
+    def score(
+        self,
+        user_idx: Tensor,
+        item_idx: Tensor,
+        dots: Tensor,
+        known: Tensor,
+        history: Tensor | None = None,
+    ) -> Tensor:
+        """Scores of pairs in the broadcast shape of both.
+
+        Args:
+            user_idx: -1 for a stranger.
+            dots: p . q of each, biases left out; zero where the user is not known.
+            known: whether the user has train rows, in the shape of user_idx.
+            history: user_idx.shape + (H,), padded with -1; needed where the blend has a term of it.
+        """
         weight, bias = self.scalars
-        scores = weight * dots + self.users[user_idx] + self.items[item_idx] + bias
-        scores = scores + (self.tastes[user_idx] * self.axes[item_idx]).sum(-1)
+        index = user_idx.clamp(min=0)
+        users = torch.where(known, self.users[index], 0.0)
+        tastes = torch.where(known.unsqueeze(-1), self.tastes[index], 0.0)
+        scores = weight * dots + users + self.items[item_idx] + bias
+        scores = scores + (tastes * self.axes[item_idx]).sum(-1)
+        if self.history is not None:
+            scores = self.history.added(scores, item_idx, known, history)
         if len(self.pairs) == 0:
             return scores
-        wanted = user_idx * len(self.items) + item_idx
+        wanted = user_idx * len(self.items) + item_idx  # below 0 for strangers: no pair
         place = torch.searchsorted(self.pairs, wanted.contiguous()).clamp(max=len(self.pairs) - 1)
         return torch.where(self.pairs[place] == wanted, self.pair_scores[place], scores)
 
@@ -89,15 +127,17 @@ def fit_blend(
     folds: int,
     seed: int,
     titles: Tensor | None = None,
+    history: bool = False,
 ) -> CFVectors:
     """The vectors with a blend.
 
     Args:
         refit: the same model, fitted on other data.
         titles: (I, c) principal components of the items' titles.
+        history: let the last liked items count; vectors, and what refit gives, have a fold-in.
 
     Raises:
-        ValueError: the train rows have not both labels.
+        ValueError: the train rows have not both labels; with history, not two users.
     """
     train = np.flatnonzero((data.split == 0) & (data.label >= 0))
     labels = data.label[train].astype(np.float64)
@@ -108,12 +148,12 @@ def fit_blend(
         )
     pair = pair_numbers(data, train)
     fold = np.random.default_rng([seed, 0xB1E2D]).permutation(pair.max() + 1)[pair] % folds
-    dots = np.zeros(len(train))
+    dots, points = np.zeros(len(train)), []
     for number in range(folds):
         rows = train[fold == number]
-        split = data.split.copy()
-        split[rows] = _LEFT_OUT
-        dots[fold == number] = _dots(refit(replace(data, split=split)), data, rows)
+        model = refit(_without(data, rows))
+        dots[fold == number] = _dots(model, data, rows)
+        points.append(points_of(model) if history else None)
     centre, scale = dots.mean(), float(spread(dots.std()))
     seen = Observations(
         users=torch.from_numpy(data.user[train].astype(np.int64)),
@@ -121,19 +161,15 @@ def fit_blend(
         dots=torch.from_numpy((dots - centre) / scale),
         labels=torch.from_numpy(labels),
     )
-    if titles is None:
-        titles = torch.zeros(data.n_items, 0)
-    titles = titles.double()
-    years = torch.from_numpy(release_years(data)).double()
-    pair_scores = torch.zeros(len(train), dtype=torch.float64)
-    for number in range(folds):
-        new = torch.from_numpy(fold == number)
-        others = _chosen(seen, ~new)
-        side = _item_side(others, years, titles)
-        found = fit_effects(others, side, data.n_users)
-        pair_scores[new] = found.logits(_chosen(seen, new), side)
-    side = _item_side(seen, years, titles)
-    found = fit_effects(seen, side, data.n_users)
+    rows = _TrainRows(data, train, seen, titles)
+    pair_scores, terms = rows.held_out(fold, points)
+    found, side = rows.fit(seen)
+    term = None
+    if history:
+        strangers = _as_strangers(rows, refit, folds, seed, -centre / scale)
+        weights = fit_weights(pair_scores, terms, seen.labels), fit_weights(*strangers, seen.labels)
+        term = Sides.of(points_of(vectors), side, seen, data.n_users).with_weights(*weights)
+        pair_scores = _cross_fitted(pair_scores, terms, seen.labels, fold)
     keys = seen.users * data.n_items + seen.items
     order = torch.argsort(keys, stable=True)
     weight, bias = found.scalars
@@ -145,8 +181,91 @@ def fit_blend(
         pairs=keys[order],
         pair_scores=pair_scores[order].float(),
         scalars=torch.stack([weight / scale, bias - weight * centre / scale]).float(),
+        history=term,
     )
     return replace(vectors, blend=blend)
+
+
+class _TrainRows:
+    """Rows (L,) of the train split, what is known of their items, and fits on some of them."""
+
+    def __init__(
+        self, data: PreparedData, train: np.ndarray, seen: Observations, titles: Tensor | None
+    ) -> None:
+        self.data, self.train, self.seen = data, train, seen
+        self.history = torch.from_numpy(data.history[train].astype(np.int64))
+        self.titles = (torch.zeros(data.n_items, 0) if titles is None else titles).double()
+        self.years = torch.from_numpy(release_years(data)).double()
+
+    def fit(self, rows: Observations) -> tuple[Effects, ItemSide]:
+        side = _item_side(rows, self.years, self.titles)
+        return fit_effects(rows, side, self.data.n_users), side
+
+    def held_out(
+        self, fold: np.ndarray, points: Sequence[tuple[Tensor, Tensor] | None], dot=None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scores (L,) and terms of the history (L, t) of all rows, fitted without their fold (L,).
+
+        points: of each fold, from a model without it; None leaves the terms out. dot: of every
+        row, in place of its own.
+        """
+        scores, terms = torch.zeros(len(self.train), dtype=torch.float64), None
+        for number, own in enumerate(points):
+            new = torch.from_numpy(fold == number)
+            others, rows = _chosen(self.seen, ~new), _chosen(self.seen, new)
+            if dot is not None:
+                rows = replace(rows, dots=torch.full_like(rows.dots, dot))
+            found, side = self.fit(others)
+            scores[new] = found.logits(rows, side)
+            if own is None:
+                continue
+            made = Sides.of(own, side, others, self.data.n_users)
+            made = made.terms(rows.items, self.history[new])
+            terms = made.new_zeros(len(scores), made.shape[1]) if terms is None else terms
+            terms[new] = made
+        return scores, terms
+
+
+def _as_strangers(
+    rows: _TrainRows, refit: Callable[[PreparedData], CFVectors], folds: int, seed: int, dot: float
+) -> tuple[Tensor, Tensor]:
+    """Scores (L,) and terms of the history (L, t) of the train rows, as if their users had none.
+
+    dot: of a user without a vector.
+    """
+    users, place = np.unique(rows.data.user[rows.train], return_inverse=True)
+    if len(users) < 2:
+        raise ValueError(
+            f"cf.history is true, but the train rows are of {len(users)} user, and its weights for "
+            "new users are fitted on users left out: set cf.history to false"
+        )
+    fold = np.random.default_rng([seed, 0x57A46E]).permutation(len(users))[place] % folds
+    points = [
+        points_of(refit(_without(rows.data, rows.train[fold == number])))
+        for number in range(min(folds, len(users)))
+    ]
+    return rows.held_out(fold, points, dot)
+
+
+def _cross_fitted(scores: Tensor, terms: Tensor, labels: Tensor, fold: np.ndarray) -> Tensor:
+    """Scores (L,) with the terms (L, t), by weights that do not know the row's fold either."""
+    found = torch.zeros_like(scores)
+    for number in np.unique(fold):
+        new = torch.from_numpy(fold == number)
+        weights = fit_weights(scores[~new], terms[~new], labels[~new])
+        found[new] = scored(scores[new], terms[new], weights)
+    return found
+
+
+def _without(data: PreparedData, rows: np.ndarray) -> PreparedData:
+    split = data.split.copy()
+    split[rows] = _LEFT_OUT
+    return replace(data, split=split)
+
+
+def _width(tensors: dict[str, Tensor], name: str) -> int:
+    table = tensors.get(name, torch.empty(0))
+    return table.shape[1] if table.ndim == 2 else 0
 
 
 def _item_side(rows: Observations, years: Tensor, titles: Tensor) -> ItemSide:

@@ -33,7 +33,8 @@ class CFConfig:
     LightGCN. users, items: files of vectors for kind "file". blend: folds, 2 or more, of the
     regression that joins the model's score with what else is known of user and item
     (ckf.cf.blend); 0 leaves the score alone. titles: principal components of the items' titles, as
-    the language model reads them, that the blend knows too; 0 for none. beside: models ("mf",
+    the language model reads them, that the blend knows too; 0 for none. history: let a row's last
+    liked items count in the blend (ckf.cf.history). beside: models ("mf",
     "lightgcn") that an experiment fits as rows of their own, without blend. weight_decay and
     batch_size None: what suits the kind, 0.03 and 1024 for "mf", 0.005 and 4096 for "lightgcn".
     """
@@ -51,6 +52,7 @@ class CFConfig:
     items: str | None = None
     blend: int = 0
     titles: int = 0
+    history: bool = False
     beside: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -81,6 +83,13 @@ class CFConfig:
             raise ValueError(
                 f"cf.titles is {self.titles}, which only a blend reads: set cf.blend, for example "
                 "to 5, or cf.titles to 0"
+            )
+        if not isinstance(self.history, bool):
+            raise ValueError(f"cf.history is {self.history!r}, expected true or false")
+        if self.history and not self.blend:
+            raise ValueError(
+                "cf.history is true, which only a blend reads: set cf.blend, for example to 5, or "
+                "cf.history to false"
             )
         _check("lr", self.lr, isinstance(self.lr, (int, float)), 1e-12)
         for name in ("dim", "weight_decay"):
@@ -216,22 +225,28 @@ def _fit(
         kind=kind,
         bias=problem.bias,
     )
+    vectors = _with_fold_in(vectors, data)
     if config.blend:
-        alone = replace(config, dim=chosen[0], weight_decay=chosen[1], blend=0, titles=0)
+        plain = {"blend": 0, "titles": 0, "history": False}
+        alone = replace(config, dim=chosen[0], weight_decay=chosen[1], **plain)
 
         def refit(part: PreparedData) -> CFVectors:
             return _fit(kind, alone, part, build, lambda line: None)
 
         components = principal_components(titles, config.titles) if config.titles else None
-        vectors = fit_blend(vectors, data, refit, config.blend, config.seed, components)
-        _log_blend(vectors, problem.valid, log)
-    return _with_fold_in(vectors, data)
+        vectors = fit_blend(
+            vectors, data, refit, config.blend, config.seed, components, config.history
+        )
+        _log_blend(vectors, data, log)
+    return vectors
 
 
-def _log_blend(vectors: CFVectors, valid: _Rows, log: Log) -> None:
-    if len(valid.users):
-        scores = vectors.score(valid.users, valid.items)
-        quality = metrics.auc(scores.numpy(), valid.targets.numpy())
+def _log_blend(vectors: CFVectors, data: PreparedData, log: Log) -> None:
+    valid = np.flatnonzero((data.split == 1) & (data.label >= 0))
+    if len(valid):
+        history = data.history[valid] if vectors.takes_history else None
+        scores = vectors.score(data.user[valid], data.item[valid], history)
+        quality = metrics.auc(scores.numpy(), data.label[valid])
         log(f"cf {vectors.kind} in the blend: valid AUC {quality:.4f}")
 
 

@@ -66,6 +66,13 @@ class CFVectors:
         """Width d of the vectors, biases included."""
         return self.users.shape[1]
 
+    @property
+    def takes_history(self) -> bool:
+        """Whether `score` takes a row's history."""
+        if self.blend is None:
+            return self.fold_in is not None
+        return self.blend.history is not None
+
     def score(
         self,
         user_idx: ArrayLike | Tensor,
@@ -77,25 +84,19 @@ class CFVectors:
         user_idx and item_idx: ints, arrays or tensors that broadcast, such as (P, 1) with (P, C).
         With ``history``, item indices padded with -1, of shape user_idx.shape + (H,), users without
         train rows are folded in. Trained on labels, the score is a logit; on ratings, a rating.
-        Raises ValueError for standardised vectors, whose products mean nothing, and for a history
-        beside a blend, which leaves such users at the items' part.
+        A blend leaves such users, and strangers (-1), at the items' part; with ``cf.history`` it
+        needs the history, for all users. Raises ValueError for standardised vectors, whose products
+        mean nothing, and for a blend with a history that it does not read or without one it does.
         """
         if self.score_form == "none":
             raise ValueError(
                 "these vectors are standardised and have no score: call score() on the vectors "
                 "before standardised()"
             )
-        if history is not None and self.blend is not None:
-            raise ValueError(
-                "these vectors have a blend, whose score folds nobody in: call score() without "
-                "history; users without train rows get the items' part"
-            )
         user_idx, item_idx = _index(user_idx), _index(item_idx)
-        users = self.users[user_idx]  # (..., d)
         if self.blend is not None:
-            user_idx, item_idx = torch.broadcast_tensors(user_idx, item_idx)
-            dots = (users[..., :-1] * self.items[item_idx][..., :-1]).sum(-1)
-            return self.blend.score(user_idx, item_idx, dots)
+            return self._blended(user_idx, item_idx, history)
+        users = self.users[user_idx]  # (..., d)
         if history is not None:
             unknown = ~self.user_known[user_idx]
             folded = fold_in_users(self, _index(history)[unknown])
@@ -105,6 +106,24 @@ class CFVectors:
             return (users * items).sum(-1)
         dot = (users[..., :-1] * items[..., :-1]).sum(-1)
         return dot + users[..., -1] + items[..., -1] + self.bias
+
+    def _blended(self, user_idx: Tensor, item_idx: Tensor, history) -> Tensor:
+        if history is None and self.takes_history:
+            raise ValueError(
+                "these vectors have a blend with cf.history, which scores no row without its "
+                "history: give score() the last liked items, padded with -1"
+            )
+        if history is not None and not self.takes_history:
+            raise ValueError(
+                "these vectors have a blend, whose score folds nobody in: call score() without "
+                "history; users without train rows get the items' part"
+            )
+        index = user_idx.clamp(min=0)
+        known = (user_idx >= 0) & self.user_known[index]
+        users = torch.where(known.unsqueeze(-1), self.users[index], 0.0)
+        dots = (users[..., :-1] * self.items[item_idx][..., :-1]).sum(-1)
+        past = None if history is None else _index(history)
+        return self.blend.score(user_idx, item_idx, dots, known, past)
 
     def standardised(self) -> CFVectors:
         """Zero mean and unit deviation per column over the known rows; unknown rows stay zero.
@@ -137,7 +156,7 @@ class CFVectors:
         if self.fold_in is not None:
             tensors |= {"fold_in": self.fold_in, "fold_in_offset": self.fold_in_offset}
         if self.blend is not None:
-            tensors |= {f"blend.{name}": value for name, value in vars(self.blend).items()}
+            tensors |= {f"blend.{name}": value for name, value in self.blend.tensors().items()}
         about = {
             "format": _FORMAT,
             "kind": self.kind,

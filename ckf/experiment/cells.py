@@ -100,7 +100,10 @@ def cf_alone(config: RunConfig) -> list[RunConfig]:
     """The config with each CF model of ``cf.beside`` in its place, without a blend."""
     change = {"mf": _mf, "lightgcn": _lightgcn}
     made = [change[name](config) for name in config.cf.beside]
-    return [replace(one, cf=replace(one.cf, blend=0, titles=0, beside=[])) for one in made]
+    return [
+        replace(one, cf=replace(one.cf, blend=0, titles=0, history=False, beside=[]))
+        for one in made
+    ]
 
 
 def cf_name(config: RunConfig) -> str:

@@ -99,8 +99,9 @@ def shared_vectors(config: RunConfig, out: Path, data: PreparedData, base: Base,
     own = asdict(config.cf) | {"beside": [], "seed": config.seed}  # other models change nothing
     if config.cf.blend:
         own["regression"] = REGRESSION
-    if not own["titles"]:
-        del own["titles"]
+    for later in ("titles", "history"):  # files from before these settings keep their names
+        if not own[later]:
+            del own[later]
     settings = json.dumps(own, sort_keys=True)
     settings += json.dumps(data.manifest["files"], sort_keys=True)
     if config.cf.titles:
