@@ -103,7 +103,7 @@ def make_tensors(case: Case, device: torch.device, seed: int = 0) -> Tensors:
 def run(case: Case, t: Tensors, launch) -> list[Tensor]:
     """The kernel of a case, as a training step calls it; what it wrote."""
     from ckf.kernels.triton_expand import expand
-    from ckf.kernels.triton_outer import outer
+    from ckf.kernels.triton_outer import Factors, outer, outer_pair
     from ckf.kernels.triton_shrink import shrink
 
     if case.kernel == "shrink":
@@ -124,6 +124,9 @@ def run(case: Case, t: Tensors, launch) -> list[Tensor]:
         expand(t.narrow, t.stacked, dx, accumulate=False, dropout=t.dropout, launch=launch)
         return [dx]
     ranks = [RANK] * (TASKS + 1)
+    if case.kernel == "outer pair":
+        of_b, of_a = (Factors(t.narrow, t.wide, ranks, torch.float32, b) for b in (True, False))
+        return [out.flatten() for out in outer_pair(of_b, of_a, launch)]
     transposed = case.kernel == "outer b"
     out = outer(t.narrow, t.wide, ranks, torch.float32, transposed, t.dropout, launch)
     return [out.flatten()]
@@ -153,9 +156,9 @@ def exact(case: Case, t: Tensors, dtype: torch.dtype) -> list[Tensor]:
             return [wide + update]
         return [update if keep is None else update * keep]
     gradient = narrow.t() @ (wide if keep is None else wide * keep)
-    if case.kernel == "outer a":
-        return [gradient.flatten()]
-    return [gradient.view(TASKS + 1, RANK, -1).transpose(1, 2).flatten()]
+    of_b = gradient.view(TASKS + 1, RANK, -1).transpose(1, 2).flatten()
+    kinds = {"outer a": [gradient.flatten()], "outer b": [of_b]}
+    return kinds.get(case.kernel, [of_b, gradient.flatten()])
 
 
 def rule(case: Case):
@@ -165,6 +168,8 @@ def rule(case: Case):
         return rules.shrink_launch(m, width, r, DTYPE, case.dropout)
     if case.kernel.startswith("expand"):
         return rules.expand_launch(m, width, r, DTYPE)
+    if case.kernel == "outer pair":  # of one x, read twice
+        return rules.outer_pair_launch(m, r, width, width, DTYPE)
     return rules.outer_launch(m, r, width, DTYPE, case.dropout)
 
 
@@ -213,7 +218,7 @@ def cases(quick: bool) -> list[Case]:
     kinds = (
         ("shrink", False), ("shrink", True), ("shrink back", False), ("expand", False),
         ("expand back", False), ("expand back", True), ("outer b", False), ("outer a", False),
-        ("outer a", True),
+        ("outer a", True), ("outer pair", False),
     )  # fmt: skip
     return [Case(kernel, *shape, dropout) for shape in shapes for kernel, dropout in kinds]
 
@@ -223,10 +228,12 @@ def floor_ms(case: Case, device_name: str) -> float | None:
     peaks = peaks_of(device_name)
     if peaks is None:
         return None
-    wide = case.m * case.width * SIZE * (2 if case.kernel == "expand" else 1)
-    narrow = case.m * case.rank * SIZE * (2 if case.kernel == "shrink back" else 1)
+    pair = case.kernel == "outer pair"
+    wide = case.m * case.width * SIZE * (2 if case.kernel == "expand" or pair else 1)
+    narrow = case.m * case.rank * SIZE * (2 if case.kernel == "shrink back" or pair else 1)
     stacked = case.rank * case.width * (4 if case.kernel.startswith("outer") else SIZE)
-    flops = 2 * case.m * case.rank * case.width
+    stacked *= 2 if pair else 1
+    flops = 2 * case.m * case.rank * case.width * (2 if pair else 1)
     return float(f"{1e3 * max((wide + narrow + stacked) / peaks[1], flops / peaks[0]):.4g}")
 
 

@@ -152,6 +152,16 @@ def outer_launch(m: int, r: int, c: int, dtype: torch.dtype, dropout: bool) -> O
     return OuterLaunch(block_m, block_r, block_c, chunk, num_warps=warps, num_stages=stages)
 
 
+@lru_cache(maxsize=CALLS)
+def outer_pair_launch(m: int, r: int, c: int, other_c: int, dtype: torch.dtype) -> OuterLaunch:
+    """As an outer of both widths side by side; r: the larger."""
+    narrow = min(c, other_c)
+    blocks = outer_launch(m, r, narrow if not _wide(narrow) else c + other_c, dtype, False)
+    tiles = ceil_div(r, blocks.block_r) * ceil_div(c + other_c, blocks.block_c)
+    programs = MULTIPROCESSORS if blocks.num_stages > 3 else PROGRAMS
+    return replace(blocks, chunk=_chunk(m, tiles, blocks.block_m, programs))
+
+
 def _chunk(m: int, blocks: int, block_m: int, programs: int = PROGRAMS) -> int:
     """Rows a program sums, where each chunk of them takes ``blocks`` programs: not past a wave."""
     chunks = max(1, min(programs // blocks, m // FEWEST_CHUNK_ROWS))

@@ -108,11 +108,11 @@ def backward_pass(
         kind = Gathered if gathers(shape, save_plain, slots) and not inside else Dense
         update = kind(shape, stacks, task_ids, seed, save_plain, slots, width)
         bases = weights if needs[0] and plan == "gemm" else ()  # dx may come with dS
-        db = update.rank_gradients(dys, saved, needed, dtypes, any(need_g), bases)
+        db = update.rank_gradients(dys, saved, needed, dtypes, any(need_g), bases, pair=any(need_a))
         if needs[0]:
             dx = update.input_gradient(dys, weights, plan).view(x.shape)
         if any(need_a):
-            da = update.a_gradient(rows, a[0].dtype)
+            da = update.a_gradient(rows, a[0].dtype, db)
         if any(need_g):
             dg = gate_gradients(shape, update.dh, saved, gates, task_ids)
         base = base_gradients(rows, dys, need_w, need_bias)

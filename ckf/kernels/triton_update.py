@@ -20,7 +20,7 @@ from ckf.kernels.triton_expand import expand
 from ckf.kernels.triton_gather import gather_expand, gather_shrink
 from ckf.kernels.triton_gather_outer import gather_outer
 from ckf.kernels.triton_groups import group_rows
-from ckf.kernels.triton_outer import outer
+from ckf.kernels.triton_outer import Factors, outer, outer_pair
 from ckf.kernels.triton_shrink import shrink
 
 
@@ -99,6 +99,7 @@ class Dense(_Update):
 
     _left: tuple[Tensor, Tensor] | None = None  # rows and saved of a shrink that is still to do
     _dx: Tensor | None = None  # as far as the products that made dS have made it
+    _last_b: tuple[int, Factors] | None = None  # a linear whose gradient of B is still to do
 
     def __init__(self, *arguments) -> None:
         super().__init__(*arguments)
@@ -191,9 +192,12 @@ class Dense(_Update):
         return products and products.gemm_dx(dy, weight, ds, a, self.dropout)
 
     def rank_gradients(
-        self, dys, saved: Tensor, needed: Sequence[bool], dtypes, keep_dh: bool, bases
+        self, dys, saved: Tensor, needed: Sequence[bool], dtypes, keep_dh: bool, bases, pair: bool
     ) -> list[Tensor | None]:
-        """dS of all linears (and dH if asked for), and the gradients of B right behind each."""
+        """dS of all linears (and dH if asked for), and the gradients of B right behind each.
+
+        pair: A's gradient is needed as well, and the last of B's is left to ``a_gradient``.
+        """
         self.ds = saved.new_empty(saved.shape[0], self.stacks.a.shape[0])
         self.dh = torch.empty_like(self.ds) if keep_dh else None
         h = torch.empty_like(self.ds) if self._packs or self.save_plain else None
@@ -206,8 +210,13 @@ class Dense(_Update):
                 self._shrink_back(linear, dy, saved, h)
             left = (saved if h is None else h)[:, at]
             gradients.append(None)
-            if need:
-                gradients[-1] = outer(left, dy, ranks, dtype, transposed=True)
+            if not need:
+                continue
+            own = Factors(left, dy, ranks, dtype, transposed=True)
+            if pair and self.dropout is None and not any(needed[linear + 1 :]):
+                self._last_b = linear, own
+            else:
+                gradients[-1] = outer(*own)
         return gradients
 
     def _shrink_back(self, linear: int, dy, saved: Tensor, h: Tensor | None) -> None:
@@ -254,9 +263,14 @@ class Dense(_Update):
                 self._dx.addmm_(dy, weight)
         return self._dx
 
-    def a_gradient(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        ranks = self.shape.expert_ranks
-        return outer(self.ds, rows, ranks, dtype, transposed=False, dropout=self.dropout)
+    def a_gradient(self, rows: Tensor, dtype: torch.dtype, db: list[Tensor | None]) -> Tensor:
+        """A's, and in db what ``rank_gradients`` left."""
+        own = Factors(self.ds, rows, self.shape.expert_ranks, dtype, transposed=False)
+        if self._last_b is None:
+            return outer(*own, dropout=self.dropout)
+        linear, of_b = self._last_b
+        db[linear], da = outer_pair(of_b, own)
+        return da
 
 
 def _products(x: Tensor, weight: Tensor, h: Tensor, b: Tensor, dx: bool = False):
@@ -306,7 +320,7 @@ class Gathered(_Update):
         )
 
     def rank_gradients(
-        self, dys, saved: Tensor, needed: Sequence[bool], dtypes, keep_dh: bool, bases
+        self, dys, saved: Tensor, needed: Sequence[bool], dtypes, keep_dh: bool, bases, pair: bool
     ) -> list[Tensor | None]:
         """dS of all linears, and the gradients of B right behind each."""
         assert not keep_dh, "gates that need a gradient are not hard"
@@ -321,7 +335,7 @@ class Gathered(_Update):
                 gradients[-1] = self._outer(saved, dy, ranks, dtype, True, at.start)
         return gradients
 
-    def a_gradient(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    def a_gradient(self, rows: Tensor, dtype: torch.dtype, db) -> Tensor:
         ranks = self.shape.expert_ranks
         return self._outer(self.ds, rows, ranks, dtype, False, 0, self.dropout)
 

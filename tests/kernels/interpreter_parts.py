@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckf.kernels import dropout_mask, group, launch, multi_lora_linear, tune
+from ckf.kernels import dropout_mask, group, launch, multi_lora_linear, triton_outer, tune
 from ckf.kernels.dropout import dropout_scale
 from ckf.kernels.group import GroupShape
 from ckf.kernels.launch import PLANS, dot_precision
@@ -20,7 +20,7 @@ from ckf.kernels.reference import multi_lora_reference
 from ckf.kernels.stacks import Stacks
 from ckf.kernels.triton_drop import drop
 from ckf.kernels.triton_gemm import why_not_gemm
-from ckf.kernels.triton_outer import outer
+from ckf.kernels.triton_outer import Factors, outer, outer_pair
 from ckf.kernels.triton_stack import stack
 from tests.kernels.cases import assert_as_good_as_reference, random_case, run_with_gradients
 from tests.kernels.interpreter_slots import slots_of, triton_with
@@ -204,6 +204,48 @@ def test_nothing_to_sum():
         assert not outer(torch.ones(m, r), torch.ones(m, c), [r], torch.float32, False).any()
 
 
+@settings(max_examples=20, deadline=None)
+@given(
+    m=st.integers(1, 700),
+    widths=st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    ranks=st.sampled_from([(4,), (16, 16, 16), (1, 1), (24,) * 3]),
+    more=st.integers(0, 200),
+    dtype=st.sampled_from([torch.float32, HALF]),
+    seed=st.integers(0, 99),
+)
+def test_both_gradients_of_a_linear_at_once(m, widths, ranks, more, dtype, seed):
+    """Of B of the last linear and of A of its group, which may have more columns: what two calls
+    give, up to the order of the sums."""
+    g = torch.Generator().manual_seed(seed)
+    r, (n, k) = sum(ranks), widths
+    h, dy = torch.randn(m, r + 8, generator=g)[:, :r], torch.randn(m, n, generator=g)
+    ds, x = torch.randn(m, r + more, generator=g), torch.randn(m, k, generator=g)
+    h, dy, ds, x = (t.to(dtype) for t in (h, dy, ds, x))
+    of_b = Factors(h, dy, ranks, torch.float32, True)
+    of_a = Factors(ds, x, [r + more], torch.float32, False)
+    with patch.object(triton_outer, "outer", side_effect=AssertionError("one after the other")):
+        db, da = outer_pair(of_b, of_a)
+    exact_a = ds.double().T @ x.double()
+    exact_b = [part.T.flatten() for part in (h.double().T @ dy.double()).split(ranks)]
+    for found, exact in ((da, exact_a), (db, torch.cat(exact_b))):
+        assert (found - exact).abs().max() <= 1e-6 * m**0.5 * 10
+    assert torch.equal(db, outer_pair(of_b, of_a)[0])
+
+
+def test_gradients_that_are_no_pair():
+    """Unlike ranks, nothing to sum, two dtypes: one after the other."""
+    ones = torch.ones
+    for ranks, m, n, dtype in (
+        ((2, 3), 4, 6, torch.float32), ((5,), 0, 6, torch.float32), ((), 4, 6, torch.float32),
+        ((5,), 4, 0, torch.float32), ((5,), 4, 6, HALF),
+    ):  # fmt: skip
+        of_b = Factors(ones(m, sum(ranks)), ones(m, n), ranks, torch.float32, True)
+        of_a = Factors(ones(m, 7, dtype=dtype), ones(m, 9, dtype=dtype), [7], torch.float32, False)
+        db, da = outer_pair(of_b, of_a)
+        assert torch.equal(db, torch.full((n * sum(ranks),), float(m)))
+        assert torch.equal(da, torch.full((7, 9), float(m)))
+
+
 def test_overlapping_rows_are_no_descriptor():
     x, w, h, b = (torch.zeros(s).half() for s in [(4, 16), (8, 16), (4, 8), (8, 8)])
     assert "must not overlap" in why_not_gemm(x[:1].expand(4, 16), w, h, b)
@@ -250,7 +292,7 @@ def test_tuning_measures_every_plan(tmp_path, monkeypatch):
         assert all(f"triton:{plan} " in line for plan in PLANS) and "no triton" not in line
 
 
-@pytest.mark.parametrize("index", range(9))
+@pytest.mark.parametrize("index", range(10))
 def test_what_the_benchmark_of_launches_holds_them_against(index, monkeypatch):
     """benchmarks/bench_kernels.py: its plain formulas, for the rule and for another launch."""
     from benchmarks import bench_kernels

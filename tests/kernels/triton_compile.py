@@ -37,6 +37,7 @@ from ckf.kernels.launch import (
     gather_shrink_launch,
     gemm_launch,
     outer_launch,
+    outer_pair_launch,
     shrink_launch,
 )
 from ckf.kernels.triton_backend import backward_pass, forward_pass
@@ -46,7 +47,7 @@ from ckf.kernels.triton_gather import gather_expand, gather_shrink
 from ckf.kernels.triton_gather_outer import gather_outer
 from ckf.kernels.triton_gemm import gemm, gemm_dx, why_not_gemm
 from ckf.kernels.triton_groups import group_rows
-from ckf.kernels.triton_outer import outer
+from ckf.kernels.triton_outer import Factors, outer, outer_pair
 from ckf.kernels.triton_shrink import shrink
 from ckf.kernels.triton_stack import stack
 
@@ -240,6 +241,11 @@ def calls(arch: int, dtype, m: int, k: int, r: int, dropout_p: float):
     for transposed in (False, True) if r == 128 and not dropout else (False,):
         given = partial(outer, h, x, [r], torch.float32, transposed, dropout, launch)
         yield ("outer", same_code, transposed, key), given
+    if dropout is None:
+        launch = outer_pair_launch(m, r, k, k, dtype)
+        same_code = (replace(launch, chunk=0), r > 2 * launch.block_r)
+        of_b, of_a = (Factors(h, x, [r], torch.float32, turned) for turned in (True, False))
+        yield ("outer pair", same_code, key), partial(outer_pair, of_b, of_a, launch)
     weight = meta(k, k, dtype=dtype)
     if dtype == torch.bfloat16 and arch >= 90 and why_not_gemm(x, weight, h, a) is None:
         launch = gemm_launch(m, k, r, dropout is not None)
