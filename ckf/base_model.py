@@ -72,6 +72,12 @@ class Base:
             self._loaded, self._config = load_base(config, self.device), config.model
         return self._loaded
 
+    def release(self) -> None:
+        """Give its memory back; the next call loads it again."""
+        self._config = self._loaded = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def fresh(self, config: RunConfig) -> Loaded:
         """A copy of the backbone, with nothing left in it, and its tokenizer."""
         backbone, tokenizer = self.loaded(config)

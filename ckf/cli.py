@@ -94,6 +94,7 @@ def _add_experiment(commands) -> None:
     parser.add_argument("--model", help="the language model, instead of model.name")
     parser.add_argument("--cells", default="main", help="main, full, or names with commas between")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each cell (default 3)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
     parser.add_argument("--reduced", action="store_true", help="cut to minutes on two CPU cores")
     parser.add_argument("--valid", action="store_true", help="evaluate on valid, not on test")
     parser.add_argument("--prepare-only", action="store_true", help="stop before the training")
@@ -220,7 +221,14 @@ def _experiment(options) -> None:
     out = Path(options.out) if options.out else Path("runs") / name
     split = "valid" if options.valid else "test"
     experiment = make_experiment(config, out, options.cells, options.seeds, split, options.reduced)
-    run_experiment(experiment, options.data, options.prepared, options.device, options.prepare_only)
+    run_experiment(
+        experiment,
+        options.data,
+        options.prepared,
+        options.device,
+        options.prepare_only,
+        jobs=options.jobs,
+    )
 
 
 def _export(options) -> None:

@@ -1,4 +1,4 @@
-"""Runs the cells of an experiment, one after the other, and goes on wherever it was stopped.
+"""Runs the cells of an experiment and goes on wherever it was stopped.
 
 <out>/data, cf, prompts              shared by all cells     <out>/experiment.json    every figure
 <out>/cells/<cell>/seed<k>/          an ordinary run's folder: ckf evaluate reads it
@@ -33,6 +33,7 @@ from ckf.experiment.cells import (
     reduced,
 )
 from ckf.experiment.checks import check_run
+from ckf.experiment.jobs import OUTPUT, Run, run_side_by_side
 from ckf.experiment.parts import (
     counted,
     limited,
@@ -113,31 +114,28 @@ def run_experiment(
     device: str | None = None,
     prepare_only: bool = False,
     log: Log = print,
+    jobs: int = 1,
 ) -> Path:
     """Run what is not done yet, then write the figures; the path of experiment.json.
 
     A run whose training fails is noted and the others go on. prepare_only: stop before the first
-    training, with data, CF vectors and prompts in ``out``.
+    training, with data, CF vectors and prompts in ``out``. jobs: runs at a time, each in a process.
 
     Raises:
         ValueError: settings or data that do not fit, ``out`` of another experiment, or runs failed.
     """
     from ckf.experiment.report import write_figures
 
-    out, chosen = experiment.out, pick_device(device)
-    locate_model(experiment.config.model.name)
-    out.mkdir(parents=True, exist_ok=True)
-    whole = shared_data(experiment.config, out, data_path, prepared, log)
-    data = limited(whole, experiment.config.tasks, experiment.config.seed)
-    check_rows(experiment.config, data)
-    experiment.config = counted(experiment.config, data)
-    runner = _Runner(experiment, whole, data, Base(chosen, log), log)
+    if jobs < 1:
+        raise ValueError(f"jobs is {jobs}; expected 1 or more runs at a time")
+    out = experiment.out
+    runner = _runner(experiment, data_path, prepared, device, log)
     if prepare_only:
         runner.prepare()
         log(f"prepared {out}; train with: ckf experiment CONFIG --prepared {out} --model PATH")
         return out
-    runner.run_all()
-    file = write_figures(experiment, data, runner.vector_files(), log)
+    runner.run_all(jobs)
+    file = write_figures(experiment, runner.data, runner.vector_files(), log)
     if experiment.failed:
         raise ValueError(
             f"{len(experiment.failed)} run(s) failed, see {file}: "
@@ -146,8 +144,42 @@ def run_experiment(
     return file
 
 
+def _runner(
+    experiment: Experiment,
+    data_path: str | None,
+    prepared: str | None,
+    device: str | None,
+    log: Log,
+) -> _Runner:
+    """With the data of the experiment's folder, put there where they are not yet."""
+    config, out, chosen = experiment.config, experiment.out, pick_device(device)
+    locate_model(config.model.name)
+    out.mkdir(parents=True, exist_ok=True)
+    whole = shared_data(config, out, data_path, prepared, log)
+    data = limited(whole, config.tasks, config.seed)
+    check_rows(config, data)
+    experiment.config = counted(config, data)
+    return _Runner(experiment, whole, data, Base(chosen, log), log)
+
+
+def work_of(
+    config: RunConfig,
+    cells: Sequence[str],
+    out: Path,
+    split: str,
+    cut: list[str],
+    device: str,
+    log: Log,
+) -> Callable[[tuple[str, int]], None]:
+    """For a process of its own: what runs one of these cells, by its name, with a seed."""
+    experiment = Experiment(config, chosen_cells(cells, config), 1, out, split, cut)
+    runner = _runner(experiment, None, None, device, log)
+    by_name = {cell.name: cell for cell in experiment.cells}
+    return lambda run: runner.run(by_name[run[0]], run[1])
+
+
 class _Runner:
-    """Runs cells one by one; keeps what they share."""
+    """Runs cells; keeps what they share."""
 
     def __init__(
         self, experiment: Experiment, whole: PreparedData, data: PreparedData, base: Base, log: Log
@@ -190,7 +222,7 @@ class _Runner:
         for cell in self.experiment.cells:
             self._assemble(cell_config(self.experiment.config, cell, 0))
 
-    def run_all(self) -> None:
+    def run_all(self, jobs: int = 1) -> None:
         """Every run that has no result yet."""
         runs = self.experiment.runs()
         for cell, seed in runs:  # before hours of training: is it this experiment's folder?
@@ -198,6 +230,12 @@ class _Runner:
             start_run(config, self.experiment.folder(cell, seed))
         todo = [(c, s) for c, s in runs if self.experiment.result(c, s) is None]
         self.log(f"{len(runs)} runs, {len(runs) - len(todo)} of them done")
+        if jobs > 1 and len(todo) > 1:
+            self._run_side_by_side(todo, jobs)
+        else:
+            self._run_in_turn(todo)
+
+    def _run_in_turn(self, todo: list[tuple[Cell, int]]) -> None:
         for number, (cell, seed) in enumerate(todo, 1):
             left = len(todo) - number + 1
             each = sum(self.seconds) / len(self.seconds) if self.seconds else None
@@ -205,13 +243,34 @@ class _Runner:
             self.log(f"[{number}/{len(todo)}] {cell.name} seed {seed}: {cell.title}{about}")
             start = time.perf_counter()
             try:
-                self._run(cell, seed)
+                self.run(cell, seed)
             except (ValueError, ImportError, torch.OutOfMemoryError) as error:
                 self.experiment.failed[f"{cell.name} seed {seed}"] = str(error)
                 self.log(f"failed: {error}")
             self.seconds.append(time.perf_counter() - start)
 
-    def _run(self, cell: Cell, seed: int) -> None:
+    def _run_side_by_side(self, todo: list[tuple[Cell, int]], jobs: int) -> None:
+        experiment = self.experiment
+        self.vector_files()
+        for cell in {cell.name: cell for cell, _ in todo}.values():  # once, not once a process
+            try:
+                self._assemble(cell_config(experiment.config, cell, 0))
+            except (ValueError, ImportError):
+                self.log(f"{cell.name} cannot be prepared; its runs will say why")
+        self.base.release()
+        runs = []
+        for cell, seed in todo:
+            steps = cell_config(experiment.config, cell, seed).train.steps
+            folder = experiment.folder(cell, seed)
+            runs.append(Run((cell.name, seed), f"{cell.name} seed {seed}", folder, steps))
+        self.log(f"{min(jobs, len(runs))} runs at a time; their own words are in {OUTPUT} of each")
+        names = [cell.name for cell in experiment.cells]
+        arguments = (experiment.config, names, experiment.out, experiment.split, experiment.cut)
+        arguments += (str(self.base.device),)
+        experiment.failed |= run_side_by_side(runs, jobs, work_of, arguments, self.log)
+
+    def run(self, cell: Cell, seed: int) -> None:
+        """One run, from its training to its result."""
         config = cell_config(self.experiment.config, cell, seed)
         folder = self.experiment.folder(cell, seed)
         out, split = self.experiment.out, self.experiment.split
