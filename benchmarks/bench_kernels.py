@@ -169,7 +169,7 @@ def rule(case: Case):
     if case.kernel.startswith("expand"):
         return rules.expand_launch(m, width, r, DTYPE)
     if case.kernel == "outer pair":  # of one x, read twice
-        return rules.outer_pair_launch(m, r, width, width, DTYPE)
+        return rules.outer_pair_launch(m, r, width, r, width, DTYPE)
     return rules.outer_launch(m, r, width, DTYPE, case.dropout)
 
 

@@ -27,7 +27,7 @@ constexpr int kCluster = 8;              // blocks, each with a part of k: the o
 constexpr int kTile = 8;                 // columns of n, or of A
 constexpr int kTiles = 4;                // of a warp in a span
 constexpr int kChunk = 32;               // of k: 16 bytes for each of four lanes
-constexpr int kAhead = 8;                // chunks of every row of W that are asked for at once
+constexpr int kAhead = 4;                // lines of every row of W that are asked for at once
 constexpr uint32_t kDead = 0x80000000u;  // -0 in h: the gate is zero; a live h is never -0
 constexpr int kInvalid = -2;             // the task of a row that becomes NaN; -1: base only
 
@@ -167,15 +167,18 @@ __device__ __forceinline__ void multiply(const Chunk<P>& chunk, int count,
     }
 }
 
-// The first bytes of W that this block will read, on their way to L2 while A is multiplied.
+// The first lines of W that this block will read, on their way to L2 while A is multiplied.
 template <typename P, typename T>
 __device__ __forceinline__ void prefetch_w(const Args<T>& p, const Block<T>& block) {
-    const int ahead = min(min(block.chunks, kAhead) * kChunk, p.k - block.first_k);
-    const int end = min(block.first_n + P::kSpan, block.linear.n);
-    if (ahead <= 0) return;
-    for (int row = block.first_n + static_cast<int>(threadIdx.x); row < end; row += P::kThreads)
-        prefetch_bytes(block.linear.w + row * block.linear.w_stride + block.first_k,
-                       ahead * static_cast<int>(sizeof(T)));
+    static_assert(P::kSpan == P::kThreads, "a row a thread");
+    constexpr int kLine = 128 / sizeof(T);
+    const int row = block.first_n + static_cast<int>(threadIdx.x);
+    if (row >= block.linear.n) return;
+    const T* w = block.linear.w + row * block.linear.w_stride + block.first_k;
+    const int end = min(block.chunks * kChunk, p.k - block.first_k);
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i)
+        if (i * kLine < end) prefetch(w + i * kLine);
 }
 
 // This block's columns of b for a span, on their way to shared memory; wait_for_copies() ends it.
@@ -233,13 +236,13 @@ __device__ __forceinline__ void share_h(const Args<T>& p, const Block<T>& block,
 #pragma unroll
     for (int i = 0; i < P::kShareOfThread; ++i) {
         const Place place = find_place<P>(block, i);
-        if (place.row >= p.m || place.column >= block.linear.rank) continue;
+        if (place.row >= p.m || place.column >= block.groups * kTile) continue;
         float s = 0.0f;
 #pragma unroll
         for (int from = 0; from < kCluster; ++from)
             s += shared.s_part[from][place.row][place.local];
         const float gate = shared.gate[i][threadIdx.x];
-        const float h = gate != 0.0f ? gate * s + 0.0f : float_of(kDead);
+        const float h = gate != 0.0f ? without_sign_of_zero(gate * s) : float_of(kDead);
 #pragma unroll
         for (int to = 0; to < kCluster; ++to)
             write_block<kCluster>(&shared.h[place.column][place.row], h, to);
@@ -269,7 +272,7 @@ __device__ __forceinline__ void send_sums(const Args<T>& p, const Block<T>& bloc
             const int row = i * 8 + lane / 4;
             const float* pair = &sums[j][i / 2][i % 2 * 2];
             if (row < p.m)
-                write_block_pair<kCluster>(part + row * pitch + column, pair[0], pair[1], owner);
+                write_block_pair(part + row * pitch + column, pair[0], pair[1], owner);
         }
     }
 }
@@ -298,13 +301,20 @@ __device__ __forceinline__ void write_y(const Args<T>& p, const Block<T>& block,
 #pragma unroll
             for (int r = 0; r < 4; ++r) sum[r] += bias;
         }
-#pragma unroll 8
-        for (int c = 0; c < linear.rank; ++c) {
-            const float b = to_float(shared.b[c][column]);
-            const Quad h = *reinterpret_cast<const Quad*>(&shared.h[c][row]);
+#pragma unroll 1
+        for (int c = 0; c < block.groups * kTile; c += kTile) {  // past the rank h is dead
+            float b[kTile];
+            Quad h[kTile];
 #pragma unroll
-            for (int r = 0; r < 4; ++r)
-                sum[r] = bits_of(h.v[r]) != kDead ? fmaf(h.v[r], b, sum[r]) : sum[r];
+            for (int j = 0; j < kTile; ++j) {
+                b[j] = to_float(shared.b[c + j][column]);
+                h[j] = *reinterpret_cast<const Quad*>(&shared.h[c + j][row]);
+            }
+#pragma unroll
+            for (int i = 0; i < kTile * 4; ++i) {
+                const float live = h[i / 4].v[i % 4];
+                sum[i % 4] = bits_of(live) != kDead ? fmaf(live, b[i / 4], sum[i % 4]) : sum[i % 4];
+            }
         }
         T* y = linear.y + row * linear.y_stride + first + column;
 #pragma unroll
@@ -342,7 +352,7 @@ __global__ void __launch_bounds__(P::kThreads, 2)
 #ifdef CKF_HAS_CLUSTERS
     using Memory = Shared<T, P>;
     CKF_LARGE_SHARED(Memory, shared);
-    cluster_begin<kCluster>();  // a block that has begun may be sent to
+    cluster_begin();  // a block that has begun may be sent to
     const Block<T> block = find_block<P>(p);
     const Rows<T> x{p.x + block.lane / 4 * p.x_stride + block.first_k + block.lane % 4 * 8,
                     8 * p.x_stride, p.m - block.lane / 4};
@@ -351,8 +361,6 @@ __global__ void __launch_bounds__(P::kThreads, 2)
     Chunk<P> ring[P::kDepth];
 #pragma unroll
     for (int d = 0; d < P::kDepth; ++d) load_chunk<P>(p, block, x, tiles, d, ring[d]);
-    prefetch_w<P>(p, block);
-    copy_b<P>(block, 0, shared);
     if (threadIdx.x < P::kRows) {
         const int64_t id =
             static_cast<int>(threadIdx.x) < p.m ? p.task_ids[threadIdx.x] : int64_t{-1};
@@ -361,10 +369,8 @@ __global__ void __launch_bounds__(P::kThreads, 2)
     }
     __syncthreads();
     copy_gates<P>(p, block, shared);
-    if (phase == 1) {  // there is no S
-        cluster_wait<kCluster>();
-        cluster_arrive<kCluster>();
-    }
+    copy_b<P>(block, 0, shared);
+    prefetch_w<P>(p, block);
 
     const int steps = (block.chunks + P::kDepth - 1) / P::kDepth * P::kDepth;
 #pragma unroll 1

@@ -90,6 +90,10 @@ __device__ __forceinline__ void sum_over_warp(float (&v)[kSize], int lane) {
     }
 }
 
+// +0 for -0, which a product may be that underflows. (v + 0 would do, were it not made part of a
+// fused product and so rounded once.)
+__device__ __forceinline__ float without_sign_of_zero(float v) { return v == 0.0f ? 0.0f : v; }
+
 #ifndef CKF_HOST_SHIM
 
 #define CKF_SHARED(Type, name) __shared__ Type name
@@ -111,14 +115,6 @@ __device__ __forceinline__ int unknown(int value) {
 // A hint: the bytes at p will be read soon. Safe for any mapped address at any time.
 __device__ __forceinline__ void prefetch(const void* p) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-}
-
-// The same for `bytes` of them; p and bytes are multiples of 16.
-__device__ __forceinline__ void prefetch_bytes([[maybe_unused]] const void* p,
-                                               [[maybe_unused]] int bytes) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
-#endif
 }
 
 // kBytes to shared memory, there after wait_for_copies() of the same thread; both aligned to them.
@@ -153,8 +149,7 @@ __device__ __forceinline__ void cluster_arrive() {
     }
 }
 
-// An arrival that makes no writes seen.
-template <int kCluster>
+// An arrival that makes no writes seen, in a cluster of several blocks.
 __device__ __forceinline__ void cluster_begin() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
@@ -205,8 +200,7 @@ __device__ __forceinline__ void write_block(float* p, float value,
     }
 }
 
-// The same for two values at p and p + 1, which is aligned to both.
-template <int kCluster>
+// The same for two values at p and p + 1, which is aligned to both, in a cluster of several blocks.
 __device__ __forceinline__ void write_block_pair(float* p, float first, float second,
                                                  [[maybe_unused]] unsigned rank) {
 #if __CUDA_ARCH__ >= 900
@@ -297,7 +291,8 @@ bool has_registers(int device, int least) {
 }
 
 // How many clusters of this size a device runs at once: none on a part of a GPU (MIG) that is too
-// small, or where the code was compiled for an older one.
+// small, where a multiprocessor has not the shared memory, or where the code was compiled for an
+// older one.
 template <auto kKernel>
 int most_clusters(int device, int threads, int cluster, size_t dynamic_shared = 0) {
     const auto ask = [=] {
@@ -307,6 +302,11 @@ int most_clusters(int device, int threads, int cluster, size_t dynamic_shared = 
         cudaFuncAttributes attributes;
         if (cudaFuncGetAttributes(&attributes, kKernel) != cudaSuccess) return -1;
         if (able == 0 || attributes.ptxVersion < 90) return 0;
+        int most_shared = 0;
+        if (cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
+            cudaSuccess)
+            return -1;
+        if (dynamic_shared > static_cast<size_t>(most_shared)) return 0;
         if (dynamic_shared > 0 &&
             cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(dynamic_shared)) != cudaSuccess)

@@ -1,11 +1,12 @@
 // Enough of CUDA C++ to run a kernel of this folder on the host, for tests without a GPU.
 //
 // Every CUDA thread of a cluster is a fiber; the blocks of a cluster run in lock step, clusters one
-// after the other, or all together where blocks wait for others' results. A fiber runs until it meets a barrier or a warp vote, so a missing barrier shows
-// as a result that changes with the order in which fibers are run (ckf_host_set_order), and a
-// barrier that not everybody reaches is reported as a failed launch instead of a hang. Shared
-// memory starts as NaN. Strict on purpose: warp functions take the full mask only, no thread may
-// leave before a barrier, and no block may leave while another reads its shared memory.
+// after the other, or all together where blocks wait for others' results. A fiber runs until it
+// meets a barrier or a warp vote, so a missing barrier shows as a result that changes with the order
+// in which fibers are run (ckf_host_set_order), and a barrier that not everybody reaches is reported
+// as a failed launch instead of a hang. Shared memory starts as NaN. Strict on purpose: warp
+// functions take the full mask only, no thread may leave before a barrier, and no block may leave
+// while another reads its shared memory.
 #pragma once
 
 #include <setjmp.h>
@@ -298,10 +299,6 @@ namespace ckf {
 
 inline int unknown(int value) { return value; }
 inline void prefetch(const void*) {}
-inline void prefetch_bytes(const void* p, int bytes) {
-    if (reinterpret_cast<uintptr_t>(p) % 16 != 0 || bytes % 16 != 0)
-        ckf_host::last_error = cudaErrorLaunchFailure;
-}
 // Lands as late as it may; until then what was there is NaN.
 template <int kBytes>
 void copy_async(void* to, const void* from) {
@@ -330,10 +327,7 @@ void cluster_arrive() {
     }
 }
 
-template <int kCluster>
-void cluster_begin() {
-    cluster_arrive<kCluster>();
-}
+inline void cluster_begin() { cluster_arrive<8>(); }
 
 template <int kCluster>
 void cluster_wait() {
@@ -358,11 +352,10 @@ void write_block(float* p, float value, unsigned rank) {
     *reinterpret_cast<float*>(there.shared + offset) = value;
 }
 
-template <int kCluster>
-void write_block_pair(float* p, float first, float second, unsigned rank) {
+inline void write_block_pair(float* p, float first, float second, unsigned rank) {
     if (reinterpret_cast<uintptr_t>(p) % 8 != 0) ckf_host::last_error = cudaErrorLaunchFailure;
-    write_block<kCluster>(p, first, rank);
-    write_block<kCluster>(p + 1, second, rank);
+    write_block<8>(p, first, rank);
+    write_block<8>(p + 1, second, rank);
 }
 
 struct LaunchAttributes {};

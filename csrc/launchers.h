@@ -25,12 +25,13 @@ struct CkfFrozenLinear {
     int64_t y_stride, w_stride, n, rank;
 };
 
-// H (m, columns) for a product, made by the same launch: gates[task_ids[i], c] * dot(x[i, :], a[c, :])
-// or 0 where the gate is; ids as in ckf_multi_lora_decode. Forward, its columns with slots[t, c] >= 0 are
-// also written to compact (m, width) at that slot; for dx, `restored` (m, columns) is read back from
-// there. Expert by expert, eight columns at a time have one gate and slots in a row: ranks are multiples
-// of eight. columns: at most 256, a multiple of eight; up to 128 cost half. Pointers 16-byte aligned, strides (in elements)
-// of gated, compact and restored multiples of eight.
+// H (m, columns) for a product, made by the same launch: gates[task_ids[i], c] * dot(x[i, :],
+// a[c, :]) or 0 where the gate is; ids as in ckf_multi_lora_decode. Forward, its columns with
+// slots[t, c] >= 0 are also written to compact (m, width) at that slot; for dx, `restored`
+// (m, columns) is read back from there. Expert by expert, eight columns at a time have one gate and
+// slots in a row: ranks are multiples of eight. columns: at most 256, a multiple of eight; up to 128
+// cost half. Pointers 16-byte aligned, strides (in elements) of gated, compact and restored
+// multiples of eight.
 struct CkfShrink {
     const void* a;  // (columns, k)
     void *gated, *compact, *restored;  // compact may be null; restored: for dx, or null
@@ -43,7 +44,8 @@ struct CkfShrink {
 };
 
 // A product with the update inside; strides in elements from row to row. Forward y (m, n) =
-// x (m, k) W^T (n, k) + bias (n,) + h (m, r) b (r, n); dx: y (m, n) = mask (h b) + x (m, k) W (k, n).
+// x (m, k) W^T (n, k) + bias (n,) + h (m, r) b (r, n); dx: y (m, n) = mask (h b) + x (m, k) W
+// (k, n).
 // Every pointer 16-byte aligned (bias 4), every stride and n a multiple of eight, no size zero.
 struct CkfGemm {
     const void *x, *w, *h, *b, *bias;  // bias may be null
@@ -76,12 +78,12 @@ int ckf_multi_lora_decode(const CkfLinear* linears, int count, const void* x, co
                           int64_t tasks, int64_t x_stride, int dtype, int device, int overlap,
                           void* stream);
 
-// For each linear l of a group that shares x, in one launch: y_l[i, :] = x[i, :] w_l^T + bias_l + what
-// ckf_multi_lora_decode adds to it; arguments and ids as there. For up to 64 rows of float16 or bfloat16
-// on a device with clusters of eight blocks, ranks of at most 256 (128 from 17 rows on), k a multiple of
-// eight; x, a and w 16-byte aligned, x_stride and w_stride multiples of eight.
-// Returns cudaErrorNotSupported (801), having done nothing, where the arguments or the device are not
-// such; otherwise as above.
+// For each linear l of a group that shares x, in one launch: y_l[i, :] = x[i, :] w_l^T + bias_l +
+// what ckf_multi_lora_decode adds to it; arguments and ids as there. For up to 64 rows of float16 or
+// bfloat16 on a device with clusters of eight blocks, ranks of at most 256 (128 from 17 rows on), k
+// a multiple of eight; x, a and w 16-byte aligned, x_stride and w_stride multiples of eight.
+// Returns cudaErrorNotSupported (801), having done nothing, where the arguments or the device are
+// not such; otherwise as above.
 int ckf_decode_linear(const CkfFrozenLinear* linears, int count, const void* x, const void* a,
                       const float* gates, const int64_t* task_ids, int64_t m, int64_t k,
                       int64_t tasks, int64_t x_stride, int dtype, int device, void* stream);

@@ -246,7 +246,7 @@ __device__ __forceinline__ void write_h(const Share& share, const float (&gate)[
 #pragma unroll
         for (int from = 0; from < kCluster; ++from)
             s += read_block<kCluster>(&shared.block_sum[row][column], from);
-        const float h = gate[i] != 0.0f ? gate[i] * s + 0.0f : float_of(kDead);
+        const float h = gate[i] != 0.0f ? without_sign_of_zero(gate[i] * s) : float_of(kDead);
         if (share.for_all) {
 #pragma unroll
             for (int to = 0; to < kCluster; ++to)

@@ -21,7 +21,8 @@ class Ours(Provider):
     @classmethod
     def refusal(cls, case: Case, device: torch.device) -> str | None:
         rank = case.total_rank * max(len(widths) for _, widths in case.groups)
-        call = Call(case.m, 16, 16, rank, case.step == "train", case.dropout > 0)
+        train, dropout = case.step == "train", case.dropout > 0
+        call = Call(case.m, 16, 16, rank, train, dropout, case.total_rank)
         x = torch.empty(1, 16, dtype=getattr(torch, case.dtype), device=device)
         try:
             config.choose_backend(cls.backend, x, call)

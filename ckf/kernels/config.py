@@ -65,7 +65,7 @@ def choose_backend(backend: str, x: torch.Tensor, call: Call) -> Choice:
     name, plan = _split(backend)
     if name == "auto":
         return _automatic(x, call)
-    refusal = _refusal(name, x, call)
+    refusal = _refusal(name, plan, x, call)
     if refusal is not None:
         raise ValueError(f"backend={backend!r} cannot compute this call: {refusal}")
     return Choice(name, "asked for", plan or _PLANS.get(name, PLANS)[0])
@@ -83,12 +83,16 @@ def _automatic(x: torch.Tensor, call: Call) -> Choice:
         return _ON_A_CPU
     if torch.compiler.is_compiling():
         call = _bucketed(call)
-    return Choice(*_measured(x.device.index, x.dtype in _FLOATS, *call))
+    floats = 0 if x.dtype not in _FLOATS else 2 if x.dtype.itemsize == 2 else 1
+    return Choice(*_measured(x.device.index, floats, *call))
 
 
 @torch.compiler.assume_constant_result  # neither device names nor tables can be traced
-def _measured(index: int, floats: bool, *call) -> tuple[str, str, str]:
-    """The fields of the choice for a call on a GPU."""
+def _measured(index: int, floats: int, *call) -> tuple[str, str, str]:
+    """The fields of the choice for a call on a GPU.
+
+    floats: 0 for a dtype without kernels, 2 for those of 16 bits.
+    """
     return _measured_once(index, floats, Call(*call))
 
 
@@ -97,12 +101,14 @@ def _device_name(index: int | None) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _measured_once(index: int, floats: bool, call: Call) -> tuple[str, str, str]:
+def _measured_once(index: int, floats: int, call: Call) -> tuple[str, str, str]:
     usable = ["torch"]
     if floats and _triton_usable()[0]:
         usable.append("triton")
     if floats and _outside_cuda(call) is None and _cuda_usable()[0]:
         usable.append("cuda")
+        if floats > 1 and _outside_linear(call) is None:
+            usable.append("cuda:linear")
     return tuple(measured_choice(_device_name(index), call, tuple(usable)))
 
 
@@ -119,10 +125,17 @@ def _bucketed(call: Call) -> Call:
     return Call(bucket, *call[1:])
 
 
-def _refusal(backend: str, x: torch.Tensor, call: Call) -> str | None:
+def _refusal(backend: str, plan: str, x: torch.Tensor, call: Call) -> str | None:
     if backend == "triton":
         return _why_not_triton(x)
-    return _why_not_cuda(x, call) if backend == "cuda" else None
+    if backend != "cuda":
+        return None
+    why = _why_not_cuda(x, call)
+    if why is None and plan == "linear":
+        if x.dtype.itemsize != 2:
+            return f"dtype {x.dtype}; this plan takes float16 and bfloat16"
+        return _outside_linear(call)
+    return why
 
 
 def _interpreting() -> bool:
@@ -167,6 +180,16 @@ def _why_not_cuda(x: torch.Tensor, call: Call) -> str | None:
         return f"dtype {x.dtype}; the CUDA kernel takes float32, float16 and bfloat16"
     usable, why = _cuda_usable()
     return None if usable else why
+
+
+def _outside_linear(call: Call) -> str | None:
+    """Why csrc's kernel that owns the base is not for a call of these sizes."""
+    most = cuda.most_linear_rank(call.m)
+    if most == 0:
+        return f"{call.m} rows; this plan is for {cuda.MAX_LINEAR_ROWS} or fewer"
+    if call.linear_rank > most:
+        return f"{call.linear_rank} rank columns of a linear; this plan takes {most}"
+    return f"k is {call.k}; this plan takes multiples of 8" if call.k % 8 else None
 
 
 def _outside_cuda(call: Call) -> str | None:

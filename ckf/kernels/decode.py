@@ -5,7 +5,9 @@ and updates, where its kernel is for the call; elsewhere as "update". Stacking t
 more launches than the update itself, so a caller that decodes keeps a ``DecodeCache``.
 """
 
+import warnings
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -45,11 +47,11 @@ def forward_pass(
 
 
 def _group_pass(group: DecodeGroup, x, rows, weights, biases, ids, plan: str) -> list[Tensor]:
-    found = None
     if plan == "linear" and not any(weight is None for weight in weights):
         found = group.linears(rows, weights, biases, ids)
-    if found is not None:
-        return [y.view(*x.shape[:-1], y.shape[1]) for y in found]
+        if found is not None:
+            return [y.view(*x.shape[:-1], y.shape[1]) for y in found]
+        _say_once(str(x.device))
     outputs = []
     for weight, bias, n in zip(weights, biases, group.widths, strict=True):
         empty = weight is None
@@ -57,6 +59,16 @@ def _group_pass(group: DecodeGroup, x, rows, weights, biases, ids, plan: str) ->
         outputs.append(y)
     group([y.view(-1, y.shape[-1]) for y in outputs], rows, ids)
     return outputs
+
+
+@lru_cache
+def _say_once(device: str) -> None:
+    warnings.warn(
+        "csrc's kernel that computes base and update in one launch cannot read these weights (not "
+        f"plain tensors of x's dtype with rows at 16 bytes) or cannot run on {device}; cuBLAS "
+        "computes the bases",
+        stacklevel=2,
+    )
 
 
 def _prepare(shape: GroupShape, gates, a, b, dtype: torch.dtype) -> list[DecodeGroup]:

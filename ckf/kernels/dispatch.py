@@ -41,7 +41,10 @@ class Choice(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What a choice depends on: sizes (n summed over a group, R likewise) and the pass."""
+    """What a choice depends on: sizes (n summed over a group, R likewise) and the pass.
+
+    linear_rank: rank columns of the linear that has most.
+    """
 
     m: int
     k: int
@@ -49,6 +52,7 @@ class Call(NamedTuple):
     rank: int
     train: bool
     dropout: bool
+    linear_rank: int = 0
 
 
 def device_slug(name: str) -> str:
@@ -100,7 +104,7 @@ def read_table(file: Path) -> dict | None:
 
 def _check_row(row: dict) -> None:
     """ValueError, KeyError or TypeError for a row that no choice can be made by."""
-    times = [row[name] for name in ("torch", "triton", "cuda")]
+    times = [row[name] for name in ("torch", "triton", "cuda")] + [row.get("cuda:linear")]
     numbers = [row[name] for name in _SIZES] + [t for t in times if t is not None]
     for number in numbers:
         if type(number) not in (int, float) or not 0 <= number < math.inf:
@@ -109,33 +113,36 @@ def _check_row(row: dict) -> None:
         raise ValueError(f"pass {row['pass']!r} and dropout {row['dropout']!r} in a row")
     if row["triton"] is not None and row["triton_plan"] not in PLANS:
         raise ValueError(f"no plan is named {row['triton_plan']!r}")
-    if row.get("cuda_plan", CUDA_PLANS[0]) not in CUDA_PLANS:
-        raise ValueError(f"no plan of cuda is named {row['cuda_plan']!r}")
 
 
 def table_row(key: dict, times: dict[str, float]) -> dict | None:
-    """A row of a table, with the best plans of Triton and CUDA; None where torch has no time.
+    """A row of a table, with the best of Triton's plans; None where torch has no time.
 
     Args:
         key: what ROW_KEY names.
-        times: milliseconds of "torch", "triton:PLAN" and "cuda:PLAN", where they were measured;
-            "cuda" alone is its first plan.
+        times: milliseconds of "torch", "triton:PLAN", "cuda" and "cuda:linear", where they were
+            measured; "cuda" is its first plan.
     """
     if "torch" not in times:
         return None
-    row = {name: key[name] for name in ROW_KEY} | {"torch": times["torch"]}
-    for backend, no_plan in (("triton", ""), ("cuda", CUDA_PLANS[0])):
-        plans = {name: t for name, t in times.items() if name.partition(":")[0] == backend}
-        best = min(plans, key=plans.__getitem__, default="")
-        row[backend] = plans.get(best)
-        row[f"{backend}_plan"] = best.partition(":")[2] or no_plan
-    return row
+    plans = {name: t for name, t in times.items() if name.startswith("triton:")}
+    best = min(plans, key=plans.__getitem__, default=None)
+    return {name: key[name] for name in ROW_KEY} | {
+        "torch": times["torch"],
+        "triton": None if best is None else plans[best],
+        "triton_plan": best.partition(":")[2] if best else "",
+        "cuda": times.get("cuda"),
+        "cuda:linear": times.get("cuda:linear"),
+    }
 
 
 def measured_choice(
     device: str, call: Call, usable: tuple[str, ...], folder: Path | None = None
 ) -> Choice:
-    """The fastest of the ``usable`` backends for a call on a GPU; writes one log line."""
+    """The fastest of the ``usable`` backends for a call on a GPU; writes one log line.
+
+    usable: names of BACKENDS, and "cuda:linear" where that plan can compute the call.
+    """
     choice = _choose(load_table(device, folder), device, call, usable)
     logger.info("auto on %s, %s: %s (%s)", device, _words(call), choice.backend, choice.why)
     return choice
@@ -155,8 +162,10 @@ def _choose(table: dict | None, device: str, call: Call, usable: tuple[str, ...]
         best = "torch"
     sizes = ", ".join(f"{size} {near[size]}" for size in _SIZES)
     why = f"at {sizes} it took " + ", ".join(f"{name} {ms:.3g} ms" for name, ms in times.items())
-    default = CUDA_PLANS[0] if best == "cuda" else PLANS[0]
-    return Choice(best, why, near.get(f"{best}_plan") or default)
+    name, _, plan = best.partition(":")
+    if name == "cuda":
+        return Choice(name, why, plan or CUDA_PLANS[0])
+    return Choice(name, why, (near["triton_plan"] if name == "triton" else "") or PLANS[0])
 
 
 def _doublings(row: dict, call: Call) -> float:

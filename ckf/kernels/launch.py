@@ -153,13 +153,30 @@ def outer_launch(m: int, r: int, c: int, dtype: torch.dtype, dropout: bool) -> O
 
 
 @lru_cache(maxsize=CALLS)
-def outer_pair_launch(m: int, r: int, c: int, other_c: int, dtype: torch.dtype) -> OuterLaunch:
-    """As an outer of both widths side by side; r: the larger."""
-    narrow = min(c, other_c)
-    blocks = outer_launch(m, r, narrow if not _wide(narrow) else c + other_c, dtype, False)
-    tiles = ceil_div(r, blocks.block_r) * ceil_div(c + other_c, blocks.block_c)
+def outer_pair_launch(
+    m: int, r: int, c: int, other_r: int, other_c: int, dtype: torch.dtype
+) -> OuterLaunch | None:
+    """As an outer of both, (r, c) and (other_r, other_c), side by side.
+
+    None where the busiest multiprocessor has fewer rows to sum with one after the other: with
+    unlike widths the tiles of both may fill the chip badly.
+    """
+    alone = outer_launch(m, r, c, dtype, False), outer_launch(m, other_r, other_c, dtype, False)
+    widths = c + other_c if _wide(min(c, other_c)) else min(c, other_c)
+    blocks = outer_launch(m, max(r, other_r), widths, dtype, False)
+
+    def tiles(launch: OuterLaunch, r: int, c: int) -> int:
+        return ceil_div(r, launch.block_r) * ceil_div(c, launch.block_c)
+
+    def busiest(launch: OuterLaunch, tiles: int) -> int:
+        return ceil_div(tiles * ceil_div(m, launch.chunk), MULTIPROCESSORS) * launch.chunk
+
+    both = tiles(blocks, r, c) + tiles(blocks, other_r, other_c)
     programs = MULTIPROCESSORS if blocks.num_stages > 3 else PROGRAMS
-    return replace(blocks, chunk=_chunk(m, tiles, blocks.block_m, programs))
+    pair = replace(blocks, chunk=_chunk(m, both, blocks.block_m, programs))
+    in_turn = busiest(alone[0], tiles(alone[0], r, c))
+    in_turn += busiest(alone[1], tiles(alone[1], other_r, other_c))
+    return pair if busiest(pair, both) <= in_turn else None
 
 
 def _chunk(m: int, blocks: int, block_m: int, programs: int = PROGRAMS) -> int:

@@ -127,13 +127,15 @@ def run_group(
     needs_grad = torch.is_grad_enabled() and (
         x.requires_grad or any(t is not None and t.requires_grad for t in tensors)
     )
+    ranks = [sum([t.shape[0] for t in experts]) for experts in a]
     call = Call(
         m=x.shape[:-1].numel(),
         k=x.shape[-1],
         n=sum(experts[0].shape[0] for experts in b),
-        rank=sum(t.shape[0] for t in flat_a),
+        rank=sum(ranks),
         train=needs_grad,
         dropout=dropout_p > 0,
+        linear_rank=max(ranks),
     )
     choice = choose_backend(backend, x, call)
     save_plain = needs_grad and any(g.requires_grad for g in gates)

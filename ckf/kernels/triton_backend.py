@@ -9,7 +9,8 @@ For linears l that share x (m, k), with the experts of all of them stacked along
 Gates act where the shrink stores, dropout where x is loaded: no (m, k) or (m, n) tensor exists
 beside x, y, dy and dx. Saved: x and one more tensor: the compact H of hard gates, H, or S where
 gates need a gradient. Past DENSE_RANK columns hard gates take the gather kernels, which touch the
-columns of a row's own task alone. dB follows dS at once, while the L2 cache still holds part of dy.
+columns of a row's own task alone. dB follows dS at once, while the L2 cache still holds part of dy;
+the last linear's comes with dA from one launch where that pays (outer_pair).
 With the plan "gemm" on Hopper H and y come from one product, dS and dx from another (hopper.py).
 No host synchronisation, no shape that depends on values, no atomics.
 """

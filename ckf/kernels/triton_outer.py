@@ -258,16 +258,19 @@ def outer(
 def outer_pair(
     of_b: Factors, of_a: Factors, launch: OuterLaunch | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of B of one linear and of A of its group, as two ``outer`` give them.
+    """The gradients of B of one linear and of A of its group.
 
-    One launch, and one for the sums, where both are of one dtype and none is empty and B's experts
-    have one rank; else those of two.
+    One launch, and one for the sums, where both are of one dtype and none is empty, B's experts
+    have one rank, and ``outer_pair_launch`` says that it pays; else those of two ``outer``, whose
+    sums are in chunks of other sizes.
     """
     (m, r, c), (_, r_a, c_a) = of_b.sizes(), of_a.sizes()
     runs = rank_runs(of_b.ranks)
     if len(runs) != 1 or of_b.x.dtype != of_a.x.dtype or 0 in (m, c, c_a):
         return outer(*of_b), outer(*of_a)
-    launch = launch or outer_pair_launch(m, max(r, r_a), c, c_a, of_b.x.dtype)
+    launch = launch or outer_pair_launch(m, r, c, r_a, c_a, of_b.x.dtype)
+    if launch is None:
+        return outer(*of_b), outer(*of_a)
     parts, parts_a = _partials([of_b, of_a], launch)
     out, out_a = of_b.new(), of_a.new()
     ((_, count, rank),) = runs

@@ -26,11 +26,7 @@ from ckf.kernels.decode_cache import DecodeCache
 from ckf.kernels.ops import run_group
 from ckf.kernels.slots import compact_slots
 
-CANDIDATES = (
-    "torch",
-    *(f"triton:{plan}" for plan in launch.PLANS),
-    *(f"cuda:{plan}" for plan in launch.CUDA_PLANS),
-)
+CANDIDATES = ("torch", *(f"triton:{plan}" for plan in launch.PLANS), "cuda", "cuda:linear")
 TRAIN_ROWS = (512, 2048, 8192, 32768)
 FORWARD_ROWS = (1, 16, 64, 256, 2048, 8192)
 # What a 135M and an 8B decoder layer compute from one input: (k, (n, ...)).

@@ -14,6 +14,7 @@ from benchmarks.peers.models import (
     MasksModel,
     MixedModel,
     OursModel,
+    ours_with,
 )
 
 CPU = torch.device("cpu")
@@ -30,6 +31,19 @@ def test_a_model_provider_is_exact(kind, layout):
 )
 def test_a_model_provider_decodes_exactly(kind):
     assert check_decoding(kind, CPU) is None
+
+
+def test_a_kernel_of_16_bits_alone_is_checked_in_them():
+    class Half(OursModel):
+        checked_in = torch.bfloat16
+
+    class Wrong(Half):
+        def decode(self, task_ids, **inputs):
+            return super().decode((task_ids + 1) % self.tasks, **inputs)
+
+    assert ours_with("cuda:linear").checked_in == torch.bfloat16
+    assert check_decoding(Half, CPU) is None
+    assert "off by" in check_decoding(Wrong, CPU)
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ def test_the_table_has_every_backend_and_the_best_plan(results, tmp_path):
     row = next(r for r in table["rows"] if r["pass"] == "train" and r["tasks"] == 4)
     assert set(row) == {
         *("pass", "m", "k", "n", "rank", "tasks", "dropout"),
-        *("torch", "triton", "cuda", "triton_plan", "cuda_plan"),
+        *("torch", "triton", "cuda", "triton_plan", "cuda:linear"),
     }
     assert row["triton_plan"] == "fused" and row["triton"] < row["torch"]
     assert row["cuda"] is None and row["dropout"] is False

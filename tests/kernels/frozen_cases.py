@@ -32,7 +32,7 @@ class FrozenCase:
 
 def frozen_case(
     m=5, k=40, ns=(24, 8), ranks=((4, 4, 4), (2, 6, 0)), seed=0, bias=True, dtype=torch.bfloat16,
-    **options,
+    random_weights=True, **options,
 ) -> FrozenCase:  # fmt: skip
     """Random numbers; options: group_case's. ``padding``: of a weight's rows too, in 16 bytes."""
     group = group_case(m, k, ns, ranks, seed, dtype=dtype, **options)
@@ -47,7 +47,7 @@ def frozen_case(
 
     return FrozenCase(
         group,
-        [guarded(normal(n, k) * max(k, 1) ** -0.5, padding) for n in ns],
+        [guarded(normal(n, k) * max(k, 1) ** -0.5, padding) for n in ns if random_weights],
         [guarded(normal(n), 0, 1) if bias else None for n in ns],
     )
 

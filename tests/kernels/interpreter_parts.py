@@ -12,10 +12,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckf.kernels import dropout_mask, group, launch, multi_lora_linear, triton_outer, tune
+from ckf.kernels import (
+    dropout_mask,
+    group,
+    launch,
+    multi_lora_linear,
+    triton_outer,
+    triton_update,
+    tune,
+)
 from ckf.kernels.dropout import dropout_scale
 from ckf.kernels.group import GroupShape
-from ckf.kernels.launch import PLANS, dot_precision
+from ckf.kernels.launch import PLANS, dot_precision, outer_launch
 from ckf.kernels.reference import multi_lora_reference
 from ckf.kernels.stacks import Stacks
 from ckf.kernels.triton_drop import drop
@@ -223,13 +231,36 @@ def test_both_gradients_of_a_linear_at_once(m, widths, ranks, more, dtype, seed)
     h, dy, ds, x = (t.to(dtype) for t in (h, dy, ds, x))
     of_b = Factors(h, dy, ranks, torch.float32, True)
     of_a = Factors(ds, x, [r + more], torch.float32, False)
+    rule = outer_launch(m, r + more, min(n, k), dtype, False)
     with patch.object(triton_outer, "outer", side_effect=AssertionError("one after the other")):
-        db, da = outer_pair(of_b, of_a)
+        db, da = outer_pair(of_b, of_a, rule)
     exact_a = ds.double().T @ x.double()
     exact_b = [part.T.flatten() for part in (h.double().T @ dy.double()).split(ranks)]
     for found, exact in ((da, exact_a), (db, torch.cat(exact_b))):
         assert (found - exact).abs().max() <= 1e-6 * m**0.5 * 10
-    assert torch.equal(db, outer_pair(of_b, of_a)[0])
+    assert torch.equal(db, outer_pair(of_b, of_a, rule)[0])
+    for found, exact in zip(outer_pair(of_b, of_a), (torch.cat(exact_b), exact_a), strict=True):
+        assert (found - exact).abs().max() <= 1e-6 * m**0.5 * 10  # one launch or two, as pays
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("frozen", ["", "a", "b"])
+def test_backward_takes_the_pair_where_it_can(dropout, frozen):
+    """Where both gradients are needed and nothing masks x; the values are as ever."""
+    case = random_case(ranks=[4, 4, 4, 4], dropout_p=dropout)
+    for t in {"a": case.a, "b": case.b}.get(frozen, []):
+        t.requires_grad_(False)
+    with patch.object(triton_update, "outer_pair", side_effect=outer_pair) as pair:
+        y = triton_with(compact=True)(*case.arguments())
+        y.sum().backward()
+    assert pair.called == (dropout == 0 and not frozen)
+    found = [t.grad for t in (*case.a, *case.b)]
+    for t in (*case.a, *case.b):
+        t.grad = None
+    multi_lora_reference(*case.arguments()).sum().backward()
+    for ours, leaf in zip(found, (*case.a, *case.b), strict=True):
+        if leaf.requires_grad:
+            torch.testing.assert_close(ours, leaf.grad)
 
 
 def test_gradients_that_are_no_pair():

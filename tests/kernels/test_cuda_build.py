@@ -86,7 +86,7 @@ def test_no_stack_no_spills(build, nvcc, tmp_path, arch, source):
         assert bool(re.search("UCGABAR_WAIT", code)) is (arch != "sm_80"), "cluster barriers"
         assert bool(re.search("ACQBULK", code)) is (arch != "sm_80"), "the wait for the grid before"
     if source == "decode_linear.cu":  # clusters, tensor cores, W past the L1 cache and ahead to L2
-        for op in ("UCGABAR_WAIT", r"HMMA\.16816", r"LDG\.E\.NA\.128", r"UBLKPF\.L2"):
+        for op in ("UCGABAR_WAIT", r"HMMA\.16816", r"LDG\.E\.NA\.128", r"CCTL\.E\.PF2"):
             assert bool(re.search(op, code)) is (arch != "sm_80"), op
 
 

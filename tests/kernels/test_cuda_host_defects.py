@@ -44,7 +44,7 @@ TILE_DEFECTS = {
     "no barrier": (SHRINK, "        __syncthreads();\n    }\n", "    }\n"),
     "gate by multiplication": (
         SHRINK,
-        "gate[i] != 0.0f ? gate[i] * s + 0.0f : float_of(kDead)",
+        "gate[i] != 0.0f ? without_sign_of_zero(gate[i] * s) : float_of(kDead)",
         "gate[i] * s",
     ),
     "inf spread": (TILE, "word &= ~(halves * 0xffffu);", ""),

@@ -317,7 +317,7 @@ DEFECTS = {
     ),
     "another linear's gates": (HEADER, "block.linear.first_column + place.column", "place.column"),
     "gate by multiplication": (
-        HEADER, "gate != 0.0f ? gate * s + 0.0f : float_of(kDead)", "gate * s + 0.0f",
+        HEADER, "gate != 0.0f ? without_sign_of_zero(gate * s) : float_of(kDead)", "gate * s",
     ),
     "id not checked": (HEADER, "shared.task[row + r] == kInvalid ? nanf(\"\") : ", ""),
     "a part left out": (HEADER, "int from = 1; from < kCluster", "int from = 2; from < kCluster"),

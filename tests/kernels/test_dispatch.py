@@ -2,6 +2,7 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch._dynamo.testing import CompileCounter
 
 from ckf.kernels import config, multi_lora_linear
 from ckf.kernels.config import check_backend, choose_backend, explain_auto
-from ckf.kernels.dispatch import TABLES, Call, device_slug, load_table, measured_choice
+from ckf.kernels.dispatch import TABLES, Call, Choice, device_slug, load_table, measured_choice
 from tests.kernels.cases import random_case
 
 GPU = "NVIDIA Test 100"
@@ -60,19 +61,71 @@ def test_the_nearest_measured_shape_decides(tables, asked, usable, expected):
     assert choice.plan == {"triton": "gemm", "cuda": "update", "torch": "expand"}[expected]
 
 
-def test_a_row_names_the_plan_of_cuda(tables):
+def test_the_plan_of_cuda_that_owns_the_base(tables):
+    """Where it is fastest and can compute the call; else the other, or whatever is then."""
     table = json.loads((tables / "test-100.json").read_text())
-    table["rows"] = [row | {"cuda_plan": "linear"} for row in table["rows"]]
+    table["rows"] = [
+        one | {"cuda:linear": 0.015 if one["m"] == 16 else None} for one in table["rows"]
+    ]
+    table["rows"].append(row(64, 80, 0.03, 0.05, 0.038, kind="forward") | {"cuda:linear": 0.018})
     (tables / "test-100.json").write_text(json.dumps(table))
     load_table.cache_clear()
-    choice = measured_choice(GPU, call(m=12, train=False), ALL, tables)
-    assert (choice.backend, choice.plan) == ("cuda", "linear")
-    assert measured_choice(GPU, call(rank=1000), ALL, tables).plan == "gemm"
-    table["rows"][0]["cuda_plan"] = "lineal"
+    every = (*ALL, "cuda:linear")
+    few, some = call(m=12, train=False), call(m=64, train=False)
+    for asked, usable, wanted in (
+        (few, every, ("cuda", "linear")), (few, ALL, ("cuda", "update")),
+        (some, every, ("cuda", "linear")), (some, ALL, ("torch", "expand")),
+        (call(rank=1000), every, ("triton", "gemm")),
+    ):  # fmt: skip
+        choice = measured_choice(GPU, asked, usable, tables)
+        assert (choice.backend, choice.plan) == wanted
+    table["rows"][0]["cuda:linear"] = "soon"
     (tables / "test-100.json").write_text(json.dumps(table))
     load_table.cache_clear()
-    with pytest.warns(UserWarning, match="no plan of cuda is named 'lineal'"):
-        assert measured_choice(GPU, call(rank=1000), ALL, tables).backend == "torch"
+    with pytest.warns(UserWarning, match="'soon' in a row; expected a number"):
+        assert measured_choice(GPU, call(rank=1000), every, tables).backend == "torch"
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({}, None),
+        ({"m": 65}, "65 rows; this plan is for 64 or fewer"),
+        ({"linear_rank": 257}, "257 rank columns of a linear; this plan takes 256"),
+        ({"m": 17, "linear_rank": 129}, "129 rank columns of a linear; this plan takes 128"),
+        ({"k": 4100}, "k is 4100; this plan takes multiples of 8"),
+        ({"train": True}, "forward only"),
+        ({"dtype": torch.float32}, "dtype torch.float32; this plan takes float16 and bfloat16"),
+    ],
+)
+def test_what_that_plan_is_asked_for_by_name(tables, monkeypatch, changes, why):
+    """By name it raises; "auto" does not take it."""
+    monkeypatch.setattr("ckf.kernels.dispatch.TABLES", tables)
+    monkeypatch.setattr("ckf.kernels.dispatch.own_tables", lambda: tables / "none")
+    monkeypatch.setattr(config, "_cuda_usable", lambda: (True, ""))
+    monkeypatch.setattr(config, "_triton_usable", lambda: (True, ""))
+    monkeypatch.setattr(config, "_device_name", lambda index: GPU)
+    seen = []
+
+    def choose(device, asked, usable):
+        seen.append(usable)
+        return Choice("torch", "")
+
+    monkeypatch.setattr(config, "measured_choice", choose)
+    changes = dict(changes)
+    dtype = changes.pop("dtype", torch.bfloat16)
+    asked = call(m=16, train=False)._replace(linear_rank=80)._replace(**changes)
+    x = SimpleNamespace(device=torch.device("cuda:0"), dtype=dtype)
+    config.forget_choices()
+    config.choose_backend("auto", x, asked)
+    config.forget_choices()
+    assert ("cuda:linear" in seen[0]) == (why is None)
+    if why is None:
+        assert config.choose_backend("cuda:linear", x, asked).plan == "linear"
+        assert config.choose_backend("cuda", x, asked).plan == "update"
+    else:
+        with pytest.raises(ValueError, match=why):
+            config.choose_backend("cuda:linear", x, asked)
 
 
 @pytest.mark.parametrize("name", ["NVIDIA H200", "NVIDIA H100 80GB HBM3"])
@@ -152,7 +205,7 @@ def test_committed_tables_are_readable():
         table = json.loads(file.read_text())
         assert device_slug(table["gpu"]) == file.stem
         for made in table["rows"]:
-            assert set(made) == set(row(1, 1, 1.0)), file
+            assert set(made) - {"cuda:linear"} == set(row(1, 1, 1.0)), file
 
 
 @pytest.mark.parametrize("backend", ["gpu", "", "triton:fast", "torch:gemm", "auto:", None, 3])

@@ -63,7 +63,7 @@ def test_only_what_can_run_is_measured(tmp_path, monkeypatch):
 def test_the_fastest_plans_are_the_row_s(monkeypatch, tmp_path):
     others(monkeypatch, {})
     seconds = {"torch": 4.0, "triton:expand": 3.0, "triton:addmm": 2.0, "triton:gemm": 2.5}
-    seconds |= {"cuda:update": 6.0, "cuda:linear": 5.0}
+    seconds |= {"cuda": 6.0, "cuda:linear": 5.0}
     assert tuple(seconds) == tune.CANDIDATES
 
     def clock(step, calls):
@@ -74,7 +74,7 @@ def test_the_fastest_plans_are_the_row_s(monkeypatch, tmp_path):
     monkeypatch.setattr(tune, "_wall_seconds", clock)
     (row,) = rows_of(tune.tune([TRAIN], "cpu", print, tmp_path))
     assert (row["torch"], row["triton"], row["triton_plan"]) == (4000.0, 2000.0, "addmm")
-    assert (row["cuda"], row["cuda_plan"]) == (5000.0, "linear")
+    assert (row["cuda"], row["cuda:linear"]) == (6000.0, 5000.0)
 
 
 @pytest.mark.parametrize(
@@ -87,10 +87,11 @@ def test_the_fastest_plans_are_the_row_s(monkeypatch, tmp_path):
     ],
 )
 def test_a_backend_that_errs_gets_no_time(monkeypatch, tmp_path, outcome, why):
-    others(monkeypatch, dict.fromkeys(("triton:expand", "cuda:update", "cuda:linear"), outcome))
+    others(monkeypatch, dict.fromkeys(("triton:expand", "cuda", "cuda:linear"), outcome))
     said = []
     (row,) = rows_of(tune.tune([TRAIN], "cpu", said.append, tmp_path))
-    assert row["cuda"] is None and row["triton_plan"] in ("addmm", "gemm")
+    assert row["cuda"] is None and row["cuda:linear"] is None
+    assert row["triton_plan"] in ("addmm", "gemm")
     assert said[0].count(why) == 3 and "more" not in said[0]
 
 
