@@ -5,6 +5,7 @@ Importing this module needs neither a GPU nor the extension, and asks the hardwa
 
 import importlib
 from collections.abc import Sequence
+from functools import lru_cache
 from types import ModuleType
 
 import torch
@@ -33,7 +34,7 @@ def available() -> tuple[bool, str]:
     if not torch.cuda.is_available():
         return False, "torch sees no CUDA device"
     capability = torch.cuda.get_device_capability()
-    archs = extension.build_info()["archs"]
+    archs = _built_for(extension)
     if not _covers(archs, capability):
         name = f"sm_{capability[0]}{capability[1]}"
         return False, (
@@ -41,6 +42,11 @@ def available() -> tuple[bool, str]:
             f"rebuild with CKF_CUDA_ARCHS={name}"
         )
     return True, f"ckf._C for {', '.join(archs)}"
+
+
+@lru_cache(maxsize=4)  # asked at every call by name, and it is JSON
+def _built_for(extension: ModuleType) -> tuple[str, ...]:
+    return tuple(extension.build_info()["archs"])
 
 
 def build_info() -> dict:
@@ -280,7 +286,7 @@ def _load_extension() -> tuple[ModuleType | None, str]:
         return None, f"the extension ckf._C does not load ({error}); build it again"
 
 
-def _covers(archs: list[str], capability: tuple[int, int]) -> bool:
+def _covers(archs: Sequence[str], capability: tuple[int, int]) -> bool:
     """A cubin runs on its major version from its minor up (an 'a' one on its own device alone);
     PTX ('compute_') runs on everything newer."""
     for arch in archs:

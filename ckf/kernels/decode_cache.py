@@ -41,14 +41,14 @@ _STEPS = _Steps()
 
 
 @dataclass(frozen=True)
-class _Made:
+class Made:
     """A place in the work of a CUDA stream, which other streams have to wait for."""
 
     stream: int
     event: torch.cuda.Event
 
     @classmethod
-    def here(cls) -> "_Made":
+    def here(cls) -> "Made":
         stream = torch.cuda.current_stream()
         return cls(stream.cuda_stream, stream.record_event())
 
@@ -88,7 +88,7 @@ class DecodeCache:
     def clear(self) -> None:
         # by maker: key, what was made, where, and its inputs, so that no address of the key is
         # given out again; one tuple, as threads may replace it between two reads
-        self._kept: dict[Make, tuple[tuple, Any, _Made | None, tuple]] = {}
+        self._kept: dict[Make, tuple[tuple, Any, Made | None, tuple]] = {}
 
     def get(self, make: Make, shape: GroupShape, gates, a, b, dtype: torch.dtype) -> Any:
         """``make(shape, gates, a, b, dtype)``, or what it made before of the same tensors."""
@@ -105,7 +105,7 @@ class DecodeCache:
             made = make(shape, gates, a, b, dtype)
             if not capturing:  # else only replays of the graph compute it
                 _STEPS.watch()
-                where = _Made.here() if tensors[0].is_cuda else None
+                where = Made.here() if tensors[0].is_cuda else None
                 self._kept[make] = (key, made, where, tuple(t.detach() for t in tensors))
             return made
         if kept[2] is not None and not capturing:

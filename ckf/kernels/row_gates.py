@@ -1,7 +1,8 @@
 """The gates of every row, from those of every task.
 
-On a CPU small tables of gates are kept as long as the gates live: making one takes a dozen small
-operations.
+Small tables of gates are kept as long as the gates live: making one takes a dozen small operations,
+forward and again in backward, which on a GPU are as many launches. None is kept or used while a
+CUDA graph is captured, whose replays would not know when it is given up.
 """
 
 import weakref
@@ -13,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ckf.kernels.decode_cache import Made
 from ckf.kernels.group import GroupShape
 from ckf.kernels.selection import bit_mask, select_
 from ckf.kernels.stacks import column_gates
 
 MOST_KEPT = 2**13  # elements of a table: 64 KB with its mask
+MOST_KEPT_ON_A_GPU = 2**16  # where making one costs launches, whatever its size
 
 
 class RowGates(NamedTuple):
@@ -39,19 +42,31 @@ def gate_table(shape: GroupShape, gates: Sequence[Tensor], dtype: torch.dtype) -
     Args:
         gates: per linear (T, E); ``dtype``: of what they are applied to.
     """
-    first = gates[0]
+    first, on_gpu = gates[0], _on_gpu(gates[0])
+    most = MOST_KEPT_ON_A_GPU if on_gpu else MOST_KEPT if first.device.type == "cpu" else 0
     elements = (first.shape[0] + 3) * shape.columns
-    if first.device.type != "cpu" or elements > MOST_KEPT or any(g.requires_grad for g in gates):
+    if elements > most or any(g.requires_grad for g in gates) or (on_gpu and _capturing()):
         return _make(shape, gates, dtype)
     kept = _KEPT.get(first)
     versions = [-1 if g.is_inference() else g._version for g in gates]
     if kept is not None and kept.fits(shape, gates, dtype, versions):
+        if kept.where is not None:
+            kept.where.wait(kept.table)
         return kept.table
     table = _make(shape, gates, dtype)
     if -1 not in versions:
         others = [weakref.ref(gate) for gate in gates[1:]]  # one may be the key itself
-        _KEPT[first] = _Kept(shape.ranks, others, dtype, versions, table)
+        where = Made.here() if on_gpu else None
+        _KEPT[first] = _Kept(shape.ranks, others, dtype, versions, table, where)
     return table
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_current_stream_capturing()
 
 
 class _Kept(NamedTuple):
@@ -60,6 +75,7 @@ class _Kept(NamedTuple):
     dtype: torch.dtype
     versions: list[int]
     table: RowGates
+    where: Made | None
 
     def fits(self, shape: GroupShape, gates, dtype: torch.dtype, versions: list[int]) -> bool:
         if (self.dtype, self.versions, self.ranks) != (dtype, versions, shape.ranks):

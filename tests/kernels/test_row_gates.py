@@ -71,3 +71,59 @@ def test_what_cannot_be_kept_is_made_anew(kind, monkeypatch):
         monkeypatch.setattr(row_gates, "MOST_KEPT", 34)
     first = gate_table(SHAPE, gates, torch.float32)
     assert gate_table(SHAPE, gates, torch.float32) is not first
+
+
+@pytest.fixture
+def passes_for_a_gpu(monkeypatch):
+    """CPU tensors stand in; what is asked of the stream is noted."""
+    asked = []
+
+    class Place:
+        @classmethod
+        def here(cls):
+            asked.append("made")
+            return cls()
+
+        def wait(self, table):
+            asked.append("waited")
+
+    monkeypatch.setattr(row_gates, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(row_gates, "_capturing", lambda: "capturing" in asked)
+    monkeypatch.setattr(row_gates, "Made", Place)
+    return asked
+
+
+def test_on_a_gpu_other_streams_wait_and_graphs_make_their_own(passes_for_a_gpu):
+    gates = two_gates()
+    first = gate_table(SHAPE, gates, torch.float32)
+    assert gate_table(SHAPE, gates, torch.float32) is first
+    assert passes_for_a_gpu == ["made", "waited"]
+    passes_for_a_gpu.append("capturing")
+    captured = gate_table(SHAPE, gates, torch.float32)
+    assert captured is not first and torch.equal(captured.mask, first.mask)
+    assert passes_for_a_gpu == ["made", "waited", "capturing"]
+
+
+@pytest.mark.gpu
+def test_tables_on_a_gpu():
+    gates = [gate.cuda() for gate in two_gates()]
+    first = gate_table(SHAPE, gates, torch.float32)
+    assert gate_table(SHAPE, gates, torch.float32) is first
+    plain = gate_table(SHAPE, two_gates(), torch.float32)
+    torch.testing.assert_close(first.values.cpu(), plain.values, equal_nan=True)
+    torch.cuda.synchronize()
+    for _ in range(20):  # made on one stream behind long work, read on another
+        gates = [gate.cuda() for gate in two_gates()]
+        busy = torch.empty(1 << 26, device="cuda")
+        torch.cuda.synchronize()
+        busy.normal_()
+        gate_table(SHAPE, gates, torch.float32)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            seen = gate_table(SHAPE, gates, torch.float32).values.clone()
+        torch.cuda.synchronize()
+        torch.testing.assert_close(seen.cpu(), plain.values, equal_nan=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gate_table(SHAPE, gates, torch.float32).values
+    graph.replay()
+    torch.testing.assert_close(captured.cpu(), plain.values, equal_nan=True)

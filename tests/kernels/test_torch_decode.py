@@ -155,7 +155,7 @@ def test_another_stream_waits_for_all_that_was_made(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: one)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(cuda, "_raw_stream", lambda index: torch.cuda.current_stream().cuda_stream)
-    place = decode_cache._Made.here()
+    place = decode_cache.Made.here()
     place.wait(made)
     assert not recorded
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: other)
