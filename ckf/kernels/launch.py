@@ -158,12 +158,14 @@ def outer_pair_launch(
 ) -> OuterLaunch | None:
     """As an outer of both, (r, c) and (other_r, other_c), side by side.
 
-    None where the busiest multiprocessor has fewer rows to sum with one after the other: with
-    unlike widths the tiles of both may fill the chip badly.
+    None where the busiest multiprocessor has fewer rows to sum with one after the other (with
+    unlike widths the tiles of both may fill the chip badly), and in 16 bits for widths that are no
+    multiple of 16, whose code for both spills.
     """
+    if dtype != torch.float32 and not (_wide(c) and _wide(other_c)):
+        return None
     alone = outer_launch(m, r, c, dtype, False), outer_launch(m, other_r, other_c, dtype, False)
-    widths = c + other_c if _wide(min(c, other_c)) else min(c, other_c)
-    blocks = outer_launch(m, max(r, other_r), widths, dtype, False)
+    blocks = outer_launch(m, max(r, other_r), c + other_c, dtype, False)
 
     def tiles(launch: OuterLaunch, r: int, c: int) -> int:
         return ceil_div(r, launch.block_r) * ceil_div(c, launch.block_c)

@@ -241,16 +241,16 @@ def calls(arch: int, dtype, m: int, k: int, r: int, dropout_p: float):
     for transposed in (False, True) if r == 128 and not dropout else (False,):
         given = partial(outer, h, x, [r], torch.float32, transposed, dropout, launch)
         yield ("outer", same_code, transposed, key), given
-    for other_r, other_k in ((r, k), (3 * r, k), (r, 2 * k), (1, 1)) if dropout is None else ():
+    for other_r, other_k in ((r, k), (3 * r, k), (r, 2 * k)) if dropout is None else ():
+        launch = outer_pair_launch(m, r, k, other_r, other_k, dtype)
+        if launch is None:
+            continue
         left, wide = meta(m, other_r, dtype=dtype), meta(m, other_k, dtype=dtype)
-        launch = outer_pair_launch(m, r, k, other_r, other_k, dtype) or outer_launch(
-            m, r, k, dtype, False
-        )
         same_code = (replace(launch, chunk=0), max(r, other_r) > 2 * launch.block_r)
         of_b = Factors(h, x, [r], torch.float32, True)
         of_a = Factors(left, wide, [other_r], torch.float32, False)
         given = partial(outer_pair, of_b, of_a, launch)
-        yield ("outer pair", same_code, key, other_r % 16, other_k % 16, other_r == 1), given
+        yield ("outer pair", same_code, key, other_r % 16, other_k % 16), given
     weight = meta(k, k, dtype=dtype)
     if dtype == torch.bfloat16 and arch >= 90 and why_not_gemm(x, weight, h, a) is None:
         launch = gemm_launch(m, k, r, dropout is not None)
