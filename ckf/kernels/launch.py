@@ -175,11 +175,9 @@ def outer_pair_launch(
 
     both = tiles(blocks, r, c) + tiles(blocks, other_r, other_c)
     programs = MULTIPROCESSORS if blocks.num_stages > 3 else PROGRAMS
-    stages = (
-        4 if blocks.block_r == 64 else blocks.num_stages
-    )  # three spill under Triton 3.6, sm_100
     chunk = _chunk(m, both, blocks.block_m, programs)
-    pair = replace(blocks, chunk=chunk, num_stages=stages)
+    narrow = blocks.block_r == 64  # three stages of it spill for sm_100 under Triton 3.6
+    pair = replace(blocks, chunk=chunk, num_stages=4 if narrow else blocks.num_stages)
     in_turn = busiest(alone[0], tiles(alone[0], r, c))
     in_turn += busiest(alone[1], tiles(alone[1], other_r, other_c))
     return pair if busiest(pair, both) <= in_turn else None
