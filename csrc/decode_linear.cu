@@ -1,6 +1,7 @@
 // Launches the kernel of decode_linear.h: which rows and ranks take which of its plans, and how
 // many clusters share n.
 #include "decode_linear.h"
+#include "group_sizes.h"
 
 #include <algorithm>
 
@@ -88,23 +89,11 @@ extern "C" int ckf_decode_linear(const CkfFrozenLinear* linears, int count, cons
                                  const void* a, const float* gates, const int64_t* task_ids,
                                  int64_t m, int64_t k, int64_t tasks, int64_t x_stride, int dtype,
                                  int device, void* stream) {
-    constexpr int64_t kMost = int64_t{1} << 30;  // int arithmetic on sizes never overflows
-    const auto fits = [](int64_t size) { return size >= 0 && size <= kMost; };
-    if (!fits(m) || !fits(k) || !fits(tasks) || count < 0 || count > kCkfMostLinears)
-        return cudaErrorInvalidValue;
-    int64_t rank = 0, columns = 0;
-    for (int l = 0; l < count; ++l) {
-        if (!fits(linears[l].n) || !fits(linears[l].rank)) return cudaErrorInvalidValue;
-        rank += linears[l].rank;
-        columns += linears[l].n;
-    }
-    if (!fits(rank)) return cudaErrorInvalidValue;
-    if (m == 0 || columns == 0) return cudaSuccess;
-    // The extension has its own copy of the runtime: tell it the device that torch has chosen.
-    if (const cudaError_t error = cudaSetDevice(device); error != cudaSuccess) {
-        cudaGetLastError();  // forget it: the next launch must not be blamed
-        return error;
-    }
+    constexpr int64_t kMostRows = int64_t{1} << 30;
+    const ckf::Sizes sizes = ckf::look_at(linears, count, m, k, tasks, kMostRows);
+    if (sizes == ckf::Sizes::kWrong) return cudaErrorInvalidValue;
+    if (sizes == ckf::Sizes::kNothingToDo) return cudaSuccess;
+    if (const cudaError_t error = ckf::use_device(device); error != cudaSuccess) return error;
     const auto go = [&](auto zero) {
         using T = decltype(zero);
         ckf::decode_linear::Args<T> p{};
@@ -119,7 +108,7 @@ extern "C" int ckf_decode_linear(const CkfFrozenLinear* linears, int count, cons
         p.count = count;
         const cudaError_t error =
             ckf::decode_linear::launch_typed(linears, p, device, static_cast<cudaStream_t>(stream));
-        cudaGetLastError();  // as above
+        cudaGetLastError();  // forget it: no later launch is to be blamed
         return error;
     };
     switch (dtype) {

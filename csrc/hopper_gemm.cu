@@ -1,4 +1,5 @@
 // Launches the Hopper GEMM: tensor maps, as many pairs of blocks as the device holds at once.
+#include "group_sizes.h"
 #include "hopper_gemm.h"
 
 namespace ckf {
@@ -126,10 +127,7 @@ bool is_right(const CkfGemm& g) {
 
 extern "C" int ckf_hopper_gemm(const CkfGemm* gemm, void* stream) {
     if (!ckf::is_right(*gemm)) return cudaErrorInvalidValue;
-    if (const cudaError_t error = cudaSetDevice(gemm->device); error != cudaSuccess) {
-        cudaGetLastError();  // forget it: the next launch must not be blamed
-        return error;
-    }
+    if (const cudaError_t error = ckf::use_device(gemm->device); error != cudaSuccess) return error;
     const auto s = static_cast<cudaStream_t>(stream);
     cudaError_t error = cudaErrorInvalidValue;
     if (gemm->dtype == kCkfFloat16)

@@ -1,5 +1,6 @@
 // Launches the decode kernel: which rows and which span of n a block gets, clusters or blocks
 // alone.
+#include "group_sizes.h"
 #include "multi_lora_decode.h"
 #include "multi_lora_decode_tile.h"
 
@@ -174,24 +175,11 @@ extern "C" int ckf_multi_lora_decode(const CkfLinear* linears, int count, const 
                                      const void* a, const float* gates, const int64_t* task_ids,
                                      int64_t m, int64_t k, int64_t tasks, int64_t x_stride,
                                      int dtype, int device, int overlap, void* stream) {
-    constexpr int64_t kMost = int64_t{1} << 30;  // int arithmetic on k, n and rank never overflows
-    constexpr int64_t kMostRows = 65535;         // of the grid's second dimension
-    const auto fits = [](int64_t size) { return size >= 0 && size <= kMost; };
-    if (m < 0 || m > kMostRows || !fits(k) || !fits(tasks) || count < 0 || count > kCkfMostLinears)
-        return cudaErrorInvalidValue;
-    int64_t rank = 0, columns = 0;
-    for (int l = 0; l < count; ++l) {
-        if (!fits(linears[l].n) || !fits(linears[l].rank)) return cudaErrorInvalidValue;
-        rank += linears[l].rank;
-        columns += linears[l].n;
-    }
-    if (!fits(rank)) return cudaErrorInvalidValue;
-    if (m == 0 || columns == 0) return cudaSuccess;
-    // The extension has its own copy of the runtime: tell it the device that torch has chosen.
-    if (const cudaError_t error = cudaSetDevice(device); error != cudaSuccess) {
-        cudaGetLastError();  // forget it: the next launch must not be blamed
-        return error;
-    }
+    constexpr int64_t kMostRows = 65535;  // of the grid's second dimension
+    const ckf::Sizes sizes = ckf::look_at(linears, count, m, k, tasks, kMostRows);
+    if (sizes == ckf::Sizes::kWrong) return cudaErrorInvalidValue;
+    if (sizes == ckf::Sizes::kNothingToDo) return cudaSuccess;
+    if (const cudaError_t error = ckf::use_device(device); error != cudaSuccess) return error;
 
     const auto go = [&](auto zero) {
         using T = decltype(zero);
@@ -208,7 +196,7 @@ extern "C" int ckf_multi_lora_decode(const CkfLinear* linears, int count, const 
         p.early = overlap > 1;
         const auto s = static_cast<cudaStream_t>(stream);
         const cudaError_t error = ckf::launch_typed<T>(linears, p, device, overlap != 0, s);
-        cudaGetLastError();  // as above
+        cudaGetLastError();  // forget it: no later launch is to be blamed
         return error;
     };
     switch (dtype) {

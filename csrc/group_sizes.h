@@ -1,0 +1,36 @@
+// What the launchers of decoding ask of their sizes, and how every launcher gets to its device.
+#pragma once
+
+#include "device.h"
+#include "launchers.h"
+
+namespace ckf {
+
+enum class Sizes { kWrong, kNothingToDo, kFine };
+
+// Of a group of linears that share x (m, k): int arithmetic on sizes never overflows.
+template <typename Linear>
+Sizes look_at(const Linear* linears, int count, int64_t m, int64_t k, int64_t tasks,
+              int64_t most_rows) {
+    constexpr int64_t kMost = int64_t{1} << 30;
+    const auto fits = [](int64_t size) { return size >= 0 && size <= kMost; };
+    if (m < 0 || m > most_rows || !fits(k) || !fits(tasks)) return Sizes::kWrong;
+    if (count < 0 || count > kCkfMostLinears) return Sizes::kWrong;
+    int64_t rank = 0, columns = 0;
+    for (int l = 0; l < count; ++l) {
+        if (!fits(linears[l].n) || !fits(linears[l].rank)) return Sizes::kWrong;
+        rank += linears[l].rank;
+        columns += linears[l].n;
+    }
+    if (!fits(rank)) return Sizes::kWrong;
+    return m == 0 || columns == 0 ? Sizes::kNothingToDo : Sizes::kFine;
+}
+
+// The extension has its own copy of the runtime: tell it the device that torch has chosen.
+inline cudaError_t use_device(int device) {
+    const cudaError_t error = cudaSetDevice(device);
+    if (error != cudaSuccess) cudaGetLastError();  // forget it: no later launch is to be blamed
+    return error;
+}
+
+}  // namespace ckf
