@@ -21,6 +21,7 @@ from ckf.batches import QuestionMaker, star
 from ckf.cf.blend import spread
 from ckf.data.prepared import PreparedData
 from ckf.match import MatchScores
+from ckf.newton import damped_newton
 from ckf.prompts import ANSWERS
 
 _MOST_CHOICES = 50_000  # rows x words that a regression is fitted on, evenly from all
@@ -157,21 +158,19 @@ def softmax_regression(choices: np.ndarray, chosen: np.ndarray) -> np.ndarray:
         choices: (r, k, f) features of k choices.
         chosen: (r,) the choice that was made.
     """
-    weights = np.zeros(choices.shape[2])
     made = np.take_along_axis(choices, chosen.astype(np.int64)[:, None, None], 1)[:, 0].sum(0)
-    for _ in range(50):
+    flat = choices.reshape(-1, choices.shape[2])
+
+    def slope_and_curve(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         logits = choices @ weights
         p = np.exp(logits - logits.max(1, keepdims=True))
         p /= p.sum(1, keepdims=True)  # (r, k)
         mean = np.einsum("rk,rkf->rf", p, choices)
-        slope = mean.sum(0) - made + _RIDGE * weights
-        flat = choices.reshape(-1, choices.shape[2])
         curve = (flat * p.reshape(-1, 1)).T @ flat - mean.T @ mean
-        step = np.linalg.solve(curve + _RIDGE * np.eye(len(weights)), slope)
-        weights = weights - step / max(1.0, np.abs(step).max())  # no leap where it is flat
-        if np.abs(step).max() < 1e-8:
-            break
-    return weights
+        slope = mean.sum(0) - made + _RIDGE * weights
+        return slope, curve + _RIDGE * np.eye(len(weights))
+
+    return damped_newton(np.zeros(choices.shape[2]), slope_and_curve)
 
 
 def _sums(what: np.ndarray, groups: np.ndarray, count: int) -> np.ndarray:

@@ -9,22 +9,6 @@ namespace ckf {
 namespace {
 namespace decode_linear {
 
-bool is_aligned(const void* pointer, int64_t stride) {
-    return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && stride % 8 == 0;
-}
-
-// Clusters that share n when each has so many spans; where each linear's begin.
-template <typename P, typename T>
-int64_t place(Args<T>& p) {
-    int64_t clusters = 0;
-    for (int l = 0; l < p.count; ++l) {
-        const int64_t wide = int64_t{p.spans} * P::kSpan;
-        p.linears[l].first_cluster = static_cast<int>(clusters);
-        clusters += (p.linears[l].n + wide - 1) / wide;
-    }
-    return clusters;
-}
-
 template <typename P, typename T>
 cudaError_t launch_plan(Args<T> p, int device, cudaStream_t stream) {
     constexpr auto kKernel = decode_linear_kernel<T, P>;
@@ -32,11 +16,11 @@ cudaError_t launch_plan(Args<T> p, int device, cudaStream_t stream) {
     const int most = most_clusters<kKernel>(device, P::kThreads, kCluster, kBytes);
     if (most <= 0) return cudaErrorNotSupported;
     p.spans = 1;
-    int64_t clusters = place<P>(p);
+    int64_t clusters = place(p, P::kSpan);
     while (clusters > most) {  // a second wave would compute S again
         const int before = p.spans;
         p.spans = static_cast<int>(before * ((clusters + most - 1) / most));
-        const int64_t fewer = place<P>(p);
+        const int64_t fewer = place(p, int64_t{p.spans} * P::kSpan);
         if (fewer == clusters) break;  // a span for each linear at least
         clusters = fewer;
     }
@@ -53,7 +37,9 @@ cudaError_t launch_plan(Args<T> p, int device, cudaStream_t stream) {
 template <typename T>
 cudaError_t launch_typed(const CkfFrozenLinear* linears, Args<T> p, int device,
                          cudaStream_t stream) {
-    bool aligned = p.k > 0 && is_aligned(p.a, p.k) && is_aligned(p.x, p.m > 1 ? p.x_stride : 0);
+    constexpr int64_t kSize = sizeof(T);
+    bool aligned = p.k > 0 && is_aligned(p.a, p.k * kSize) &&
+                   is_aligned(p.x, p.m > 1 ? p.x_stride * kSize : 0);
     int most_rank = 0;
     for (int l = 0; l < p.count; ++l) {
         const CkfFrozenLinear& from = linears[l];
@@ -67,10 +53,10 @@ cudaError_t launch_typed(const CkfFrozenLinear* linears, Args<T> p, int device,
                         static_cast<int>(from.rank),
                         p.rank,
                         0,
-                        is_aligned(from.b, from.n)};
+                        is_aligned(from.b, from.n * kSize)};
         p.rank += static_cast<int>(from.rank);
         most_rank = std::max(most_rank, static_cast<int>(from.rank));
-        aligned = aligned && is_aligned(from.w, from.n > 1 ? from.w_stride : 0);
+        aligned = aligned && is_aligned(from.w, from.n > 1 ? from.w_stride * kSize : 0);
     }
     if (!aligned) return cudaErrorNotSupported;
     const auto fits = [&](auto plan) { return p.m <= plan.kRows && most_rank <= plan.kMostRank; };

@@ -1,4 +1,4 @@
-// What the launchers of decoding ask of their sizes, and how every launcher gets to its device.
+// What the launchers of decoding share, and how every launcher gets to its device.
 #pragma once
 
 #include "device.h"
@@ -24,6 +24,23 @@ Sizes look_at(const Linear* linears, int count, int64_t m, int64_t k, int64_t ta
     }
     if (!fits(rank)) return Sizes::kWrong;
     return m == 0 || columns == 0 ? Sizes::kNothingToDo : Sizes::kFine;
+}
+
+// Whether rows of so many bytes begin at 16 bytes.
+inline bool is_aligned(const void* pointer, int64_t row_bytes) {
+    return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && row_bytes % 16 == 0;
+}
+
+// Clusters that cover the n of all linears once, each `wide` of one linear; where each linear's
+// begin.
+template <typename Args>
+int64_t place(Args& p, int64_t wide) {
+    int64_t clusters = 0;
+    for (int l = 0; l < p.count; ++l) {
+        p.linears[l].first_cluster = static_cast<int>(clusters);
+        clusters += (p.linears[l].n + wide - 1) / wide;
+    }
+    return clusters;
 }
 
 // The extension has its own copy of the runtime: tell it the device that torch has chosen.

@@ -86,7 +86,7 @@ __device__ __forceinline__ Value load_if(bool wanted, const void* p) {
     }
 }
 
-// The same for bytes that nobody of this multiprocessor reads again: not kept in its cache.
+// The same for bytes that a multiprocessor hardly reads again: not kept in its cache.
 __device__ __forceinline__ Words<4> load_once(bool wanted, const void* p) {
     const int is_wanted = wanted;
     Words<4> v;

@@ -21,17 +21,6 @@ int64_t spans(const Args<T>& p, int64_t wide) {
     return total;
 }
 
-// The same, and where each linear's begin.
-template <typename T>
-int64_t place(Args<T>& p, int64_t wide) {
-    int64_t clusters = 0;
-    for (int l = 0; l < p.count; ++l) {
-        p.linears[l].first_cluster = static_cast<int>(clusters);
-        clusters += (p.linears[l].n + wide - 1) / wide;
-    }
-    return clusters;
-}
-
 // kBlocks: of a cluster.
 template <typename T, int kRows, int kBlocks, bool kAligned>
 cudaError_t launch_kernel(Args<T> p, int device, bool overlap, cudaStream_t stream) {
@@ -116,10 +105,6 @@ cudaError_t launch_aligned_tiles(const Args<T>& p, int device, bool overlap, cud
     }
     if (width == 2) return launch_tiles<T, 2, true, false>(p, slices, device, overlap, stream);
     return launch_tiles<T, 4, true, false>(p, slices, device, overlap, stream);
-}
-
-bool is_aligned(const void* pointer, int64_t row_bytes) {
-    return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && row_bytes % 16 == 0;
 }
 
 template <typename T>

@@ -18,11 +18,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ckf.cf.effects import ItemSide, Observations
+from ckf.newton import damped_newton
 
 if TYPE_CHECKING:
     from ckf.cf.vectors import CFVectors
@@ -165,19 +167,19 @@ def fit_weights(scores: Tensor, terms: Tensor, labels: Tensor) -> Tensor:
     """
     spread = terms.std(0, correction=0)
     spread = torch.where(spread < 1e-9, 1.0, spread)
-    x = torch.cat([scores[:, None], torch.ones_like(scores)[:, None], terms / spread], 1)
-    precision = torch.full((x.shape[1],), _WEIGHT**-2, dtype=x.dtype)
+    table = torch.cat([scores[:, None], torch.ones_like(scores)[:, None], terms / spread], 1)
+    x, y = table.numpy(), labels.numpy()
+    precision = np.full(x.shape[1], _WEIGHT**-2)
     precision[:2] = _LINE**-2
-    weights = torch.zeros_like(precision)
-    weights[0] = 1.0
-    for _ in range(50):
-        p = torch.sigmoid(x @ weights)
-        slope = x.T @ (p - labels) + precision * weights
-        curve = (x.T * (p * (1 - p))) @ x + torch.diag(precision)
-        step = torch.linalg.solve(curve, slope)
-        weights = weights - step / step.abs().max().clamp(min=1.0)
-        if step.abs().max() < 1e-9:
-            break
+
+    def slope_and_curve(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        p = torch.sigmoid(torch.from_numpy(x @ weights)).numpy()
+        curve = (x.T * (p * (1 - p))) @ x + np.diag(precision)
+        return x.T @ (p - y) + precision * weights, curve
+
+    start = np.zeros(x.shape[1])
+    start[0] = 1.0
+    weights = torch.from_numpy(damped_newton(start, slope_and_curve))
     return torch.cat([weights[:2], weights[2:] / spread])
 
 

@@ -1,8 +1,7 @@
 """Runs of an experiment side by side, each in a process of its own.
 
-One run of a small model leaves a GPU waiting for Python most of the time, and several cores idle:
-two or more at a time take little longer than one. What runs share is made before; a process that
-dies costs its run alone.
+One run of a small model leaves a GPU waiting for Python (LOG.md: 0.2 s of work in a step of 0.55 s
+on an H100). What runs share is made before; a process that dies costs its run alone.
 """
 
 from __future__ import annotations
@@ -108,6 +107,7 @@ class _Team:
             return self._listen(run)
         except (EOFError, OSError):
             self.process.join(SECONDS_TO_END)
+            self.process.kill()  # where it has not ended by itself
             code, self.process = self.process.exitcode, None
             return f"its process ended with code {code}; {run.folder / OUTPUT} has its last words"
 

@@ -83,17 +83,13 @@ def _automatic(x: torch.Tensor, call: Call) -> Choice:
         return _ON_A_CPU
     if torch.compiler.is_compiling():
         call = _bucketed(call)
-    floats = 0 if x.dtype not in _FLOATS else 2 if x.dtype.itemsize == 2 else 1
-    return Choice(*_measured(x.device.index, floats, *call))
+    return Choice(*_measured(x.device.index, x.dtype, *call))
 
 
 @torch.compiler.assume_constant_result  # neither device names nor tables can be traced
-def _measured(index: int, floats: int, *call) -> tuple[str, str, str]:
-    """The fields of the choice for a call on a GPU.
-
-    floats: 0 for a dtype without kernels, 2 for those of 16 bits.
-    """
-    return _measured_once(index, floats, Call(*call))
+def _measured(index: int, dtype: torch.dtype, *call) -> tuple[str, str, str]:
+    """The fields of the choice for a call on a GPU."""
+    return _measured_once(index, dtype, Call(*call))
 
 
 def _device_name(index: int | None) -> str:
@@ -101,13 +97,13 @@ def _device_name(index: int | None) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _measured_once(index: int, floats: int, call: Call) -> tuple[str, str, str]:
-    usable = ["torch"]
+def _measured_once(index: int, dtype: torch.dtype, call: Call) -> tuple[str, str, str]:
+    usable, floats = ["torch"], dtype in _FLOATS
     if floats and _triton_usable()[0]:
         usable.append("triton")
     if floats and _outside_cuda(call) is None and _cuda_usable()[0]:
         usable.append("cuda")
-        if floats > 1 and _outside_linear(call) is None:
+        if _outside_linear(dtype, call) is None:
             usable.append("cuda:linear")
     return tuple(measured_choice(_device_name(index), call, tuple(usable)))
 
@@ -131,11 +127,7 @@ def _refusal(backend: str, plan: str, x: torch.Tensor, call: Call) -> str | None
     if backend != "cuda":
         return None
     why = _why_not_cuda(x, call)
-    if why is None and plan == "linear":
-        if x.dtype.itemsize != 2:
-            return f"dtype {x.dtype}; this plan takes float16 and bfloat16"
-        return _outside_linear(call)
-    return why
+    return _outside_linear(x.dtype, call) if why is None and plan == "linear" else why
 
 
 def _interpreting() -> bool:
@@ -182,8 +174,10 @@ def _why_not_cuda(x: torch.Tensor, call: Call) -> str | None:
     return None if usable else why
 
 
-def _outside_linear(call: Call) -> str | None:
+def _outside_linear(dtype: torch.dtype, call: Call) -> str | None:
     """Why csrc's kernel that owns the base is not for a call of these sizes."""
+    if dtype.itemsize != 2:
+        return f"dtype {dtype}; this plan takes float16 and bfloat16"
     most = cuda.most_linear_rank(call.m)
     if most == 0:
         return f"{call.m} rows; this plan is for {cuda.MAX_LINEAR_ROWS} or fewer"

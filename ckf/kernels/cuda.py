@@ -154,7 +154,7 @@ class DecodeGroup:
                 )
             pointers.append(y.data_ptr())
             strides.append(stride)
-        _check_ids(task_ids, m, self.device)
+        _check_vector("task_ids", task_ids, m, torch.int64, self.device)
         launch = self._launch or self._prepare()
         if m == 0:
             return
@@ -192,35 +192,25 @@ class DecodeGroup:
         """
         x_stride = _check_rows("x", x, None, self.k, self.dtype, self.device)
         m = x.shape[0]
-        _check_ids(task_ids, m, self.device)
+        _check_vector("task_ids", task_ids, m, torch.int64, self.device)
         if m > MAX_LINEAR_ROWS or len(weights) != len(self.widths):
             return None
-        pointers, strides, offsets = [], [], []
-        for weight, bias, n in zip(weights, biases, self.widths, strict=True):
-            if not self._is_plain(weight, (n, self.k)):
-                return None
-            if bias is not None and not self._is_plain(bias, (n,)):
-                return None
-            pointers.append(weight.data_ptr())
-            strides.append(weight.stride(0))
-            offsets.append(0 if bias is None else bias.data_ptr())
+        strides, kind = [], (self.dtype, self.device)
+        try:
+            for weight, bias, n in zip(weights, biases, self.widths, strict=True):
+                strides.append(_check_rows("weight", weight, n, self.k, *kind))
+                if bias is not None:
+                    _check_vector("bias", bias, n, *kind)
+        except ValueError:  # quantized, or elsewhere: its own module knows what to do
+            return None
+        pointers = [weight.data_ptr() for weight in weights]
+        offsets = [0 if bias is None else bias.data_ptr() for bias in biases]
         launch = (self._launch or self._prepare()).linears
         ys = [x.new_empty(m, n) for n in self.widths]
         outputs = [y.data_ptr() for y in ys]
         arguments = (outputs, pointers, strides, offsets, x.data_ptr(), x_stride)
         done = self._on_device(launch, *arguments, task_ids.data_ptr(), m)
         return ys if done else None
-
-    def _is_plain(self, tensor: Tensor, shape: tuple[int, ...]) -> bool:
-        """Whether it owns strided memory of a's dtype there, its last dimension contiguous."""
-        return (
-            type(tensor) in _PLAIN
-            and tensor.dtype is self.dtype
-            and tensor.device == self.device
-            and tensor.layout is torch.strided
-            and tensor.shape == shape
-            and (tensor.stride(-1) == 1 or shape[-1] == 1)
-        )
 
     def _on_device(self, launch, *arguments):
         """Launches on the current stream of the group's device."""
@@ -357,12 +347,14 @@ def _check_rows(
     return strides[0]
 
 
-def _check_ids(task_ids: Tensor, m: int, device: torch.device) -> None:
-    _check_plain("task_ids", task_ids, torch.int64, device)
-    if task_ids.shape != (m,):
-        raise ValueError(f"task_ids has shape {tuple(task_ids.shape)}; expected ({m},)")
-    if not task_ids.is_contiguous():
+def _check_vector(
+    name: str, tensor: Tensor, m: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    _check_plain(name, tensor, dtype, device)
+    if tensor.shape != (m,):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected ({m},)")
+    if not tensor.is_contiguous():
         raise ValueError(
-            f"task_ids has strides {task_ids.stride()}; expected a contiguous tensor; "
+            f"{name} has strides {tensor.stride()}; expected a contiguous tensor; "
             "call .contiguous()"
         )

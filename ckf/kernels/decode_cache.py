@@ -72,6 +72,11 @@ def _tensors(made: Any) -> Iterator[Tensor]:
         yield from _tensors(made.kept())
 
 
+def capturing(tensor: Tensor) -> bool:
+    """Whether what is done with the tensor now is kept in a CUDA graph."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 class DecodeCache:
     """What one backend made of the experts of a group, made anew where an adapter or gate changed.
 
@@ -99,17 +104,17 @@ class DecodeCache:
             if any(t.is_inference() for t in tensors):  # they count no versions
                 return make(shape, gates, a, b, dtype)
             raise
-        capturing = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
+        in_graph = capturing(tensors[0])
         kept = self._kept.get(make)
         if kept is None or kept[0] != key:
             made = make(shape, gates, a, b, dtype)
-            if not capturing:  # else only replays of the graph compute it
+            if not in_graph:  # else only replays of the graph compute it
                 _STEPS.watch()
                 where = Made.here() if tensors[0].is_cuda else None
                 self._kept[make] = (key, made, where, tuple(t.detach() for t in tensors))
             return made
-        if kept[2] is not None and not capturing:
+        if kept[2] is not None and not in_graph:
             kept[2].wait(kept[1])
-        if capturing and not any(made is kept[1] for made in self._captured):
+        if in_graph and not any(made is kept[1] for made in self._captured):
             self._captured.append(kept[1])
         return kept[1]

@@ -163,9 +163,8 @@ def _choose(table: dict | None, device: str, call: Call, usable: tuple[str, ...]
     sizes = ", ".join(f"{size} {near[size]}" for size in _SIZES)
     why = f"at {sizes} it took " + ", ".join(f"{name} {ms:.3g} ms" for name, ms in times.items())
     name, _, plan = best.partition(":")
-    if name == "cuda":
-        return Choice(name, why, plan or CUDA_PLANS[0])
-    return Choice(name, why, (near["triton_plan"] if name == "triton" else "") or PLANS[0])
+    plans = {"triton": near["triton_plan"], "cuda": plan or CUDA_PLANS[0]}
+    return Choice(name, why, plans.get(name) or PLANS[0])
 
 
 def _doublings(row: dict, call: Call) -> float:

@@ -25,6 +25,7 @@ from ckf.kernels.checks import (
     check_task_ids,
 )
 from ckf.kernels.config import choose_backend
+from ckf.kernels.decode_cache import capturing
 from ckf.kernels.dispatch import Call, Choice
 from ckf.kernels.dropout import dropout_threshold
 from ckf.kernels.group import GroupShape, expert_parts, unflatten
@@ -175,7 +176,7 @@ def _keeps_stacks(x: Tensor, backend: str) -> bool:
     """Not while tracing; nor what torch's own products would read in a graph's every replay."""
     if type(x) is not Tensor or torch.compiler.is_compiling():
         return False
-    return backend != "torch" or not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    return backend != "torch" or not capturing(x)
 
 
 def _no_autocast(x: Tensor):

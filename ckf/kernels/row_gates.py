@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ckf.kernels.decode_cache import Made
+from ckf.kernels.decode_cache import Made, capturing
 from ckf.kernels.group import GroupShape
 from ckf.kernels.selection import bit_mask, select_
 from ckf.kernels.stacks import column_gates
@@ -45,7 +45,7 @@ def gate_table(shape: GroupShape, gates: Sequence[Tensor], dtype: torch.dtype) -
     first, on_gpu = gates[0], _on_gpu(gates[0])
     most = MOST_KEPT_ON_A_GPU if on_gpu else MOST_KEPT if first.device.type == "cpu" else 0
     elements = (first.shape[0] + 3) * shape.columns
-    if elements > most or any(g.requires_grad for g in gates) or (on_gpu and _capturing()):
+    if elements > most or any(g.requires_grad for g in gates) or capturing(first):
         return _make(shape, gates, dtype)
     kept = _KEPT.get(first)
     versions = [-1 if g.is_inference() else g._version for g in gates]
@@ -63,10 +63,6 @@ def gate_table(shape: GroupShape, gates: Sequence[Tensor], dtype: torch.dtype) -
 
 def _on_gpu(tensor: Tensor) -> bool:
     return tensor.is_cuda
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_current_stream_capturing()
 
 
 class _Kept(NamedTuple):

@@ -15,6 +15,7 @@ from ckf.kernels import cuda, multi_lora_linear
 from ckf.kernels.reference import multi_lora_reference
 from tests.kernels.cases import random_case
 from tests.kernels.frozen_cases import FrozenCase, assert_frozen_right, frozen_case
+from tests.kernels.test_cuda_gpu import gpu as extension  # noqa: F401
 from tests.kernels.test_cuda_sanitized import to_gpu
 
 pytestmark = pytest.mark.gpu
@@ -38,11 +39,7 @@ HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=s
 
 
 @pytest.fixture
-def gpu():
-    if not cuda.build_info()["built"]:
-        pytest.skip(cuda.build_info()["reason"])
-    usable, why = cuda.available()
-    assert usable, why
+def gpu(extension):  # noqa: F811
     if torch.cuda.get_device_capability()[0] not in (9, 10):
         pytest.skip("no clusters, or too little shared memory for most rows")
 

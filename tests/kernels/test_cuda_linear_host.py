@@ -52,14 +52,26 @@ def call(library, case: FrozenCase, order: int = 0, clusters: int = 1 << 20, **c
     library.ckf_host_set_order(ctypes.c_uint(order))
     library.ckf_host_set_clusters(ctypes.c_int(clusters))
     tensors = (group.x, group.a, group.column_gates, group.task_ids)
+    return launch(
+        library,
+        linears,
+        [t.data_ptr() for t in tensors],
+        [changes.get(name, size) for name, size in sizes.items()],
+        _DTYPES[changes.get("dtype", group.x.dtype)],
+        count=changes.get("count", len(linears)),
+    )
+
+
+def launch(library, linears, pointers, sizes, dtype: int, device=0, stream=None, count=None) -> int:
+    """ckf_decode_linear; pointers: x, a, gates, ids; sizes: m, k, tasks, x_stride."""
     return library.ckf_decode_linear(
         (FrozenLinear * len(linears))(*linears),
-        ctypes.c_int(changes.get("count", len(linears))),
-        *(ctypes.c_void_p(t.data_ptr()) for t in tensors),
-        *(ctypes.c_int64(changes.get(name, size)) for name, size in sizes.items()),
-        ctypes.c_int(_DTYPES[changes.get("dtype", group.x.dtype)]),
-        ctypes.c_int(0),
-        ctypes.c_void_p(None),
+        ctypes.c_int(len(linears) if count is None else count),
+        *map(ctypes.c_void_p, pointers),
+        *map(ctypes.c_int64, sizes),
+        ctypes.c_int(dtype),
+        ctypes.c_int(device),
+        ctypes.c_void_p(stream),
     )
 
 
@@ -235,6 +247,16 @@ def test_launcher_refuses(library):
     assert all(y.isnan().all() for y in case.group.ys), "something was written"
 
 
+@pytest.mark.parametrize("m", [1, 16, 17, 64])
+def test_python_knows_the_most_columns(library, m):
+    """What "auto" goes by is what the launcher takes."""
+    most = cuda.most_linear_rank(m)
+    for rank, wanted in ((most, 0), (most + 1, NOT_SUPPORTED)):
+        case = frozen_case(m=m, k=8, ns=(8,), ranks=((rank,),), ids=[-1] * m)
+        assert call(library, case) == wanted
+    assert cuda.most_linear_rank(cuda.MAX_LINEAR_ROWS + 1) == 0
+
+
 def test_through_the_bridge(library, monkeypatch):
     """ckf.kernels.cuda with this kernel in the extension's place: each pointer and size arrives."""
 
@@ -251,14 +273,8 @@ def test_through_the_bridge(library, monkeypatch):
                     y, w, w_strides, bias, self.linears_of, strict=True
                 )
             ]
-            status = library.ckf_decode_linear(
-                (FrozenLinear * len(frozen))(*frozen),
-                ctypes.c_int(len(frozen)),
-                *map(ctypes.c_void_p, (x, a, gates, task_ids)),
-                *map(ctypes.c_int64, (m, k, tasks, x_stride)),
-                *map(ctypes.c_int, (dtype, device)),
-                ctypes.c_void_p(stream),
-            )
+            pointers, sizes = (x, a, gates, task_ids), (m, k, tasks, x_stride)
+            status = launch(library, frozen, pointers, sizes, dtype, device, stream)
             assert status in (0, NOT_SUPPORTED)
             return status == 0
 
