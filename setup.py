@@ -1,9 +1,10 @@
-"""Builds the optional CUDA extension ``ckf._C``; everything else is in pyproject.toml.
+"""Builds the optional extensions ``ckf._C`` (CUDA) and ``ckf._cpu``; the rest is in pyproject.toml.
 
-Never imports torch: the extension takes raw pointers and links the CUDA runtime statically.
+Never imports torch: the extensions take raw pointers; the CUDA runtime is linked statically.
 
 CKF_BUILD_CUDA   auto (default): build if nvcc is found, go on without it if that fails;
-                 1: build or fail; 0: pure Python.
+                 1: build or fail; 0: leave it out.
+CKF_BUILD_CPU    the same for ckf._cpu, which needs a C++ compiler (CXX, default g++).
 CKF_CUDA_ARCHS   e.g. "sm_80,sm_90a". Default: sm_80, sm_90a, sm_100 as far as nvcc knows them.
                  PTX of the newest portable one is added for GPUs to come.
 """
@@ -12,6 +13,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -26,18 +28,24 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-LOG = ROOT / "build" / "cuda_build.log"
 DEFAULT_ARCHS = ("sm_80", "sm_90a", "sm_100")
+# Of csrc/cpu/micro.cpp, on every machine and beside that on x86-64; chosen when it runs.
+INSTRUCTIONS = {"base": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    INSTRUCTIONS |= {
+        "avx2": ["-mavx2", "-mfma"],
+        "avx512": ["-mavx512f", "-mavx2", "-mfma"],
+    }
 
 
 def say(text: str) -> None:
     print(f"ckf: {text}", file=sys.stderr, flush=True)
 
 
-def build_mode() -> str:
-    mode = os.environ.get("CKF_BUILD_CUDA", "auto")
+def build_mode(variable: str) -> str:
+    mode = os.environ.get(variable, "auto")
     if mode not in ("auto", "1", "0"):
-        raise SystemExit(f"CKF_BUILD_CUDA is {mode!r}; expected auto, 1 or 0")
+        raise SystemExit(f"{variable} is {mode!r}; expected auto, 1 or 0")
     return mode
 
 
@@ -75,7 +83,7 @@ def run(command: list[str], log) -> str:
     log.write(output + "\n")
     log.flush()
     if done.returncode != 0:
-        raise CompileError(f"{command[0]} failed (whole log: {LOG}):\n{output[-4000:]}")
+        raise CompileError(f"{command[0]} failed (whole log: {log.name}):\n{output[-4000:]}")
     return output
 
 
@@ -126,55 +134,92 @@ def pybind11_include() -> str:
     raise CompileError("pybind11 is not installed: pip install pybind11")
 
 
-def sources_hash() -> str:
-    """SHA-256 over what the extension is compiled from, to tell a stale build."""
+def sources_hash(folder: Path = CSRC) -> str:
+    """SHA-256 over what an extension is compiled from, to tell a stale build."""
     digest = hashlib.sha256()
-    for path in sorted([*CSRC.glob("*.cu"), *CSRC.glob("*.h"), *CSRC.glob("*.cpp")]):
+    for path in sorted([*folder.glob("*.cu"), *folder.glob("*.h"), *folder.glob("*.cpp")]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 
-class BuildCuda(build_ext):
-    """nvcc for the .cu files, the C++ compiler for the bindings and the link."""
+def cxx() -> list[str]:
+    """The C++ compiler."""
+    return shlex.split(os.environ.get("CXX", "g++"))
+
+
+def write_info(temp: Path, folder: Path, log, **own) -> None:
+    """build_info.h: what the extension was built from."""
+    info = own | {
+        "cxx": run([*cxx(), "--version"], log).splitlines()[0],
+        "python": sysconfig.get_python_version(),
+        "sources": sources_hash(folder),
+    }
+    (temp / "build_info.h").write_text(
+        f'#pragma once\nconstexpr char kCkfBuildInfo[] = R"json({json.dumps(info)})json";\n'
+    )
+
+
+def compile_bindings(source: Path, temp: Path, log) -> Path:
+    """The object of the file that knows Python."""
+    includes = {sysconfig.get_path("include"), sysconfig.get_path("platinclude")}
+    includes |= {pybind11_include(), str(temp)}
+    flags = ["-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden"]
+    flags += [f"-I{path}" for path in sorted(includes)]
+    run([*cxx(), *flags, "-c", str(source), "-o", str(temp / "bindings.o")], log)
+    return temp / "bindings.o"
+
+
+class Build(build_ext):
+    """Both extensions; where one is optional and cannot be built, a warning."""
 
     def run(self) -> None:
         self.in_source_tree = bool(self.inplace)  # the base class clears it while it builds
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
-        LOG.parent.mkdir(exist_ok=True)
+        name = ext.name.rpartition(".")[2]
+        kind, build = {"_C": ("cuda", self.build_cuda), "_cpu": ("cpu", self.build_cpu)}[name]
+        file = ROOT / "build" / f"{kind}_build.log"
+        file.parent.mkdir(exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name))
+        temp = Path(self.build_temp) / kind
+        for folder in (temp, target.parent):
+            folder.mkdir(parents=True, exist_ok=True)
         try:
-            with LOG.open("w") as log:
-                self.compile_and_link(Path(self.build_temp), target, log)
+            with file.open("w") as log:
+                build(temp, target, log)
         except CompileError as error:
             if not ext.optional:
                 raise
-            say(f"WARNING: the CUDA extension was not built, going on without it: {error}")
+            say(f"WARNING: {ext.name} was not built, going on without it: {error}")
             target.unlink(missing_ok=True)  # an older build must not pass for this one
             if self.in_source_tree:
                 (ROOT / "ckf" / target.name).unlink(missing_ok=True)
 
-    def compile_and_link(self, temp: Path, target: Path, log) -> None:
+    def build_cpu(self, temp: Path, target: Path, log) -> None:
+        folder = CSRC / "cpu"
+        say(f"building ckf._cpu with {' '.join(cxx())} (log: {log.name})")
+        write_info(temp, folder, log)
+        flags = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden"]
+        objects = [temp / "passes.o", *(temp / f"micro_{name}.o" for name in INSTRUCTIONS)]
+        run([*cxx(), *flags, "-c", str(folder / "passes.cpp"), "-o", str(objects[0])], log)
+        for name, own in INSTRUCTIONS.items():
+            command = [*cxx(), *flags, *own, f"-DCKF_INSTRUCTIONS={name}"]
+            command += ["-c", str(folder / "micro.cpp"), "-o", str(temp / f"micro_{name}.o")]
+            run(command, log)
+        objects.append(compile_bindings(folder / "bindings.cpp", temp, log))
+        undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+        run([*cxx(), "-shared", *undefined, *map(str, objects), "-o", str(target), "-ldl"], log)
+
+    def build_cuda(self, temp: Path, target: Path, log) -> None:
+        """nvcc for the .cu files, the C++ compiler for the bindings and the link."""
         nvcc = find_nvcc()
         if nvcc is None:
             raise CompileError("nvcc is not in CUDA_HOME, on PATH or in /usr/local/cuda/bin")
         toolkit = CudaToolkit(nvcc, log)
         archs = toolkit.choose(wanted_archs())
-        say(f"building ckf._C for {', '.join(archs)} with {nvcc} (log: {LOG})")
-        temp.mkdir(parents=True, exist_ok=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        cxx = shlex.split(os.environ.get("CXX", "g++"))
-        info = {
-            "archs": archs,
-            "nvcc": toolkit.version,
-            "cxx": run([*cxx, "--version"], log).splitlines()[0],
-            "python": sysconfig.get_python_version(),
-            "sources": sources_hash(),
-        }
-        (temp / "build_info.h").write_text(
-            f'#pragma once\nconstexpr char kCkfBuildInfo[] = R"json({json.dumps(info)})json";\n'
-        )
+        say(f"building ckf._C for {', '.join(archs)} with {nvcc} (log: {log.name})")
+        write_info(temp, CSRC, log, archs=archs, nvcc=toolkit.version)
         objects = []
         for source in sorted(CSRC.glob("*.cu")):
             objects.append(temp / f"{source.stem}.cu.o")
@@ -182,28 +227,28 @@ class BuildCuda(build_ext):
             flags += ["-Xptxas", "-v", "--threads", str(min(len(archs), os.cpu_count() or 1))]
             codes = [flag for arch in archs for flag in gencode(arch)]
             run([nvcc, *flags, *codes, "-c", str(source), "-o", str(objects[-1])], log)
-        includes = {sysconfig.get_path("include"), sysconfig.get_path("platinclude")}
-        includes |= {pybind11_include(), str(temp)}
-        flags = ["-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden"]
-        flags += [f"-I{path}" for path in sorted(includes)]
-        objects.append(temp / "bindings.o")
-        run([*cxx, *flags, "-c", str(CSRC / "bindings.cpp"), "-o", str(objects[-1])], log)
-        link = [*cxx, "-shared", *map(str, objects), "-o", str(target)]
+        objects.append(compile_bindings(CSRC / "bindings.cpp", temp, log))
+        link = [*cxx(), "-shared", *map(str, objects), "-o", str(target)]
         link += [f"-L{folder}" for folder in toolkit.libraries]
         run([*link, "-lcudart_static", "-ldl", "-lrt", "-lpthread"], log)
 
 
 def extensions() -> list[Extension]:
-    mode = build_mode()
-    if mode == "0":
-        say("CKF_BUILD_CUDA=0: building without the CUDA extension")
-        return []
-    if mode == "auto" and find_nvcc() is None:
-        say("no nvcc found: building without the CUDA extension")
-        return []
-    sources = sorted(str(path.relative_to(ROOT)) for path in CSRC.glob("*.c*"))
-    return [Extension("ckf._C", sources=sources, optional=mode == "auto")]
+    """Those that are asked for, or whose compiler is there."""
+    found = []
+    for name, variable, folder, compiler, there in (
+        ("ckf._C", "CKF_BUILD_CUDA", CSRC, "nvcc", find_nvcc()),
+        ("ckf._cpu", "CKF_BUILD_CPU", CSRC / "cpu", cxx()[0], shutil.which(cxx()[0])),
+    ):
+        mode = build_mode(variable)
+        if mode == "0" or (mode == "auto" and there is None):
+            why = f"{variable}=0" if mode == "0" else f"no {compiler} found"
+            say(f"{why}: building without {name}")
+            continue
+        sources = sorted(str(path.relative_to(ROOT)) for path in folder.glob("*.c*"))
+        found.append(Extension(name, sources=sources, optional=mode == "auto"))
+    return found
 
 
 if __name__ == "__main__":
-    setup(license="Apache-2.0", ext_modules=extensions(), cmdclass={"build_ext": BuildCuda})
+    setup(license="Apache-2.0", ext_modules=extensions(), cmdclass={"build_ext": Build})

@@ -13,6 +13,7 @@ from typing import Any
 
 from ckf.cf import CFConfig
 from ckf.data.config import LISTS, TASKS, DataConfig, TaskRows
+from ckf.kernels.config import BACKENDS
 
 VECTOR_MAPS = ("meta", "constant", "mlp", "linear", "none")
 MATCHES = ("none", "score", "prior")
@@ -201,7 +202,7 @@ class RunConfig:
         _one_of("train.packing", self.train.packing, ("auto", True, False))
         _one_of("model.dtype", self.model.dtype, ("auto", "float32", "bfloat16", "float16"))
         _one_of("lora.gate", self.lora.gate, ("hard", "learned"))
-        _one_of("lora.backend", self.lora.backend, ("auto", "torch", "triton", "cuda"))
+        _one_of("lora.backend", self.lora.backend, BACKENDS)
         self._check_numbers()
         self._check_lists()
         self._check_switches()

@@ -94,7 +94,7 @@ def patch_model(
         gate: "hard" (shared + own task) or "learned" (trainable weights per task over all
             experts, starting at the hard gate).
         gate_per_layer: with learned gates, one gate matrix per layer instead of one per model.
-        backend: "auto", "torch", "triton" or "cuda".
+        backend: "auto", "torch", "cpu", "triton" or "cuda".
 
     Raises:
         ValueError: a model that is patched already, bad task names or ranks, a target that matches

@@ -7,16 +7,17 @@ from functools import lru_cache
 
 import torch
 
-from ckf.kernels import cuda
+from ckf.kernels import cpu, cuda
 from ckf.kernels.dispatch import Call, Choice, load_table, measured_choice
 from ckf.kernels.launch import CUDA_PLANS, PLANS
 
-BACKENDS = ("auto", "torch", "triton", "cuda")
+BACKENDS = ("auto", "torch", "cpu", "triton", "cuda")
 _ASKED = {name: (name, "") for name in BACKENDS}
 _PLANS = {"triton": PLANS, "cuda": CUDA_PLANS}
 _ASKED |= {f"{name}:{plan}": (name, plan) for name, plans in _PLANS.items() for plan in plans}
 _GPU = "cuda"
-_ON_A_CPU = Choice("torch", "the other backends need a GPU")
+_BY_TORCH = Choice("torch", "the CPU kernels are not for it, the others need a GPU")
+_BY_CPU_KERNELS = Choice("cpu", "each row with its own experts alone")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -24,6 +25,7 @@ def usable_backends() -> dict[str, tuple[bool, str]]:
     """For each backend: whether it can run here, and the reason if not."""
     return {
         "torch": (True, "dense-gated matrix products, any device"),
+        "cpu": cpu.available(),
         "triton": _triton_usable(),
         "cuda": cuda.available(),
     }
@@ -32,7 +34,9 @@ def usable_backends() -> dict[str, tuple[bool, str]]:
 def explain_auto() -> str:
     """What "auto" goes by on this machine, in words."""
     if not torch.cuda.is_available():
-        return "torch: there is no GPU"
+        usable, why = cpu.available()
+        what = "cpu, and torch for learned gates and dtypes other than float32"
+        return f"{what}: there is no GPU" if usable else f"torch: there is no GPU, and {why}"
     device = torch.cuda.get_device_name()
     table = load_table(device)
     if table is None:
@@ -80,7 +84,7 @@ def _split(backend: str) -> tuple[str, str]:
 
 def _automatic(x: torch.Tensor, call: Call) -> Choice:
     if x.device.type != _GPU:
-        return _ON_A_CPU
+        return _BY_TORCH if _why_not_cpu(x, call) else _BY_CPU_KERNELS
     if torch.compiler.is_compiling():
         call = _bucketed(call)
     return Choice(*_measured(x.device.index, x.dtype, *call))
@@ -122,6 +126,8 @@ def _bucketed(call: Call) -> Call:
 
 
 def _refusal(backend: str, plan: str, x: torch.Tensor, call: Call) -> str | None:
+    if backend == "cpu":
+        return _why_not_cpu(x, call)
     if backend == "triton":
         return _why_not_triton(x)
     if backend != "cuda":
@@ -133,6 +139,11 @@ def _refusal(backend: str, plan: str, x: torch.Tensor, call: Call) -> str | None
 def _interpreting() -> bool:
     """Whether Triton runs kernels in its interpreter, on CPU tensors: for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@torch.compiler.assume_constant_result
+def _cpu_usable() -> tuple[bool, str]:
+    return cpu.available()
 
 
 @torch.compiler.assume_constant_result
@@ -149,6 +160,17 @@ def _triton_usable() -> tuple[bool, str]:
     if not torch.cuda.is_available():
         return False, "torch sees no CUDA device; use 'torch' or 'auto'"
     return True, "forward and backward"
+
+
+def _why_not_cpu(x: torch.Tensor, call: Call) -> str | None:
+    if x.device.type != "cpu":
+        return f"the input is on {x.device.type}; the CPU kernels need a CPU tensor"
+    if x.dtype is not cpu.DTYPE:
+        return f"dtype {x.dtype}; the CPU kernels take float32"
+    if call.learned:
+        return "gates need a gradient; the CPU kernels take constant ones"
+    usable, why = _cpu_usable()
+    return None if usable else why
 
 
 def _why_not_triton(x: torch.Tensor) -> str | None:

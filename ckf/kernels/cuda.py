@@ -20,7 +20,7 @@ _LINEAR_RANKS = ((16, 256), (MAX_LINEAR_ROWS, 128))  # its rows, and most rank c
 _MAX_SIZE = 1 << 30
 _DEVICE_TYPE = "cuda"
 # A subclass (DTensor, FakeTensor) may have no memory of its own, or another's shape.
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # CkfDtype in csrc/launchers.h
 
 
@@ -301,7 +301,7 @@ def _raw_stream(index: int) -> int:
 
 def _check_plain(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
     """ValueError unless the tensor owns strided memory of this dtype on this device."""
-    if type(tensor) not in _PLAIN:
+    if type(tensor) not in PLAIN:
         raise ValueError(f"{name} is a {type(tensor).__name__}; expected a torch.Tensor")
     if tensor.device != device or tensor.layout is not torch.strided:
         raise ValueError(

@@ -43,7 +43,7 @@ class Choice(NamedTuple):
 class Call(NamedTuple):
     """What a choice depends on: sizes (n summed over a group, R likewise) and the pass.
 
-    linear_rank: rank columns of the linear that has most.
+    linear_rank: rank columns of the linear that has most. learned: gates need a gradient.
     """
 
     m: int
@@ -53,6 +53,7 @@ class Call(NamedTuple):
     train: bool
     dropout: bool
     linear_rank: int = 0
+    learned: bool = False
 
 
 def device_slug(name: str) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ckf.kernels import decode, torch_backend
+from ckf.kernels import cpu, decode, torch_backend
 from ckf.kernels.checks import (
     check_group,
     check_id_range,
@@ -57,7 +57,7 @@ def multi_lora_linear(
             checked; ids on a GPU are not (no synchronisation): an invalid one makes its row NaN.
         dropout_p: probability of dropping an element of the LoRA input.
         seed: int or one-element int64 tensor on x's device; draws the dropout mask.
-        backend: "auto", "torch", "triton" or "cuda".
+        backend: "auto", "torch", "cpu", "triton" or "cuda".
         slots: what ``compact_slots`` makes of the gates that are always zero, its table on x's
             device; made once. Backward then keeps a row's own columns only, and with many rank
             columns the Triton kernels compute no others.
@@ -128,6 +128,7 @@ def run_group(
     needs_grad = torch.is_grad_enabled() and (
         x.requires_grad or any(t is not None and t.requires_grad for t in tensors)
     )
+    save_plain = needs_grad and any(g.requires_grad for g in gates)
     ranks = [sum([t.shape[0] for t in experts]) for experts in a]
     call = Call(
         m=x.shape[:-1].numel(),
@@ -137,9 +138,9 @@ def run_group(
         train=needs_grad,
         dropout=dropout_p > 0,
         linear_rank=max(ranks),
+        learned=save_plain,
     )
     choice = choose_backend(backend, x, call)
-    save_plain = needs_grad and any(g.requires_grad for g in gates)
     if not needs_grad and choice.backend == "torch":
         slots = None  # nothing is kept, so nothing is made compact
     static = _Static(
@@ -154,7 +155,8 @@ def run_group(
     with _no_autocast(x):
         passes = _decode_pass(choice, call) if decode_cache is not None else None
         if passes and _keeps_stacks(x, choice.backend):
-            check_id_range(task_ids, gates[0].shape[0])
+            if choice.backend != "cpu":  # whose kernels look at them
+                check_id_range(task_ids, gates[0].shape[0])
             shape = _shape(gates, flat_a, 0.0)
             arguments = (x, weights, biases, gates, flat_a, flat_b, task_ids)
             return tuple(passes(shape, *arguments, decode_cache))
@@ -167,6 +169,8 @@ def _decode_pass(choice: Choice, call: Call):
     """The function for a few rows whose experts are kept stacked, where the backend has one."""
     if call.train or call.dropout:
         return None
+    if choice.backend == "cpu":
+        return cpu.decode_pass
     if choice.backend == "torch" and call.m <= torch_backend.DECODE_ROWS:
         return torch_backend.decode_pass
     return partial(decode.forward_pass, plan=choice.plan) if choice.backend == "cuda" else None
@@ -276,7 +280,8 @@ _LIBRARY.define(
 def _multi_lora(
     x, weights, biases, gates, a, b, ids, seed, slots, width, p, save_plain, backend, plan
 ):
-    check_id_range(ids, gates[0].shape[0])
+    if backend != "cpu":  # whose kernels look at them
+        check_id_range(ids, gates[0].shape[0])
     shape = _shape(gates, a, p)
     if backend == "cuda":
         outputs = decode.forward_pass(shape, x, weights, biases, gates, a, b, ids, plan=plan)
@@ -357,8 +362,8 @@ def _shape(gates, a, dropout_p: float) -> GroupShape:
 
 def _passes(backend: str):
     """The module whose ``forward_pass`` and ``backward_pass`` compute the ops."""
-    if backend == "torch":
-        return torch_backend
+    if backend in ("torch", "cpu"):
+        return torch_backend if backend == "torch" else cpu
     from ckf.kernels import triton_backend  # imports triton
 
     return triton_backend

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ckf.kernels import cuda
+from ckf.kernels import cpu, cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -133,12 +133,13 @@ def test_hopper_gemm_elsewhere_is_empty(build, nvcc, tmp_path, arch):
     assert max(map(int, re.findall(r"Used (\d+) registers", said))) < least < 168
 
 
-def test_extension_is_of_these_sources(build):
+@pytest.mark.parametrize(("module", "folder"), [(cuda, "."), (cpu, "cpu")], ids=["_C", "_cpu"])
+def test_extension_is_of_these_sources(build, module, folder):
     """A stale extension would make every other test of it meaningless."""
-    info = cuda.build_info()
+    info = module.build_info()
     if not info["built"]:
         pytest.skip(info["reason"])
-    assert info["sources"] == build.sources_hash(), "csrc/ has changed: run make build"
+    assert info["sources"] == build.sources_hash(build.CSRC / folder), "it has changed: make build"
     assert info["python"] == f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
@@ -161,19 +162,28 @@ def test_old_nvcc_drops_what_it_cannot_do(build, monkeypatch, capsys):
         old.choose(["sm_100"])
 
 
-def test_modes(build, monkeypatch, capsys):
-    monkeypatch.setenv("CKF_BUILD_CUDA", "0")
-    assert build.extensions() == []
-    monkeypatch.setattr(build, "find_nvcc", lambda: None)
-    monkeypatch.setenv("CKF_BUILD_CUDA", "auto")
+@pytest.mark.parametrize(
+    ("name", "variable", "find"),
+    [("ckf._C", "CKF_BUILD_CUDA", "find_nvcc"), ("ckf._cpu", "CKF_BUILD_CPU", "cxx")],
+)
+def test_modes(build, monkeypatch, capsys, name, variable, find):
+    def wanted() -> list[bool]:
+        return [e.optional for e in build.extensions() if e.name == name]
+
+    monkeypatch.setenv(variable, "0")
+    assert wanted() == []
+    compiler = {"find_nvcc": ("nvcc", None), "cxx": ("/no/g++", ["/no/g++"])}[find]
+    monkeypatch.setattr(build, find, lambda: compiler[1])
+    monkeypatch.setenv(variable, "auto")
     capsys.readouterr()
-    assert build.extensions() == []
-    assert capsys.readouterr().err == "ckf: no nvcc found: building without the CUDA extension\n"
-    monkeypatch.setenv("CKF_BUILD_CUDA", "1")
-    assert [e.optional for e in build.extensions()] == [False]
-    monkeypatch.setattr(build, "find_nvcc", lambda: "/x/nvcc")
-    monkeypatch.setenv("CKF_BUILD_CUDA", "auto")
-    assert [e.optional for e in build.extensions()] == [True]
-    monkeypatch.setenv("CKF_BUILD_CUDA", "yes")
-    with pytest.raises(SystemExit, match="'yes'; expected auto, 1 or 0"):
+    assert wanted() == []
+    said = capsys.readouterr().err.splitlines()
+    assert f"ckf: no {compiler[0]} found: building without {name}" in said
+    monkeypatch.setenv(variable, "1")
+    assert wanted() == [False]
+    monkeypatch.setattr(build, find, {"find_nvcc": lambda: "/x/nvcc", "cxx": lambda: ["sh"]}[find])
+    monkeypatch.setenv(variable, "auto")
+    assert wanted() == [True]
+    monkeypatch.setenv(variable, "yes")
+    with pytest.raises(SystemExit, match=f"{variable} is 'yes'; expected auto, 1 or 0"):
         build.extensions()

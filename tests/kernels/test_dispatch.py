@@ -210,7 +210,7 @@ def test_committed_tables_are_readable():
 
 @pytest.mark.parametrize("backend", ["gpu", "", "triton:fast", "torch:gemm", "auto:", None, 3])
 def test_unknown_backends_list_the_known(backend):
-    with pytest.raises(ValueError, match="expected one of auto, torch, triton, cuda, triton:exp"):
+    with pytest.raises(ValueError, match="expected one of auto, torch, cpu, triton, cuda, "):
         check_backend(backend)
 
 
@@ -220,11 +220,20 @@ def test_a_plan_can_be_asked_for(monkeypatch):
     assert (choice.backend, choice.plan) == ("triton", "gemm")
 
 
-def test_a_cpu_takes_torch_and_says_so():
+@pytest.mark.parametrize("built", [True, False])
+def test_what_auto_takes_on_a_cpu(monkeypatch, built):
+    said = (built, "" if built else "the extension ckf._cpu is not built")
+    monkeypatch.setattr(config.cpu, "available", lambda: said)
     choice = choose_backend("auto", torch.zeros(1, 1), call())
-    assert choice.backend == "torch" and "GPU" in choice.why
+    assert choice.backend == ("cpu" if built else "torch")
+    assert choose_backend("auto", torch.zeros(1, 1).double(), call()).backend == "torch"
+    if not torch.cuda.is_available():
+        words = "cpu, and torch for learned gates and dtypes other than float32: there is no GPU"
+        assert explain_auto() == (words if built else f"torch: there is no GPU, and {said[1]}")
+
+
+def test_auto_gives_the_bits_of_what_it_takes():
     case = random_case()
     auto = multi_lora_linear(*case.arguments())
-    assert torch.equal(auto, multi_lora_linear(*case.arguments(), backend="torch"))
-    if not torch.cuda.is_available():
-        assert explain_auto() == "torch: there is no GPU"
+    taken = choose_backend("auto", case.x, call()).backend
+    assert torch.equal(auto, multi_lora_linear(*case.arguments(), backend=taken))

@@ -1,0 +1,286 @@
+"""The "cpu" backend: csrc/cpu, where each row is multiplied with its own experts and no others.
+
+For a row of task t, the experts whose gate is not zero stacked as A_t (R_t, k) and B_tl (n_l, R_t):
+
+    h = drop(x) A_t^T * gate_t      y_l = x W_l^T + bias_l + h_l B_tl^T
+    ds = dy B_t * gate_t            dA_t += ds^T drop(x)      dB_tl += dy_l^T h_l
+    dx = drop'(ds A_t) + sum_l dy_l W_l
+
+Products with W are PyTorch's. Rows may lie in any order; at T 4 and equal ranks that is 2/5 of the
+low-rank work of torch_backend.py, at T 64 1/32. float32 alone, gates that need no gradient. Saved
+for backward: x and h, compact in every row. The same inputs give the same bits, whatever the number
+of threads.
+"""
+
+import importlib
+from collections.abc import Sequence
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ckf.kernels.cuda import PLAIN
+from ckf.kernels.decode_cache import DecodeCache
+from ckf.kernels.group import (
+    Gradients,
+    GroupShape,
+    add_base,
+    base_gradients,
+    input_dropout,
+    unflatten,
+)
+
+DTYPE = torch.float32
+
+
+@lru_cache
+def available() -> tuple[bool, str]:
+    """Whether the kernels can run here, and with which instructions; else why not."""
+    extension, reason = _load_extension()
+    if extension is None:
+        return False, reason
+    if not extension.has_threads():
+        return False, "PyTorch was built without OpenMP, whose threads the CPU kernels use"
+    return True, f"ckf._cpu ({instructions()}), float32"
+
+
+def instructions() -> str:
+    """The best set of instructions that this CPU has, of those that the extension is built for."""
+    return _load_extension()[0].instructions()[0]
+
+
+def build_info() -> dict:
+    """What the extension was built from: host compiler, hash of the sources.
+
+    Without an extension: ``{"built": False, "reason": ...}``.
+    """
+    extension, reason = _load_extension()
+    if extension is None:
+        return {"built": False, "reason": reason}
+    return {"built": True, **extension.build_info()}
+
+
+def forward_pass(
+    shape: GroupShape,
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    gates: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    task_ids: Tensor,
+    seed: Tensor | None,
+    save_plain: bool,
+    slots: Tensor | None,
+    width: int,
+) -> tuple[list[Tensor], Tensor]:
+    """As ``torch_backend.forward_pass``; H is always compact where there are slots."""
+    columns = width if saves_compact(shape, slots) else shape.columns
+    rows = x.reshape(-1, x.shape[-1])
+    inputs = _rows(input_dropout(rows, shape, seed)(rows))
+    h = inputs.new_empty(inputs.shape[0], columns)
+    experts = Experts(shape, gates, a, b)
+    return experts.forward(x, inputs, weights, biases, task_ids, h), h
+
+
+def backward_pass(
+    shape: GroupShape,
+    dys: Sequence[Tensor],
+    x: Tensor,
+    saved: Tensor,
+    weights: Sequence[Tensor | None],
+    gates: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    task_ids: Tensor,
+    seed: Tensor | None,
+    save_plain: bool,
+    slots: Tensor | None,
+    width: int,
+    needs: Sequence[bool],
+) -> Gradients:
+    """As ``torch_backend.backward_pass``."""
+    need_w, need_bias, _, need_a, need_b = unflatten(shape, needs[1:])
+    rows = x.reshape(-1, x.shape[-1])
+    dys = [_rows(dy.reshape(rows.shape[0], dy.shape[-1])) for dy in dys]
+    dropout = input_dropout(rows, shape, seed)
+    inputs = _rows(dropout(rows) if any(need_a) else rows)
+    masked = shape.dropout_p > 0  # the mask is of the update alone
+    dx = None
+    if needs[0]:
+        dx = torch.zeros_like(inputs) if masked else _base_gradient(inputs, dys, weights)
+    da = inputs.new_zeros(shape.columns, inputs.shape[1]) if any(need_a) else None
+    db = []
+    for dy, ranks, columns in zip(dys, shape.ranks, shape.linear_ranks, strict=True):
+        needed, need_b = any(need_b[: len(ranks)]), need_b[len(ranks) :]
+        db.append(inputs.new_zeros(dy.shape[1] * columns) if needed else None)
+    Experts(shape, gates, a, b).backward(dys, inputs, saved, task_ids, dx, da, db)
+    if dx is not None:
+        dx = (add_base(dropout(dx), dys, weights) if masked else dx).view(x.shape)
+    return Gradients(dx, base_gradients(rows, dys, need_w, need_bias), None, da, db)
+
+
+def decode_pass(
+    shape: GroupShape,
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    gates: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    task_ids: Tensor,
+    cache: DecodeCache,
+) -> list[Tensor]:
+    """As ``forward_pass``, the outputs alone, without dropout; ``cache`` keeps B transposed."""
+    experts = cache.get(_kept, shape, gates, a, b, x.dtype)
+    return experts.forward(x, _rows(x.reshape(-1, x.shape[-1])), weights, biases, task_ids, None)
+
+
+def saves_compact(shape: GroupShape, slots: Tensor | None) -> bool:
+    """Whether a row of H has its own columns alone."""
+    return slots is not None
+
+
+class Experts:
+    """The experts of a group as the extension sees them; their memory is held, not copied.
+
+    Args:
+        gates: per linear (T, E_l); ``a``, ``b``: the experts of all linears, one after the other.
+    """
+
+    def __init__(self, shape: GroupShape, gates, a, b) -> None:
+        extension, reason = _load_extension()
+        if extension is None:
+            raise RuntimeError(f"the cpu backend: {reason}")
+        self._k, tasks = a[0].shape[1], gates[0].shape[0]
+        self._widths, expert = [], 0
+        for gate, ranks in zip(gates, shape.ranks, strict=True):
+            _check("gates", gate, (tasks, len(ranks)))
+            self._widths.append(b[expert].shape[0])
+            for rank in ranks:
+                _check("a", a[expert], (rank, self._k))
+                _check("b", b[expert], (self._widths[-1], rank))
+                expert += 1
+        gates, a, b = ([_matrix(t) for t in tensors] for tensors in (gates, a, b))
+        self._tensors = (gates, a, b)
+        self._group = extension.MultiLora(
+            self._k,
+            tasks,
+            _pointers(gates),
+            self._widths,
+            [len(ranks) for ranks in shape.ranks],
+            _pointers(a),
+            _pointers(b),
+            shape.expert_ranks,
+            instructions(),
+        )
+
+    def keep_transposed(self) -> None:
+        """Transpose every B once, for calls to come."""
+        self._group.keep_transposed(torch.get_num_threads())
+
+    def forward(self, x: Tensor, inputs: Tensor, weights, biases, task_ids, h) -> list[Tensor]:
+        """The outputs (..., n_l) for x (..., k) with ``inputs`` (m, k), its rows as the experts see
+        them; ``h`` (m, columns) is written, None: not kept."""
+        ys, m = [], inputs.shape[0]
+        ids = _ids(task_ids, m)
+        self._group.check_ids(ids.data_ptr(), m)  # before the base is computed
+        _check("x", inputs, (m, self._k))
+        for weight, bias, n in zip(weights, biases, self._widths, strict=True):
+            base = x.new_zeros(*x.shape[:-1], n) if weight is None else F.linear(x, weight, bias)
+            ys.append(base.contiguous())
+            _check("y", ys[-1], (*x.shape[:-1], n))
+        self._group.forward(
+            inputs.data_ptr(),
+            inputs.stride(0),
+            ids.data_ptr(),
+            m,
+            _pointers(ys),
+            self._widths,
+            *(0, 0) if h is None else (h.data_ptr(), h.shape[1]),
+            torch.get_num_threads(),
+        )
+        return ys
+
+    def backward(self, dys, inputs: Tensor, h: Tensor, task_ids: Tensor, dx, da, db) -> None:
+        """Add to dx (m, k); write da (R, k) and db (``Gradients.b``) over zeros, where wanted."""
+        m = inputs.shape[0]
+        _check("x", inputs, (m, self._k))
+        _check("h", h, (m, h.shape[1]))
+        for dy, n in zip(dys, self._widths, strict=True):
+            _check("dy", dy, (m, n))
+        ids = _ids(task_ids, m)
+        self._group.backward(
+            _pointers(dys),
+            [dy.stride(0) for dy in dys],
+            inputs.data_ptr(),
+            inputs.stride(0),
+            h.data_ptr(),
+            h.shape[1],
+            ids.data_ptr(),
+            m,
+            *_pointers([dx, da]),
+            _pointers(db),
+            torch.get_num_threads(),
+        )
+
+
+def _kept(shape: GroupShape, gates, a, b, dtype: torch.dtype) -> Experts:
+    experts = Experts(shape, gates, a, b)
+    experts.keep_transposed()
+    return experts
+
+
+def _base_gradient(inputs: Tensor, dys: Sequence[Tensor], weights) -> Tensor:
+    """(m, k): sum_l dy_l W_l."""
+    pairs = [(dy, weight) for dy, weight in zip(dys, weights, strict=True) if weight is not None]
+    if not pairs:
+        return torch.zeros_like(inputs)
+    (dy, weight), *others = pairs
+    dx = dy @ weight
+    for dy, weight in others:
+        dx.addmm_(dy, weight)
+    return dx
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """ValueError where a pointer would be taken that the kernels must not follow."""
+    if type(tensor) not in PLAIN or tensor.device.type != "cpu" or tensor.shape != shape:
+        raise ValueError(
+            f"{name} is a {type(tensor).__name__} of shape {tuple(tensor.shape)} on "
+            f"{tensor.device}; the CPU kernels expected a plain tensor of shape {shape} on the CPU"
+        )
+
+
+def _ids(task_ids: Tensor, m: int) -> Tensor:
+    ids = task_ids.reshape(-1).to(torch.int64).contiguous()
+    _check("task_ids", ids, (m,))
+    return ids
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(DTYPE).contiguous()
+
+
+def _rows(matrix: Tensor) -> Tensor:
+    """With each row's elements side by side."""
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] < 2 else matrix.contiguous()
+
+
+def _pointers(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+@lru_cache
+def _load_extension() -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module("ckf._cpu"), ""
+    except ModuleNotFoundError:
+        return None, (
+            "the extension ckf._cpu is not built for this Python; with a C++ compiler run "
+            "CKF_BUILD_CPU=1 pip install -e . (or python setup.py build_ext --inplace)"
+        )
+    except ImportError as error:
+        return None, f"the extension ckf._cpu does not load ({error}); build it again"

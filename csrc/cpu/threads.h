@@ -1,0 +1,50 @@
+// Work units on the OpenMP threads that PyTorch itself computes with: a pool of one's own would
+// wait for cores that PyTorch's idle threads still spin on. The runtime is found among the loaded
+// libraries, since which one that is depends on how PyTorch was built.
+#pragma once
+
+#include <dlfcn.h>
+
+#include <atomic>
+#include <cstdint>
+#include <exception>
+
+namespace ckf_cpu {
+
+using Parallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+
+// libgomp's entry point, which LLVM's and Intel's runtimes have too; null where there is none.
+inline Parallel find_parallel() {
+    return reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+}
+
+// body(unit) for each unit, in any order, by up to so many threads.
+template <typename Body>
+void each_unit(int64_t units, int threads, const Body& body) {
+    static const Parallel parallel = find_parallel();
+    struct Work {
+        std::atomic<int64_t> next{0};
+        int64_t units;
+        const Body* body;
+        std::atomic_flag failed = ATOMIC_FLAG_INIT;
+        std::exception_ptr error;
+    } work;
+    work.units = units;
+    work.body = &body;
+    const auto run = [](void* data) {
+        auto& own = *static_cast<Work*>(data);
+        try {
+            for (int64_t unit; (unit = own.next++) < own.units;) (*own.body)(unit);
+        } catch (...) {  // must not leave a thread of the pool
+            if (!own.failed.test_and_set()) own.error = std::current_exception();
+        }
+    };
+    if (units < threads) threads = static_cast<int>(units);
+    if (threads > 1 && parallel != nullptr)
+        parallel(run, &work, static_cast<unsigned>(threads), 0);
+    else
+        run(&work);
+    if (work.error) std::rethrow_exception(work.error);
+}
+
+}  // namespace ckf_cpu
