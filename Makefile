@@ -25,7 +25,7 @@ help:
 	@echo "make gpu        build, test, sanitize and measure on this machine's GPU, without network"
 	@echo "                (PART=build|tests|sanitize|bench, OUT=folder, ARCHIVE=folder of the packed results)"
 	@echo "make bench      measure against the peers on this machine's CPU (12 to 20 minutes), and draw"
-	@echo "make build      build the CUDA extension in place, after a change in csrc/"
+	@echo "make build      build the extensions in place, after a change in csrc/"
 	@echo "make lint       ruff check and ruff format --check"
 	@echo "make format     let ruff fix and format"
 	@echo "make clean      remove what was built; .venv, runs/ and results stay"
@@ -62,7 +62,7 @@ bench: $(READY)
 	$(PY) benchmarks/report.py --results $(OUT)/cpu
 
 build: $(READY)
-	CKF_BUILD_CUDA=1 $(PY) setup.py build_ext --inplace
+	CKF_BUILD_CUDA=1 CKF_BUILD_CPU=1 $(PY) setup.py build_ext --inplace
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -201,12 +201,17 @@ class Build(build_ext):
         say(f"building ckf._cpu with {' '.join(cxx())} (log: {log.name})")
         write_info(temp, folder, log)
         flags = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden"]
-        objects = [temp / "passes.o", *(temp / f"micro_{name}.o" for name in INSTRUCTIONS)]
-        run([*cxx(), *flags, "-c", str(folder / "passes.cpp"), "-o", str(objects[0])], log)
-        for name, own in INSTRUCTIONS.items():
-            command = [*cxx(), *flags, *own, f"-DCKF_INSTRUCTIONS={name}"]
-            command += ["-c", str(folder / "micro.cpp"), "-o", str(temp / f"micro_{name}.o")]
+        objects = []
+
+        def compile_to(name: str, source: str, *own: str) -> None:
+            objects.append(temp / f"{name}.o")
+            command = [*cxx(), *flags, *own, "-c", str(folder / source), "-o", str(objects[-1])]
             run(command, log)
+
+        for name in ("passes", "dropout"):
+            compile_to(name, f"{name}.cpp")
+        for name, own in INSTRUCTIONS.items():
+            compile_to(f"micro_{name}", "micro.cpp", *own, f"-DCKF_INSTRUCTIONS={name}")
         objects.append(compile_bindings(folder / "bindings.cpp", temp, log))
         undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
         run([*cxx(), "-shared", *undefined, *map(str, objects), "-o", str(target), "-ldl"], log)

@@ -172,7 +172,7 @@ def named(name: str) -> list[str]:
 def part_build(runner: Runner, reserved: float) -> bool:
     """Whether the other parts may go on: False where the extension would be an older one."""
     command = [sys.executable, "setup.py", "build_ext"]
-    extra = {"CKF_BUILD_CUDA": "1"}
+    extra = {"CKF_BUILD_CUDA": "1", "CKF_BUILD_CPU": "0"}
     if runner.has_gpu:
         command += ["--inplace"]
         if not os.environ.get("CKF_CUDA_ARCHS") and own_arch() is not None:

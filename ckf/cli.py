@@ -262,7 +262,7 @@ def _info(options) -> None:
     import transformers
 
     import ckf
-    from ckf.kernels import cuda, hopper
+    from ckf.kernels import cpu, cuda, hopper
     from ckf.kernels.config import explain_auto, usable_backends
 
     print(f"ckf {ckf.__version__}, Python {platform.python_version()}")
@@ -277,8 +277,9 @@ def _info(options) -> None:
     usable, why = hopper.available()
     print(f"csrc's product for Hopper (plan gemm): {'usable' if usable else 'not usable'}: {why}")
     print(f"backend auto takes {explain_auto()}")
-    for key, value in cuda.build_info().items():
-        print(f"CUDA extension {key}: {value}")
+    for name, extension in (("CUDA", cuda), ("CPU", cpu)):
+        for key, value in extension.build_info().items():
+            print(f"{name} extension {key}: {value}")
 
 
 def _tune(options) -> None:

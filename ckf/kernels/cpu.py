@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ckf.kernels.cuda import PLAIN
 from ckf.kernels.decode_cache import DecodeCache
+from ckf.kernels.dropout import dropout_threshold
 from ckf.kernels.group import (
     Gradients,
     GroupShape,
@@ -136,6 +137,26 @@ def decode_pass(
     """As ``forward_pass``, the outputs alone, without dropout; ``cache`` keeps B transposed."""
     experts = cache.get(_kept, shape, gates, a, b, x.dtype)
     return experts.forward(x, _rows(x.reshape(-1, x.shape[-1])), weights, biases, task_ids, None)
+
+
+def drop(tensor: Tensor, seed: Tensor, p: float) -> Tensor:
+    """``tensor`` (m, k) where ``dropout_mask`` keeps it, scaled; +0 where it does not.
+
+    float32 on a CPU; seed: one int64 there.
+    """
+    rows = _rows(tensor)
+    out = torch.empty(rows.shape, dtype=rows.dtype)
+    _check("x", rows, rows.shape)
+    _load_extension()[0].drop(
+        rows.data_ptr(),
+        rows.stride(0),
+        *rows.shape,
+        int(seed),
+        dropout_threshold(p),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
 
 
 def saves_compact(shape: GroupShape, slots: Tensor | None) -> bool:
@@ -261,6 +282,8 @@ def _ids(task_ids: Tensor, m: int) -> Tensor:
 
 
 def _matrix(tensor: Tensor) -> Tensor:
+    if tensor.dtype is DTYPE and tensor.is_contiguous():
+        return tensor
     return tensor.detach().to(DTYPE).contiguous()
 
 

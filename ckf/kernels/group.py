@@ -65,6 +65,11 @@ def input_dropout(
         from ckf.kernels.triton_drop import drop  # imports triton
 
         return lambda tensor: drop(tensor, seed, p)
+    if rows.device.type == "cpu" and rows.dtype == torch.float32:
+        from ckf.kernels import cpu  # which imports this module
+
+        if cpu.available()[0]:
+            return lambda tensor: cpu.drop(tensor, seed, p)
     keep = bit_mask(dropout_mask(*rows.shape, p, seed, rows.device), rows.dtype)
     return lambda tensor: select_(tensor * dropout_scale(p), keep)
 

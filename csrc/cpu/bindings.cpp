@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "build_info.h"  // written by setup.py: kCkfBuildInfo, a JSON object
+#include "dropout.h"
 #include "passes.h"
 #include "threads.h"
 
@@ -110,6 +111,12 @@ PYBIND11_MODULE(_cpu, module) {
         std::vector<std::string> names;
         for (const CkfMicro* micro : usable()) names.push_back(micro->name);
         return names;
+    });
+    module.def("drop", [](uintptr_t x, int64_t stride, int64_t m, int64_t k, int64_t seed,
+                          uint32_t threshold, uintptr_t out, int threads) {
+        py::gil_scoped_release release;
+        ckf_cpu::drop(pointer<const float>(x), stride, m, k, static_cast<uint64_t>(seed), threshold,
+                      pointer<float>(out), threads);
     });
     module.def("has_threads", [] { return ckf_cpu::find_parallel() != nullptr; });
     py::class_<MultiLora>(module, "MultiLora")

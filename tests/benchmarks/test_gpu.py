@@ -203,7 +203,8 @@ def test_a_fresh_machine_builds_the_extension_once(runner, monkeypatch, tree, pa
     monkeypatch.delenv("CKF_CUDA_ARCHS", raising=False)
     gpu.run_parts(runner, part)
     assert next(iter(calls)) == "build" and len(calls) > 1
-    assert calls.pop("build")["environment"] == {"CKF_BUILD_CUDA": "1", "CKF_CUDA_ARCHS": "sm_90a"}
+    asked = {"CKF_BUILD_CUDA": "1", "CKF_BUILD_CPU": "0", "CKF_CUDA_ARCHS": "sm_90a"}
+    assert calls.pop("build")["environment"] == asked
     gpu.run_parts(runner, part)
     assert "build" not in calls
 
@@ -234,7 +235,7 @@ def test_archs_that_were_asked_for_are_built(runner, monkeypatch, asked, own):
     monkeypatch.setattr(gpu, "own_arch", lambda: own)
     monkeypatch.setenv("CKF_CUDA_ARCHS", asked)
     gpu.part_build(runner, 0)
-    assert calls["build"]["environment"] == {"CKF_BUILD_CUDA": "1"}
+    assert calls["build"]["environment"] == {"CKF_BUILD_CUDA": "1", "CKF_BUILD_CPU": "0"}
 
 
 @pytest.mark.parametrize(

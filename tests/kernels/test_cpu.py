@@ -14,6 +14,7 @@ from ckf.kernels import compact_slots, cpu, multi_lora_group, multi_lora_linear,
 from ckf.kernels.config import check_backend, choose_backend
 from ckf.kernels.decode_cache import DecodeCache
 from ckf.kernels.dispatch import Call
+from ckf.kernels.dropout import dropout_mask, dropout_scale
 from ckf.kernels.group import GroupShape
 from tests.kernels.cases import assert_as_good_as_reference, random_case, run_with_gradients
 from tests.tiny import tiny_model
@@ -347,3 +348,16 @@ def test_a_patched_model_takes_it(monkeypatch):
     )
     model(input_ids=ids, labels=ids, task_ids=["a", "b"]).loss.backward()
     assert calls
+
+
+@pytest.mark.parametrize("seed", [0, 1, -5, 2**63 - 1, -(2**63)])
+@pytest.mark.parametrize("size", [(1, 1), (3, 7), (70, 128), (33, 129), (40, 577), (0, 5), (5, 0)])
+def test_drop_is_the_mask_of_every_backend(size, seed):
+    x = torch.randn(size[0], size[1] + 3)[:, : size[1]]
+    x[:1, :2] = float("nan")
+    for p in (0.1, 0.5, 0.999):
+        keep = dropout_mask(*size, p, seed)
+        expected = torch.where(keep, x * dropout_scale(p), 0)
+        found = cpu.drop(x, torch.tensor([seed]), p)
+        assert torch.equal(found.isnan(), expected.isnan())
+        assert torch.equal(found.nan_to_num(), expected.nan_to_num())
