@@ -8,8 +8,8 @@ For a row of task t, the experts whose gate is not zero stacked as A_t (R_t, k) 
 
 Products with W are PyTorch's. Rows may lie in any order; at T 4 and equal ranks that is 2/5 of the
 low-rank work of torch_backend.py, at T 64 1/32. float32 alone, gates that need no gradient. Saved
-for backward: x and h, compact in every row. The same inputs give the same bits, whatever the number
-of threads.
+for backward: x and h, compact in every row. The update has the same bits whatever the number of
+threads.
 """
 
 import importlib
@@ -276,7 +276,9 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _ids(task_ids: Tensor, m: int) -> Tensor:
-    ids = task_ids.reshape(-1).to(torch.int64).contiguous()
+    ids = task_ids.reshape(-1)
+    if ids.dtype is not torch.int64 or not ids.is_contiguous():
+        ids = ids.to(torch.int64).contiguous()
     _check("task_ids", ids, (m,))
     return ids
 

@@ -11,7 +11,8 @@ namespace ckf_cpu {
 
 namespace {
 
-constexpr int64_t kTile = 32;             // rows of a unit
+constexpr int64_t kMostRows = 64, kLeastRows = 8;  // of a unit: more read B less often
+constexpr int64_t kUnits = 4;             // a thread, at least, so that all end together
 constexpr double kThreadFlops = 1 << 21;  // that pay for waking one thread more
 
 template <typename T>
@@ -151,13 +152,15 @@ Group::Plan Group::plan(const int64_t* ids, int64_t m, int threads) const {
             if (wanted[e]) experts.push_back(e);
         transpose(experts, plan.threads, plan.made);
     }
+    const int64_t share = plan.order.size() / (kUnits * plan.threads);
+    const int64_t tile = std::clamp(share / kLeastRows * kLeastRows, kLeastRows, kMostRows);
     const Transposed& made = kept_.empty() ? plan.made : kept_;
     for (Part& own : plan.parts) {
         for (size_t e : own.experts)
             for (int64_t c = 0; c < experts_[e].rank; ++c)
                 own.bt.push_back(made[e].get() + c * linears_[experts_[e].linear].n);
-        for (int64_t row = own.first; row < own.last; row += kTile)
-            plan.tiles.push_back({&own, row, std::min(kTile, own.last - row)});
+        for (int64_t row = own.first; row < own.last; row += tile)
+            plan.tiles.push_back({&own, row, std::min(tile, own.last - row)});
     }
     return plan;
 }
