@@ -37,8 +37,9 @@ help:
 	$(PY) -m pip install --quiet -e ".[recsys]"
 	@touch $@
 
+# Beside the extensions of .venv/.user, which stay where they are.
 .venv/.ready: .venv/.user
-	$(PY) -m pip install --quiet -e ".[recsys,test]"
+	CKF_BUILD_CUDA=0 CKF_BUILD_CPU=0 $(PY) -m pip install --quiet -e ".[recsys,test]"
 	@touch $@
 
 environment: $(READY)
@@ -73,5 +74,5 @@ format: $(READY)
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf build dist *.egg-info ckf/_C.*.so .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info ckf/_C.*.so ckf/_cpu.*.so .pytest_cache .ruff_cache .hypothesis
 	find ckf tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -144,13 +144,13 @@ def sources_hash(folder: Path = CSRC) -> str:
 
 def cxx() -> list[str]:
     """The C++ compiler."""
-    return shlex.split(os.environ.get("CXX", "g++"))
+    return shlex.split(os.environ.get("CXX") or "g++")
 
 
 def write_info(temp: Path, folder: Path, log, **own) -> None:
     """build_info.h: what the extension was built from."""
     info = own | {
-        "cxx": run([*cxx(), "--version"], log).splitlines()[0],
+        "cxx": (run([*cxx(), "--version"], log).splitlines() or ["?"])[0],
         "python": sysconfig.get_python_version(),
         "sources": sources_hash(folder),
     }

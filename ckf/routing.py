@@ -60,9 +60,9 @@ class Route:
     def _fitted(self, x: Tensor, layer: str) -> Tensor:
         lead = x.shape[:-1]
         if self.one is not None:
-            return self.one.to(x.device, non_blocking=True).expand(lead).contiguous()
+            return self.one.to(x.device, non_blocking=x.is_cuda).expand(lead).contiguous()
         count = lead.numel()
-        ids = self.ids.to(x.device, non_blocking=True)
+        ids = self.ids.to(x.device, non_blocking=x.is_cuda)
         if self._in_order(lead):  # other orders of as many rows, as in (seq, batch, k), would mix
             if count == ids.numel():
                 return ids.view(lead)

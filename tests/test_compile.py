@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import ckf
-from ckf.kernels import multi_lora_group, multi_lora_linear
+from ckf.kernels import cpu, multi_lora_group, multi_lora_linear
 from tests.kernels.cases import random_case
 from tests.tiny import VOCABULARY, randomise_adapters, tiny_model
 
@@ -58,14 +58,17 @@ def test_ids_out_of_range_raise_from_compiled_code():
         fast(*case.arguments())
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_ops_pass_the_library_checks(dropout_p):
+def test_ops_pass_the_library_checks(dropout_p, backend):
     """Schema, fake tensors and AOT dispatch, as torch.library sees them."""
+    if backend == "cpu" and not cpu.available()[0]:
+        pytest.skip(cpu.available()[1])
     case = random_case(m=6, dropout_p=dropout_p)
     seed = torch.tensor([case.seed]) if dropout_p else None
     lists = [[case.weight], [case.bias], [case.gates], case.a, case.b]
     detached = [[t.detach() for t in tensors] for tensors in lists]
-    static = (0, dropout_p, False, "torch", "expand")
+    static = (0, dropout_p, False, backend, "expand")
     arguments = (case.x.detach(), *detached, case.task_ids, seed, None, *static)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(torch.ops.ckf.multi_lora, arguments, test_utils=checks)

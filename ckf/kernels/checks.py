@@ -4,6 +4,12 @@ import torch
 from torch import Tensor
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a pointer may be taken: a subclass (DTensor, FakeTensor) may have no memory of its
+    own, or another's shape."""
+    return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
 def check_task_ids(task_ids: Tensor, x: Tensor, tasks: int) -> Tensor:
     """The ids as int64 on x's device; the range is checked where they lie on the host."""
     if not isinstance(task_ids, Tensor) or task_ids.dtype not in (torch.int64, torch.int32):
@@ -16,7 +22,7 @@ def check_task_ids(task_ids: Tensor, x: Tensor, tasks: int) -> Tensor:
         )
     if task_ids.device != x.device:  # else the op looks at them, also under torch.compile
         check_id_range(task_ids, tasks)
-    return task_ids.to(device=x.device, dtype=torch.int64, non_blocking=True)
+    return task_ids.to(device=x.device, dtype=torch.int64, non_blocking=x.is_cuda)
 
 
 def check_id_range(task_ids: Tensor, tasks: int) -> None:
@@ -40,7 +46,7 @@ def check_seed(seed: int | Tensor) -> None:
         raise ValueError(f"seed is {seed!r}; expected an int or a one-element int64 tensor")
 
 
-def check_slots(table: Tensor, a, gates) -> None:
+def check_slots(table: Tensor, width: int, a, gates) -> None:
     """ValueError for a table of other sizes, or one that leaves out a gate (looked at on a CPU)."""
     tasks, ranks = gates[0].shape[0], [[t.shape[0] for t in experts] for experts in a]
     columns = sum(map(sum, ranks))
@@ -51,6 +57,10 @@ def check_slots(table: Tensor, a, gates) -> None:
             "ckf.kernels.compact_slots(live, ranks) for these experts, and move the table"
         )
     if table.is_cpu and not torch.compiler.is_compiling():
+        if table.numel() and table.max() >= width:
+            raise ValueError(
+                f"slots reach {int(table.max())}; expected less than their width, {width}"
+            )
         every = torch.cat(
             [
                 gate.detach().repeat_interleave(torch.tensor(own), dim=1)

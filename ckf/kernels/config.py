@@ -16,7 +16,6 @@ _ASKED = {name: (name, "") for name in BACKENDS}
 _PLANS = {"triton": PLANS, "cuda": CUDA_PLANS}
 _ASKED |= {f"{name}:{plan}": (name, plan) for name, plans in _PLANS.items() for plan in plans}
 _GPU = "cuda"
-_BY_TORCH = Choice("torch", "the CPU kernels are not for it, the others need a GPU")
 _BY_CPU_KERNELS = Choice("cpu", "each row with its own experts alone")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -84,7 +83,8 @@ def _split(backend: str) -> tuple[str, str]:
 
 def _automatic(x: torch.Tensor, call: Call) -> Choice:
     if x.device.type != _GPU:
-        return _BY_TORCH if _why_not_cpu(x, call) else _BY_CPU_KERNELS
+        why = _why_not_cpu(x, call)
+        return _BY_CPU_KERNELS if why is None else Choice("torch", why)
     if torch.compiler.is_compiling():
         call = _bucketed(call)
     return Choice(*_measured(x.device.index, x.dtype, *call))

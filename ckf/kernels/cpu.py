@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ckf.kernels.cuda import PLAIN
+from ckf.kernels.checks import is_plain
 from ckf.kernels.decode_cache import DecodeCache
 from ckf.kernels.dropout import dropout_threshold
 from ckf.kernels.group import (
@@ -81,7 +81,7 @@ def forward_pass(
     columns = width if saves_compact(shape, slots) else shape.columns
     rows = x.reshape(-1, x.shape[-1])
     inputs = _rows(input_dropout(rows, shape, seed)(rows))
-    h = inputs.new_empty(inputs.shape[0], columns)
+    h = inputs.new_zeros(inputs.shape[0], columns)  # a row's own columns are written
     experts = Experts(shape, gates, a, b)
     return experts.forward(x, inputs, weights, biases, task_ids, h), h
 
@@ -111,7 +111,7 @@ def backward_pass(
     masked = shape.dropout_p > 0  # the mask is of the update alone
     dx = None
     if needs[0]:
-        dx = torch.zeros_like(inputs) if masked else _base_gradient(inputs, dys, weights)
+        dx = inputs.new_zeros(inputs.shape) if masked else _base_gradient(inputs, dys, weights)
     da = inputs.new_zeros(shape.columns, inputs.shape[1]) if any(need_a) else None
     db = []
     for dy, ranks, columns in zip(dys, shape.ranks, shape.linear_ranks, strict=True):
@@ -135,7 +135,7 @@ def decode_pass(
     cache: DecodeCache,
 ) -> list[Tensor]:
     """As ``forward_pass``, the outputs alone, without dropout; ``cache`` keeps B transposed."""
-    experts = cache.get(_kept, shape, gates, a, b, x.dtype)
+    experts = cache.get(_transposed_experts, shape, gates, a, b, x.dtype)
     return experts.forward(x, _rows(x.reshape(-1, x.shape[-1])), weights, biases, task_ids, None)
 
 
@@ -145,8 +145,8 @@ def drop(tensor: Tensor, seed: Tensor, p: float) -> Tensor:
     float32 on a CPU; seed: one int64 there.
     """
     rows = _rows(tensor)
-    out = torch.empty(rows.shape, dtype=rows.dtype)
-    _check("x", rows, rows.shape)
+    out = rows.new_empty(rows.shape)
+    _check("x", rows, rows.shape, rows=True)
     _load_extension()[0].drop(
         rows.data_ptr(),
         rows.stride(0),
@@ -176,6 +176,8 @@ class Experts:
         if extension is None:
             raise RuntimeError(f"the cpu backend: {reason}")
         self._k, tasks = a[0].shape[1], gates[0].shape[0]
+        gates, a, b = ([_matrix(t) for t in tensors] for tensors in (gates, a, b))
+        self._tensors = (gates, a, b)
         self._widths, expert = [], 0
         for gate, ranks in zip(gates, shape.ranks, strict=True):
             _check("gates", gate, (tasks, len(ranks)))
@@ -184,8 +186,6 @@ class Experts:
                 _check("a", a[expert], (rank, self._k))
                 _check("b", b[expert], (self._widths[-1], rank))
                 expert += 1
-        gates, a, b = ([_matrix(t) for t in tensors] for tensors in (gates, a, b))
-        self._tensors = (gates, a, b)
         self._group = extension.MultiLora(
             self._k,
             tasks,
@@ -208,7 +208,7 @@ class Experts:
         ys, m = [], inputs.shape[0]
         ids = _ids(task_ids, m)
         self._group.check_ids(ids.data_ptr(), m)  # before the base is computed
-        _check("x", inputs, (m, self._k))
+        _check("x", inputs, (m, self._k), rows=True)
         for weight, bias, n in zip(weights, biases, self._widths, strict=True):
             base = x.new_zeros(*x.shape[:-1], n) if weight is None else F.linear(x, weight, bias)
             ys.append(base.contiguous())
@@ -228,10 +228,10 @@ class Experts:
     def backward(self, dys, inputs: Tensor, h: Tensor, task_ids: Tensor, dx, da, db) -> None:
         """Add to dx (m, k); write da (R, k) and db (``Gradients.b``) over zeros, where wanted."""
         m = inputs.shape[0]
-        _check("x", inputs, (m, self._k))
+        _check("x", inputs, (m, self._k), rows=True)
         _check("h", h, (m, h.shape[1]))
         for dy, n in zip(dys, self._widths, strict=True):
-            _check("dy", dy, (m, n))
+            _check("dy", dy, (m, n), rows=True)
         ids = _ids(task_ids, m)
         self._group.backward(
             _pointers(dys),
@@ -248,9 +248,10 @@ class Experts:
         )
 
 
-def _kept(shape: GroupShape, gates, a, b, dtype: torch.dtype) -> Experts:
+def _transposed_experts(shape: GroupShape, gates, a, b, dtype: torch.dtype) -> Experts:
     experts = Experts(shape, gates, a, b)
-    experts.keep_transposed()
+    if not any(t.is_inference() for t in b):  # the cache keeps nothing of those
+        experts.keep_transposed()
     return experts
 
 
@@ -258,7 +259,7 @@ def _base_gradient(inputs: Tensor, dys: Sequence[Tensor], weights) -> Tensor:
     """(m, k): sum_l dy_l W_l."""
     pairs = [(dy, weight) for dy, weight in zip(dys, weights, strict=True) if weight is not None]
     if not pairs:
-        return torch.zeros_like(inputs)
+        return inputs.new_zeros(inputs.shape)
     (dy, weight), *others = pairs
     dx = dy @ weight
     for dy, weight in others:
@@ -266,12 +267,24 @@ def _base_gradient(inputs: Tensor, dys: Sequence[Tensor], weights) -> Tensor:
     return dx
 
 
-def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    """ValueError where a pointer would be taken that the kernels must not follow."""
-    if type(tensor) not in PLAIN or tensor.device.type != "cpu" or tensor.shape != shape:
+def _check(
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype = DTYPE,
+    rows: bool = False,
+) -> None:
+    """ValueError where a pointer would be taken that the kernels must not follow.
+
+    rows: they may lie apart.
+    """
+    lies = tensor.is_contiguous() or (rows and tensor.stride(-1) == 1)
+    plain = is_plain(tensor) and tensor.device.type == "cpu"
+    if tensor.shape != shape or tensor.dtype is not dtype or not plain or not lies:
         raise ValueError(
-            f"{name} is a {type(tensor).__name__} of shape {tuple(tensor.shape)} on "
-            f"{tensor.device}; the CPU kernels expected a plain tensor of shape {shape} on the CPU"
+            f"{name} is a {type(tensor).__name__} of {tensor.dtype}, shape {tuple(tensor.shape)} "
+            f"and strides {tensor.stride()} on {tensor.device}; the CPU kernels expected a plain "
+            f"tensor of {dtype} and shape {tuple(shape)} on the CPU, contiguous"
         )
 
 
@@ -279,7 +292,7 @@ def _ids(task_ids: Tensor, m: int) -> Tensor:
     ids = task_ids.reshape(-1)
     if ids.dtype is not torch.int64 or not ids.is_contiguous():
         ids = ids.to(torch.int64).contiguous()
-    _check("task_ids", ids, (m,))
+    _check("task_ids", ids, (m,), torch.int64)
     return ids
 
 

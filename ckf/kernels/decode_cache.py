@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ckf.kernels import cuda
 from ckf.kernels.group import GroupShape
 
-# What is made: tensors, lists of them, or objects whose ``kept()`` gives them.
+# What is made: tensors, lists of them, or objects whose ``kept()`` gives them (on a GPU).
 Make = Callable[[GroupShape, Any, Any, Any, torch.dtype], Any]
 
 

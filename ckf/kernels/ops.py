@@ -102,7 +102,7 @@ def multi_lora_group(
     task_ids = check_task_ids(task_ids, x, gates[0].shape[0])
     table, width = slots or (None, 0)
     if slots is not None:
-        check_slots(table, a, gates)
+        check_slots(table, width, a, gates)
     return run_group(
         x, weights, biases, a, b, gates, task_ids, dropout_p, seed, backend, table, width
     )
@@ -115,7 +115,7 @@ def run_group(
     """``multi_lora_group`` for arguments that were checked before.
 
     ``slots``, ``width``: of ``slots.compact_slots``, where gates are hard. ``decode_cache``: this
-    group's own, for calls of few rows without gradients.
+    group's own, for calls without gradients (of few rows, but on the CPU kernels).
     """
     dropout_threshold(dropout_p)
     if torch.is_autocast_enabled(x.device.type):
@@ -166,7 +166,7 @@ def run_group(
 
 
 def _decode_pass(choice: Choice, call: Call):
-    """The function for a few rows whose experts are kept stacked, where the backend has one."""
+    """The function that keeps what it makes of the experts, where the backend has one."""
     if call.train or call.dropout:
         return None
     if choice.backend == "cpu":
@@ -177,8 +177,12 @@ def _decode_pass(choice: Choice, call: Call):
 
 
 def _keeps_stacks(x: Tensor, backend: str) -> bool:
-    """Not while tracing; nor what torch's own products would read in a graph's every replay."""
-    if type(x) is not Tensor or torch.compiler.is_compiling():
+    """Not for what only sees registered ops (modes, transforms); nor what torch's own
+    products would read in a graph's every replay."""
+    if type(x) is not Tensor or torch.compiler.is_compiling() or x.is_neg():
+        return False
+    modes, transform = torch._C._len_torch_dispatch_stack(), torch._C._functorch
+    if modes > 0 or transform.peek_interpreter_stack() is not None:
         return False
     return backend != "torch" or not capturing(x)
 
@@ -360,10 +364,13 @@ def _shape(gates, a, dropout_p: float) -> GroupShape:
     return GroupShape(tuple(ranks), dropout_p)
 
 
+_IMPORTED = {"torch": torch_backend, "cpu": cpu}
+
+
 def _passes(backend: str):
     """The module whose ``forward_pass`` and ``backward_pass`` compute the ops."""
-    if backend in ("torch", "cpu"):
-        return torch_backend if backend == "torch" else cpu
+    if backend in _IMPORTED:
+        return _IMPORTED[backend]
     from ckf.kernels import triton_backend  # imports triton
 
     return triton_backend
@@ -372,6 +379,7 @@ def _passes(backend: str):
 def _seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
     """One int64 on the device: a captured graph can draw afresh, a kernel never recompiles."""
     if isinstance(seed, Tensor):
-        return seed.reshape(1).to(device=device, dtype=torch.int64, non_blocking=True)
+        waits = device.type == "cpu"  # which reads it at once
+        return seed.reshape(1).to(device=device, dtype=torch.int64, non_blocking=not waits)
     signed = (seed + 2**63) % 2**64 - 2**63
     return torch.full((1,), signed, dtype=torch.int64, device=device)

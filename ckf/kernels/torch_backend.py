@@ -1,4 +1,4 @@
-"""Multi-LoRA by dense-gated matrix products: the CPU path, and the rival every kernel must beat.
+"""Multi-LoRA by dense-gated matrix products: any device and dtype, the rival of every kernel.
 
 For linears l that share x (m, k), experts stacked along the rank R (reference.py has the maths):
 

@@ -1,4 +1,5 @@
-"""Multi-LoRA on a CPU by runs: rows of one task together, and only the experts that they use.
+"""Multi-LoRA on a CPU by runs, where csrc/cpu is not built or for other dtypes than float32: rows
+of one task together, and only the experts that they use.
 
 Rows of one sequence have one task, so a batch is a few runs of neighbouring rows; rows whose tasks
 are scattered are gathered, task by task, where many tasks make that pay. A run takes its task's

@@ -8,9 +8,9 @@ namespace ckf_cpu {
 
 namespace {
 
-constexpr int kBatch = 16;  // Philox calls at once, for the compiler to vectorise
-constexpr int kLanes = 8;   // columns of a call
-constexpr int64_t kRows = 32;
+constexpr int kBatch = 16;          // Philox calls at once, for the compiler to vectorise
+constexpr int kColumns = 8;         // of a call
+constexpr int64_t kUnitRows = 32;
 
 // Philox-4x32-7 of blocks first to first + kBatch of a row.
 void draw(uint32_t first, uint64_t row, uint64_t seed, uint32_t (*words)[kBatch]) {
@@ -41,16 +41,16 @@ void draw(uint32_t first, uint64_t row, uint64_t seed, uint32_t (*words)[kBatch]
 void drop(const float* x, int64_t stride, int64_t m, int64_t k, uint64_t seed, uint32_t threshold,
           float* out, int threads) {
     const float scale = static_cast<float>(65536.0 / (65536 - threshold));
-    each_unit((m + kRows - 1) / kRows, threads, [&](int64_t unit) {
+    each_unit((m + kUnitRows - 1) / kUnitRows, threads, [&](int64_t unit) {
         uint32_t words[4][kBatch];
-        for (int64_t row = unit * kRows; row < std::min(m, (unit + 1) * kRows); ++row)
-            for (int64_t first = 0; first < k; first += kBatch * kLanes) {
-                draw(static_cast<uint32_t>(first / kLanes), row, seed, words);
+        for (int64_t row = unit * kUnitRows; row < std::min(m, (unit + 1) * kUnitRows); ++row)
+            for (int64_t first = 0; first < k; first += kBatch * kColumns) {
+                draw(static_cast<uint32_t>(first / kColumns), row, seed, words);
                 const float* from = x + row * stride + first;
                 float* to = out + row * k + first;
-                const int64_t columns = std::min<int64_t>(kBatch * kLanes, k - first);
+                const int64_t columns = std::min<int64_t>(kBatch * kColumns, k - first);
                 for (int64_t i = 0; i < columns; ++i) {
-                    const uint32_t word = words[i % kLanes / 2][i / kLanes];
+                    const uint32_t word = words[i % kColumns / 2][i / kColumns];
                     const uint32_t lane = i % 2 ? word >> 16 : word & 0xFFFF;
                     to[i] = lane >= threshold ? from[i] * scale : 0.0f;
                 }

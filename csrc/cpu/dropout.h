@@ -5,8 +5,8 @@
 
 namespace ckf_cpu {
 
-// out (m, k) = x / (1 - p) where kept, else +0 whatever x is; p = threshold / 65536. x: rows of
-// stride elements; out may be x.
+// out (m, k) = x / (1 - p) where kept, else +0 whatever x is; p = threshold / 65536. Rows of x are
+// stride elements apart.
 void drop(const float* x, int64_t stride, int64_t m, int64_t k, uint64_t seed, uint32_t threshold,
           float* out, int threads);
 

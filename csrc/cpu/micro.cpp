@@ -16,8 +16,8 @@ constexpr int kLanes = 8, kDotColumns = 2, kVectors = 3;  // 16 of 32 bytes
 #else
 constexpr int kLanes = 4, kDotColumns = 2, kVectors = 3;
 #endif
-constexpr int kRows = 4;         // of a register tile
-constexpr int kRowBlock = 64;    // of x, whose columns at hand stay in L1
+constexpr int kHeight = 4;     // of a tile in registers: rows of out or y, columns of h in outer
+constexpr int kRowBlock = 64;  // of x, whose columns at hand stay in L1
 
 typedef float Vector __attribute__((vector_size(kLanes * 4)));
 typedef float Unaligned __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
@@ -131,8 +131,8 @@ inline int64_t least(int64_t one, int64_t other) { return one < other ? one : ot
 void dot(const float* const* x, int64_t rows, const float* const* a, int64_t columns, int64_t k,
          const float* scale, float* out, int64_t stride) {
     for (int64_t c = 0; c < columns; c += kDotColumns)
-        for (int64_t r = 0; r < rows; r += kRows)
-            with_count<kRows>(least(kRows, rows - r), [&](auto own_rows) {
+        for (int64_t r = 0; r < rows; r += kHeight)
+            with_count<kHeight>(least(kHeight, rows - r), [&](auto own_rows) {
                 with_count<kDotColumns>(least(kDotColumns, columns - c), [&](auto own_columns) {
                     dot_tile<own_rows.value, own_columns.value>(
                         x + r, a + c, k, scale + c, out + r * stride + c, stride);
@@ -144,8 +144,8 @@ void expand(float* const* y, int64_t rows, const float* h, int64_t stride, const
             int64_t columns, int64_t n) {
     const int64_t whole = n / kLanes;
     for (int64_t v = 0; v < whole; v += kVectors)
-        for (int64_t r = 0; r < rows; r += kRows)
-            with_count<kRows>(least(kRows, rows - r), [&](auto own_rows) {
+        for (int64_t r = 0; r < rows; r += kHeight)
+            with_count<kHeight>(least(kHeight, rows - r), [&](auto own_rows) {
                 with_count<kVectors>(least(kVectors, whole - v), [&](auto vectors) {
                     expand_tile<own_rows.value, vectors.value>(
                         y + r, h + r * stride, stride, b, columns, v * kLanes);
@@ -164,8 +164,8 @@ void outer(float* const* out, int64_t columns, const float* const* h, int64_t co
     const int64_t whole = width / kLanes;
     for (int64_t r = 0; r < rows; r += kRowBlock) {
         const int64_t some = least(kRowBlock, rows - r);
-        for (int64_t c = 0; whole > 0 && c < columns; c += kRows)
-            with_count<kRows>(least(kRows, columns - c), [&](auto own_columns) {
+        for (int64_t c = 0; whole > 0 && c < columns; c += kHeight)
+            with_count<kHeight>(least(kHeight, columns - c), [&](auto own_columns) {
                 with_count<kVectors>(whole, [&](auto vectors) {
                     outer_tile<own_columns.value, vectors.value>(out + c, h + r, column + c,
                                                                  x + r, some, first);

@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kMostRows = 64, kLeastRows = 8;  // of a unit: more read B less often
 constexpr int64_t kUnits = 4;             // a thread, at least, so that all end together
-constexpr double kThreadFlops = 1 << 21;  // that pay for waking one thread more
+constexpr double kTeamFlops = 1 << 21;    // that pay for waking the other threads
 
 template <typename T>
 std::vector<T*> row_pointers(Rows<T> rows, const int64_t* order, int64_t count) {
@@ -30,7 +30,7 @@ struct Group::Part {
     std::vector<float> gates;
     std::vector<const float*> a, bt;  // rows of A_t (k) and of B_t transposed (n_l)
     std::vector<int64_t> places;      // among the columns of all experts
-    std::vector<int64_t> cuts{0};     // linear l has columns cuts[l] to cuts[l + 1]
+    std::vector<int64_t> cuts;        // linear l has columns cuts[l] to cuts[l + 1]
 
     int64_t columns() const { return static_cast<int64_t>(gates.size()); }
     int64_t columns(size_t linear) const { return cuts[linear + 1] - cuts[linear]; }
@@ -50,10 +50,9 @@ struct Group::Plan {
     Transposed made;
 };
 
-template <typename T>
-void Group::check_width(const Plan& plan, Rows<T> h) {
-    if (h.data != nullptr && plan.widest > h.stride)
-        throw std::invalid_argument("a row of h has " + std::to_string(h.stride) +
+void Group::check_width(const Plan& plan, int64_t width) {
+    if (plan.widest > width)
+        throw std::invalid_argument("a row of h has " + std::to_string(width) +
                                     " columns; a task's experts have " +
                                     std::to_string(plan.widest));
 }
@@ -101,8 +100,7 @@ void Group::check_ids(const int64_t* ids, int64_t m) const {
 
 // All but where B lies transposed.
 Group::Part Group::part(int64_t task, int64_t first, int64_t last) const {
-    Part part{first, last, {}, {}, {}, {}, {}};
-    part.cuts = {0};
+    Part part{first, last, {}, {}, {}, {}, {}, {0}};
     for (size_t e = 0; e < experts_.size(); ++e) {
         const Placed& expert = experts_[e];
         while (static_cast<int64_t>(part.cuts.size()) <= expert.linear)
@@ -121,12 +119,13 @@ Group::Part Group::part(int64_t task, int64_t first, int64_t last) const {
     return part;
 }
 
-Group::Plan Group::plan(const int64_t* ids, int64_t m, int threads) const {
-    check_ids(ids, m);
+Group::Plan Group::plan(const int64_t* given_ids, int64_t m, int threads) const {
+    const std::vector<int64_t> ids(given_ids, given_ids + m);  // nobody changes these meanwhile
+    check_ids(ids.data(), m);
     Plan plan;
     std::vector<int64_t> ends(tasks_ + 1, 0);  // ends[t]: first row of task t, then the one past it
-    for (int64_t i = 0; i < m; ++i)
-        if (ids[i] >= 0) ++ends[ids[i] + 1];
+    for (int64_t id : ids)
+        if (id >= 0) ++ends[id + 1];
     double flops = 0;
     int64_t width = k_;
     for (const Linear& linear : linears_) width += linear.n;
@@ -141,7 +140,7 @@ Group::Plan Group::plan(const int64_t* ids, int64_t m, int threads) const {
         plan.widest = std::max(plan.widest, own.columns());
         flops += 2.0 * rows * own.columns() * width;
     }
-    plan.threads = static_cast<int>(std::min<double>(threads, 1 + flops / kThreadFlops));
+    plan.threads = flops >= kTeamFlops ? threads : 1;
     plan.order.resize(ends[tasks_]);
     for (int64_t i = 0; i < m; ++i)
         if (ids[i] >= 0) plan.order[ends[ids[i]]++] = i;
@@ -168,7 +167,7 @@ Group::Plan Group::plan(const int64_t* ids, int64_t m, int threads) const {
 void Group::forward(Rows<const float> x, const int64_t* ids, int64_t m,
                     const std::vector<Rows<float>>& ys, Rows<float> h, int threads) const {
     const Plan plan = this->plan(ids, m, threads);
-    check_width(plan, h);
+    if (h.data != nullptr) check_width(plan, h.stride);
     each_unit(plan.tiles.size(), plan.threads, [&](int64_t unit) {
         const auto& [part, first, rows] = plan.tiles[unit];
         const int64_t* order = plan.order.data() + first;
@@ -189,7 +188,8 @@ void Group::backward(const std::vector<Rows<const float>>& dys, Rows<const float
                      Rows<const float> h, const int64_t* ids, int64_t m, float* dx, float* da,
                      const std::vector<float*>& db, int threads) const {
     const Plan plan = this->plan(ids, m, threads);
-    check_width(plan, h);
+    const bool wants_db = std::any_of(db.begin(), db.end(), [](float* one) { return one; });
+    if (wants_db) check_width(plan, h.stride);
     const int64_t all = plan.order.size();
     const std::unique_ptr<float[]> ds_data(new float[all * plan.widest]);  // in the plan's order
     const Rows<float> ds{ds_data.get(), plan.widest};
@@ -222,7 +222,8 @@ void Group::backward(const std::vector<Rows<const float>>& dys, Rows<const float
     }
     if (da != nullptr) cut(-1, k_);
     const auto x_rows = row_pointers(x, plan.order.data(), all);
-    const auto h_rows = row_pointers(h, plan.order.data(), all);
+    std::vector<const float*> h_rows;
+    if (wants_db) h_rows = row_pointers(h, plan.order.data(), all);
     std::vector<const float*> ds_rows(all);
     for (int64_t i = 0; i < all; ++i) ds_rows[i] = ds[i];
 

@@ -71,8 +71,7 @@ class Group {
     using Transposed = std::vector<std::unique_ptr<float[]>>;  // (rank, n) by expert, or null
 
     Plan plan(const int64_t* ids, int64_t m, int threads) const;
-    template <typename T>
-    static void check_width(const Plan& plan, Rows<T> h);
+    static void check_width(const Plan& plan, int64_t width);
     Part part(int64_t task, int64_t first, int64_t last) const;
     void transpose(const std::vector<size_t>& experts, int threads, Transposed& into) const;
     void gradient_of_b(const Plan& plan, int64_t linear, int64_t first, int64_t width,

@@ -1,6 +1,6 @@
 // Work units on the OpenMP threads that PyTorch itself computes with: a pool of one's own would
-// wait for cores that PyTorch's idle threads still spin on. The runtime is found among the loaded
-// libraries, since which one that is depends on how PyTorch was built.
+// wait for cores that PyTorch's idle threads still spin on. The runtime is the one that PyTorch's
+// library was loaded with; which that is depends on how PyTorch was built.
 #pragma once
 
 #include <dlfcn.h>
@@ -15,10 +15,18 @@ using Parallel = void (*)(void (*body)(void*), void* data, unsigned threads, uns
 
 // libgomp's entry point, which LLVM's and Intel's runtimes have too; null where there is none.
 inline Parallel find_parallel() {
-    return reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    void* found = nullptr;
+    for (const char* library : {"libtorch_cpu.so", "libtorch_cpu.dylib"})
+        if (void* loaded = dlopen(library, RTLD_LAZY | RTLD_NOLOAD)) {
+            found = dlsym(loaded, "GOMP_parallel");  // or in what it depends on
+            dlclose(loaded);
+        }
+    if (found == nullptr) found = dlsym(RTLD_DEFAULT, "GOMP_parallel");
+    return reinterpret_cast<Parallel>(found);
 }
 
-// body(unit) for each unit, in any order, by up to so many threads.
+// body(unit) for each unit, in any order, by one thread or a team of so many. All of PyTorch's, also
+// where some find nothing to do: libgomp ends those that a smaller team leaves out.
 template <typename Body>
 void each_unit(int64_t units, int threads, const Body& body) {
     static const Parallel parallel = find_parallel();
@@ -39,8 +47,7 @@ void each_unit(int64_t units, int threads, const Body& body) {
             if (!own.failed.test_and_set()) own.error = std::current_exception();
         }
     };
-    if (units < threads) threads = static_cast<int>(units);
-    if (threads > 1 && parallel != nullptr)
+    if (threads > 1 && units > 1 && parallel != nullptr)
         parallel(run, &work, static_cast<unsigned>(threads), 0);
     else
         run(&work);

@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <random>
+#include <stdexcept>
 #include <thread>
 #include <vector>
 
@@ -20,7 +21,7 @@ extern "C" void GOMP_parallel(void (*body)(void*), void* data, unsigned threads,
 
 namespace {
 
-using Matrix = std::vector<float>;
+using Values = std::vector<float>;
 
 std::mt19937 generator(0);
 
@@ -28,14 +29,33 @@ int64_t draw(int64_t low, int64_t high) {
     return std::uniform_int_distribution<int64_t>(low, high)(generator);
 }
 
-Matrix normal(int64_t size) {
-    Matrix values(size);
+Values normal(int64_t size) {
+    Values values(size);
     for (float& value : values) value = std::normal_distribution<float>()(generator);
     return values;
 }
 
+// Rows that lie up to three elements apart; the last ends with the memory.
+struct Matrix {
+    int64_t rows, columns, stride;
+    Values values;
+
+    Matrix(int64_t rows, int64_t columns)
+        : rows(rows),
+          columns(columns),
+          stride(columns + draw(0, 3)),
+          values(normal(rows > 0 ? (rows - 1) * stride + columns : 0)) {}
+
+    float at(int64_t i, int64_t j) const { return values[i * stride + j]; }
+    template <typename T>
+    ckf_cpu::Rows<T> view() {
+        return {values.data(), stride};
+    }
+};
+
+// terms: products of normal values that were summed.
 void expect(const char* what, float found, double wanted, double terms) {
-    if (std::abs(found - wanted) <= 1e-5 * terms + 1e-5) return;
+    if (std::abs(found - wanted) <= 2e-5 * (std::sqrt(terms) + std::abs(wanted))) return;
     std::printf("%s: %g, expected %g\n", what, found, wanted);
     std::exit(1);
 }
@@ -43,105 +63,178 @@ void expect(const char* what, float found, double wanted, double terms) {
 struct Linear {
     int64_t n;
     std::vector<int64_t> ranks;
-    Matrix gates;
-    std::vector<Matrix> a, b;
+    Values gates;  // (tasks, experts)
+    std::vector<Values> a, b;
     Matrix y, dy, base;
+    Values db;
+
+    Linear(int64_t m, int64_t k, int64_t n, int64_t tasks) : n(n), y(m, n), dy(m, n), base(y) {
+        for (int64_t e = draw(1, 4); e > 0; --e) {
+            ranks.push_back(draw(0, 19));
+            a.push_back(normal(ranks.back() * k));
+            b.push_back(normal(n * ranks.back()));
+        }
+        gates = normal(tasks * ranks.size());
+        for (float& gate : gates)
+            if (draw(0, 1)) gate = 0;
+        db.assign(n * rank(), 0.0f);
+    }
+
+    int64_t rank() const {
+        int64_t sum = 0;
+        for (int64_t r : ranks) sum += r;
+        return sum;
+    }
+
+    double gate(int64_t task, size_t expert) const {
+        return task < 0 ? 0 : gates[task * ranks.size() + expert];
+    }
 };
 
-void run_case(const CkfMicro& micro) {
-    const int64_t tasks = draw(1, 5), m = draw(0, 80), k = draw(1, 150), threads = draw(1, 4);
-    const bool keep = draw(0, 1);
-    std::vector<int64_t> ids(m);
-    for (int64_t& id : ids) id = draw(-1, tasks - 1);
-    const Matrix x = normal(m * k);
-    std::vector<Linear> linears(draw(1, 3));
-    std::vector<ckf_cpu::Linear> described;
-    std::vector<ckf_cpu::Expert> experts;
-    std::vector<int64_t> widths(tasks, 0);
-    int64_t rank = 0;
-    for (Linear& one : linears) {
-        one.n = draw(1, 220);
-        for (int64_t e = draw(1, 4); e > 0; --e) {
-            one.ranks.push_back(draw(0, 19));
-            one.a.push_back(normal(one.ranks.back() * k));
-            one.b.push_back(normal(one.n * one.ranks.back()));
-            rank += one.ranks.back();
-        }
-        for (int64_t task = 0; task < tasks; ++task)
-            for (int64_t own : one.ranks) {
-                one.gates.push_back(draw(0, 1) ? std::normal_distribution<float>()(generator) : 0);
-                if (one.gates.back() != 0) widths[task] += own;
-            }
-        one.base = one.y = normal(m * one.n);
-        one.dy = normal(m * one.n);
-    }
-    for (Linear& one : linears) {
-        described.push_back({one.gates.data(), one.n, static_cast<int64_t>(one.ranks.size())});
-        for (size_t e = 0; e < one.ranks.size(); ++e)
-            experts.push_back({one.a[e].data(), one.b[e].data(), one.ranks[e]});
-    }
-    int64_t width = 0;
-    for (int64_t own : widths) width = std::max(width, own);
+struct Case {
+    int64_t tasks = draw(1, 5), m = draw(0, 80), k = draw(1, 150), rank = 0;
+    std::vector<int64_t> ids;
+    Matrix x{m, k};
+    std::vector<Linear> linears;
+    Values dx, da, h;
+    int64_t width = 0;  // columns of the busiest task that has rows
+    bool wants_dx = draw(0, 3), wants_da = draw(0, 3), wants_db = draw(0, 3);
 
-    ckf_cpu::Group group(micro, k, tasks, described, experts);
-    if (keep) group.keep_transposed(threads);
-    Matrix h(m * width, NAN), dx(m * k, 0.5f), da(rank * k, 0.0f);
-    std::vector<Matrix> db;
+    Case() : dx(m * k, 0.5f) {
+        for (int64_t i = 0; i < m; ++i) ids.push_back(draw(-1, tasks - 1));
+        for (int64_t l = draw(1, 3); l > 0; --l) linears.emplace_back(m, k, draw(1, 220), tasks);
+        for (const Linear& one : linears) rank += one.rank();
+        da.assign(rank * k, 0.0f);
+        for (int64_t task : ids) {
+            int64_t own = 0;
+            for (const Linear& one : linears)
+                for (size_t e = 0; e < one.ranks.size(); ++e)
+                    if (one.gate(task, e) != 0) own += one.ranks[e];
+            width = std::max(width, own);
+        }
+    }
+
+    ckf_cpu::Group group(const CkfMicro& micro) const {
+        std::vector<ckf_cpu::Linear> described;
+        std::vector<ckf_cpu::Expert> experts;
+        for (const Linear& one : linears) {
+            described.push_back({one.gates.data(), one.n, static_cast<int64_t>(one.ranks.size())});
+            for (size_t e = 0; e < one.ranks.size(); ++e)
+                experts.push_back({one.a[e].data(), one.b[e].data(), one.ranks[e]});
+        }
+        return ckf_cpu::Group(micro, k, tasks, described, experts);
+    }
+};
+
+void run(Case& one, const CkfMicro& micro) {
+    const int threads = static_cast<int>(draw(1, 4));
+    ckf_cpu::Group group = one.group(micro);
+    if (draw(0, 1)) group.keep_transposed(threads);
+    const int64_t h_width = one.width + draw(0, 2);
+    one.h.assign(one.m * h_width, NAN);
     std::vector<ckf_cpu::Rows<float>> ys;
     std::vector<ckf_cpu::Rows<const float>> dys;
-    std::vector<float*> db_data;
-    for (Linear& one : linears) {
-        ys.push_back({one.y.data(), one.n});
-        dys.push_back({one.dy.data(), one.n});
-        int64_t own = 0;
-        for (int64_t r : one.ranks) own += r;
-        db.emplace_back(own * one.n, 0.0f);
+    std::vector<float*> db;
+    for (Linear& linear : one.linears) {
+        ys.push_back(linear.y.view<float>());
+        dys.push_back(linear.dy.view<const float>());
+        db.push_back(one.wants_db ? linear.db.data() : nullptr);
     }
-    for (Matrix& one : db) db_data.push_back(one.data());
-    group.forward({x.data(), k}, ids.data(), m, ys, {h.data(), width}, threads);
-    group.backward(dys, {x.data(), k}, {h.data(), width}, ids.data(), m, dx.data(), da.data(),
-                   db_data, threads);
+    const auto x = one.x.view<const float>();
+    const bool keeps_h = one.wants_db || draw(0, 1);
+    group.forward(x, one.ids.data(), one.m, ys, {keeps_h ? one.h.data() : nullptr, h_width}, threads);
+    group.backward(dys, x, {one.h.data(), h_width}, one.ids.data(), one.m,
+                   one.wants_dx ? one.dx.data() : nullptr, one.wants_da ? one.da.data() : nullptr,
+                   db, threads);
+}
 
+void compare(const Case& one) {
+    const int64_t m = one.m, k = one.k;
     std::vector<double> want_dx(m * k, 0.5);
     int64_t column = 0;
-    for (size_t l = 0; l < linears.size(); ++l) {
-        Linear& one = linears[l];
-        std::vector<double> want_y(one.base.begin(), one.base.end());
-        int64_t offset = 0;
-        for (size_t e = 0; e < one.ranks.size(); ++e) {
-            const int64_t r = one.ranks[e];
-            for (int64_t c = 0; c < r; ++c, ++column) {
-                std::vector<double> want_da(k, 0.0), want_db(one.n, 0.0);
+    for (const Linear& linear : one.linears) {
+        const int64_t n = linear.n;
+        std::vector<double> want_y(m * n);
+        for (int64_t i = 0; i < m * n; ++i) want_y[i] = linear.base.at(i / n, i % n);
+        const float* db = linear.db.data();
+        for (size_t e = 0; e < linear.ranks.size(); db += n * linear.ranks[e++])
+            for (int64_t c = 0, r = linear.ranks[e]; c < r; ++c, ++column) {
+                const float* a = linear.a[e].data() + c * k;
+                const float* b = linear.b[e].data() + c;
+                std::vector<double> want_da(k, 0.0), want_db(n, 0.0);
                 for (int64_t i = 0; i < m; ++i) {
-                    const double gate =
-                        ids[i] < 0 ? 0 : one.gates[ids[i] * one.ranks.size() + e];
-                    double s = 0, dh = 0;
-                    for (int64_t j = 0; j < k; ++j) s += x[i * k + j] * one.a[e][c * k + j];
-                    for (int64_t j = 0; j < one.n; ++j) {
-                        dh += one.dy[i * one.n + j] * one.b[e][j * r + c];
-                        want_y[i * one.n + j] += gate * s * one.b[e][j * r + c];
-                        want_db[j] += one.dy[i * one.n + j] * gate * s;
+                    const double gate = linear.gate(one.ids[i], e);
+                    double h = 0, ds = 0;
+                    for (int64_t j = 0; j < k; ++j) h += gate * one.x.at(i, j) * a[j];
+                    for (int64_t j = 0; j < n; ++j) ds += gate * linear.dy.at(i, j) * b[j * r];
+                    for (int64_t j = 0; j < n; ++j) {
+                        want_y[i * n + j] += h * b[j * r];
+                        want_db[j] += linear.dy.at(i, j) * h;
                     }
                     for (int64_t j = 0; j < k; ++j) {
-                        want_dx[i * k + j] += gate * dh * one.a[e][c * k + j];
-                        want_da[j] += gate * dh * x[i * k + j];
+                        want_dx[i * k + j] += ds * a[j];
+                        want_da[j] += ds * one.x.at(i, j);
                     }
                 }
                 for (int64_t j = 0; j < k; ++j)
-                    expect("da", da[column * k + j], want_da[j], 5.0 * m * one.n);
-                for (int64_t j = 0; j < one.n; ++j)
-                    expect("db", db[l][offset + j * r + c], want_db[j], 5.0 * m * k);
+                    expect("da", one.da[column * k + j], one.wants_da ? want_da[j] : 0, m * n);
+                for (int64_t j = 0; j < n; ++j)
+                    expect("db", db[j * r + c], one.wants_db ? want_db[j] : 0, m * k);
             }
-            offset += one.n * r;
-        }
-        for (size_t i = 0; i < want_y.size(); ++i) expect("y", one.y[i], want_y[i], 5.0 * k);
+        for (int64_t i = 0; i < m * n; ++i)
+            expect("y", linear.y.at(i / n, i % n), want_y[i], k * linear.rank());
     }
-    for (size_t i = 0; i < want_dx.size(); ++i) expect("dx", dx[i], want_dx[i], 2000);
+    for (int64_t i = 0; i < m * k; ++i)
+        expect("dx", one.dx[i], one.wants_dx ? want_dx[i] : 0.5, 220.0 * one.rank);
+}
 
-    Matrix dropped(m * k);
-    ckf_cpu::drop(x.data(), k, m, k, draw(0, 1 << 30), 6554, dropped.data(), threads);
-    for (size_t i = 0; i < dropped.size(); ++i)
-        if (dropped[i] != 0) expect("dropped", dropped[i], x[i] * 65536 / (65536 - 6554), 1);
+template <typename Call>
+void expect_refused(const char* what, const Call& call) {
+    try {
+        call();
+    } catch (const std::invalid_argument&) {
+        return;
+    }
+    std::printf("%s was not refused\n", what);
+    std::exit(1);
+}
+
+void refusals(Case& one, const CkfMicro& micro) {
+    const ckf_cpu::Group group = one.group(micro);
+    std::vector<ckf_cpu::Rows<float>> ys;
+    for (Linear& linear : one.linears) ys.push_back(linear.y.view<float>());
+    const auto x = one.x.view<const float>();
+    if (one.width > 0)
+        expect_refused("a narrow h", [&] {
+            Values h(one.m * (one.width - 1) + 1);
+            group.forward(x, one.ids.data(), one.m, ys, {h.data(), one.width - 1}, 1);
+        });
+    for (int64_t wrong : {one.tasks, int64_t{-2}, INT64_MAX, INT64_MIN}) {
+        if (one.m == 0) break;
+        std::vector<int64_t> ids = one.ids;
+        ids[draw(0, one.m - 1)] = wrong;
+        expect_refused("an id", [&] { group.forward(x, ids.data(), one.m, ys, {nullptr, 0}, 1); });
+    }
+}
+
+void drop(Case& one) {
+    const uint32_t threshold = static_cast<uint32_t>(draw(0, 65535));
+    Values out(one.m * one.k, NAN);
+    ckf_cpu::drop(one.x.values.data(), one.x.stride, one.m, one.k, generator(), threshold,
+                  out.data(), 3);
+    int64_t kept = 0;
+    for (int64_t i = 0; i < one.m * one.k; ++i) {
+        if (out[i] == 0) continue;
+        ++kept;
+        const double x = one.x.at(i / one.k, i % one.k);
+        expect("dropped", out[i], x * 65536 / (65536 - threshold), 1);
+    }
+    const double share = 1 - threshold / 65536.0, size = static_cast<double>(out.size());
+    if (std::abs(kept - share * size) > 6 * std::sqrt(size * share * (1 - share)) + 1) {
+        std::printf("%lld of %g were kept, expected a share of %g\n", static_cast<long long>(kept),
+                    size, share);
+        std::exit(1);
+    }
 }
 
 }  // namespace
@@ -154,6 +247,12 @@ int main(int, char** arguments) {
     if (__builtin_cpu_supports("avx512f")) every.push_back(&kCkfMicro_avx512);
 #endif
     for (int i = std::atoi(arguments[1]); i > 0; --i)
-        for (const CkfMicro* micro : every) run_case(*micro);
+        for (const CkfMicro* micro : every) {
+            Case one;
+            refusals(one, *micro);
+            run(one, *micro);
+            compare(one);
+            drop(one);
+        }
     std::puts("right");
 }

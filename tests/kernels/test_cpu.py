@@ -1,13 +1,17 @@
 """The CPU kernels of csrc/cpu against the float64 reference, with every set of instructions."""
 
+import shutil
+import sysconfig
 import threading
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ckf
 from ckf.kernels import compact_slots, cpu, multi_lora_group, multi_lora_linear, ops
@@ -17,6 +21,7 @@ from ckf.kernels.dispatch import Call
 from ckf.kernels.dropout import dropout_mask, dropout_scale
 from ckf.kernels.group import GroupShape
 from tests.kernels.cases import assert_as_good_as_reference, random_case, run_with_gradients
+from tests.kernels.test_cuda_build import build  # noqa: F401
 from tests.tiny import tiny_model
 
 by_cpu = partial(multi_lora_linear, backend="cpu")
@@ -26,7 +31,18 @@ def sets() -> list[str]:
     return cpu._load_extension()[0].instructions() if cpu.available()[0] else []
 
 
-pytestmark = pytest.mark.skipif(not sets(), reason=cpu.available()[1])
+@pytest.fixture(autouse=True)
+def built(request):
+    if not sets() and request.node.name != "test_it_is_built_where_it_can_be":
+        pytest.skip(cpu.available()[1])
+
+
+def test_it_is_built_where_it_can_be(build):  # noqa: F811
+    """Else every other test here would be skipped in silence."""
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    if shutil.which(build.cxx()[0]) is None or not headers.exists():
+        pytest.skip("no C++ compiler, or Python without its headers")
+    assert cpu.available()[0], cpu.available()[1]
 
 
 @pytest.fixture(params=sets() or ["none"])
@@ -146,7 +162,6 @@ def test_a_base_that_trains():
 def test_the_bits_depend_on_no_number_of_threads(instructions):
     case = random_case(m=700, k=300, n=500, tasks=7, dropout_p=0.1)
     dy, most = torch.randn(700, 500), torch.get_num_threads()
-    assert most > 1
     base = torch.zeros_like(case.weight)  # PyTorch's own products may depend on it
     case = replace(case, weight=base)
     first = run_with_gradients(by_cpu, case, dy)
@@ -207,6 +222,15 @@ def test_rows_that_are_strided_or_shared(poisoned):
         torch.randn(1, 24).expand(33, 24),
     ):
         assert_as_good_as_reference(by_cpu, replace(case, x=x.requires_grad_()))
+    signal = torch.randn(60)
+    update = replace(case, x=signal.unfold(0, 24, 1)[:33].requires_grad_(), weight=None, bias=None)
+    moved = replace(update, x=update.x.detach().clone().requires_grad_())
+    for p in (0.0, 0.4):  # rows that overlap
+        found = [
+            run_with_gradients(by_cpu, replace(one, dropout_p=p), torch.ones(33, 17))
+            for one in (update, moved)
+        ]
+        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
     y = by_cpu(*case.arguments())
     assert torch.equal(  # a gradient of stride 0, and one whose columns lie apart
         torch.autograd.grad(y.sum(), case.a[0], retain_graph=True)[0],
@@ -337,6 +361,88 @@ def test_wrong_tensors_never_reach_the_kernels():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_slots_that_are_too_narrow_are_refused():
+    case = constant(random_case())
+    slots, _ = compact_slots([(case.gates != 0).tolist()], [[4] * 4])
+    for wrong in (0, 7):
+        with pytest.raises(ValueError, match="slots reach 7; expected less than"):
+            by_cpu(*case.arguments(), slots=(slots, wrong))
+    right = experts(case)  # and where nobody looked at the slots
+    with pytest.raises(ValueError, match="0 columns; a task's experts have 8"):
+        h, dy = torch.empty(13, 0), torch.ones(13, 17)
+        right.backward([dy], case.x.detach(), h, case.task_ids, None, None, [torch.zeros(17 * 16)])
+
+
+def test_saved_tensors_that_come_back_changed():
+    case = random_case(m=40)
+    for changed in (torch.Tensor.bfloat16, lambda t: t.t().contiguous().t()):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, changed):
+            y = by_cpu(*case.arguments())
+        with pytest.raises((ValueError, RuntimeError)):  # never memory read as what it is not
+            torch.autograd.grad(y.sum(), case.a)
+
+
+def test_who_only_sees_ops_sees_the_update():
+    """Of a model in evaluation, whose adapters are kept from call to call."""
+    model = ckf.patch_model(tiny_model("llama"), tasks=["a", "b"], r=4).eval()
+    layer = next(m for m in model.modules() if isinstance(m, ckf.layers.MultiLoRALinear))
+    for b in layer.lora_B.values():
+        torch.nn.init.normal_(b)
+    x = torch.randn(3, 5, layer.in_features)
+    with torch.no_grad(), ckf.use_task(model, "a"):
+        expected = layer(x)
+        assert torch.equal(expected, layer(x))
+        assert not torch.allclose(expected, layer.base_layer(x))
+        torch.testing.assert_close(layer(torch._neg_view(-x)), expected)
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with torch.no_grad(), ckf.use_task(model, "a"), Watch():
+        layer(x)
+    assert "ckf.multi_lora.default" in seen
+
+
+class Marked(torch.nn.Parameter):
+    """A subclass that is a plain tensor all the same."""
+
+
+def test_adapters_of_a_subclass():
+    case = constant(random_case())
+    marked = replace(case, a=[Marked(t.detach()) for t in case.a])
+    assert type(marked.a[0]) is Marked
+    assert torch.equal(by_cpu(*marked.arguments()), by_cpu(*case.arguments()))
+
+
+def test_adapters_replaced_or_made_in_inference_mode():
+    case = constant(random_case(m=9))
+    cache = DecodeCache()
+    arguments = [
+        case.x,
+        [case.weight],
+        [case.bias],
+        [case.a],
+        [case.b],
+        [case.gates],
+        case.task_ids,
+    ]
+
+    def assert_right():
+        with torch.no_grad():
+            (y,) = ops.run_group(*arguments, 0.0, 0, "cpu", decode_cache=cache)
+            torch.testing.assert_close(y, multi_lora_group(*arguments, backend="torch")[0])
+
+    assert_right()
+    case.b[1].data = torch.randn(17, 4)
+    assert_right()
+    with torch.inference_mode():
+        arguments[4] = [[t * 2 for t in case.b]]
+        assert_right()
 
 
 def test_a_patched_model_takes_it(monkeypatch):
