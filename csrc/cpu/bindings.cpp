@@ -94,7 +94,8 @@ class MultiLora {
                                              const Sizes& ranks) {
         std::vector<ckf_cpu::Expert> found;
         for (size_t e = 0; e < ranks.size(); ++e)
-            found.push_back({pointer<const float>(a.at(e)), pointer<const float>(b.at(e)), ranks[e]});
+            found.push_back(
+                {pointer<const float>(a.at(e)), pointer<const float>(b.at(e)), ranks[e]});
         return found;
     }
 

@@ -1,7 +1,7 @@
 // One instruction set's CkfMicro: register tiles in GCC's vector types.
 //
-// setup.py compiles this file once for every set, with -DCKF_INSTRUCTIONS=NAME. Nothing here may have
-// external linkage but that table: an inline function of the standard library, compiled for
+// setup.py compiles this file once for every set, with -DCKF_INSTRUCTIONS=NAME. Nothing here may
+// have external linkage but that table: an inline function of the standard library, compiled for
 // AVX-512, could be the copy that the linker keeps for everyone.
 #include "micro.h"
 

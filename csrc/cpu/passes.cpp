@@ -12,8 +12,8 @@ namespace ckf_cpu {
 namespace {
 
 constexpr int64_t kMostRows = 64, kLeastRows = 8;  // of a unit: more read B less often
-constexpr int64_t kUnits = 4;             // a thread, at least, so that all end together
-constexpr double kTeamFlops = 1 << 21;    // that pay for waking the other threads
+constexpr int64_t kUnits = 4;                      // a thread, at least, so that all end together
+constexpr double kTeamFlops = 1 << 21;             // that pay for waking the other threads
 
 template <typename T>
 std::vector<T*> row_pointers(Rows<T> rows, const int64_t* order, int64_t count) {
@@ -25,7 +25,7 @@ std::vector<T*> row_pointers(Rows<T> rows, const int64_t* order, int64_t count) 
 }  // namespace
 
 struct Group::Part {
-    int64_t first, last;  // rows, in the plan's order
+    int64_t first, last;          // rows, in the plan's order
     std::vector<size_t> experts;  // those whose gate is not zero, and column by column of them:
     std::vector<float> gates;
     std::vector<const float*> a, bt;  // rows of A_t (k) and of B_t transposed (n_l)
@@ -193,18 +193,7 @@ void Group::backward(const std::vector<Rows<const float>>& dys, Rows<const float
     const int64_t all = plan.order.size();
     const std::unique_ptr<float[]> ds_data(new float[all * plan.widest]);  // in the plan's order
     const Rows<float> ds{ds_data.get(), plan.widest};
-    const bool wants_ds = dx != nullptr || da != nullptr;
-    each_unit(wants_ds ? plan.tiles.size() : 0, plan.threads, [&](int64_t unit) {
-        const auto& [part, first, rows] = plan.tiles[unit];
-        const int64_t* order = plan.order.data() + first;
-        for (size_t l = 0; l < linears_.size(); ++l)
-            micro_.dot(row_pointers(dys[l], order, rows).data(), rows,
-                       part->bt.data() + part->cuts[l], part->columns(l), linears_[l].n,
-                       part->gates.data() + part->cuts[l], ds[first] + part->cuts[l], ds.stride);
-        if (dx != nullptr)
-            micro_.expand(row_pointers(Rows<float>{dx, k_}, order, rows).data(), rows, ds[first],
-                          ds.stride, part->a.data(), part->columns(), k_);
-    });
+    if (dx != nullptr || da != nullptr) gradients_of_rows(plan, dys, ds, dx);
 
     struct Block {  // of the columns of dA (linear -1) or of a dB transposed
         int64_t linear, first, width;
@@ -229,14 +218,39 @@ void Group::backward(const std::vector<Rows<const float>>& dys, Rows<const float
 
     each_unit(blocks.size(), plan.threads, [&](int64_t unit) {
         const auto& [l, first, width] = blocks[unit];
-        if (l >= 0) return gradient_of_b(plan, l, first, width, h_rows, dy_rows[l], db[l]);
-        for (const Part& part : plan.parts) {
-            std::vector<float*> out;
-            for (int64_t place : part.places) out.push_back(da + place * k_ + first);
-            micro_.outer(out.data(), part.columns(), ds_rows.data() + part.first, 0,
-                         x_rows.data() + part.first, part.last - part.first, first, width);
-        }
+        if (l < 0)
+            gradient_of_a(plan, first, width, ds_rows, x_rows, da);
+        else
+            gradient_of_b(plan, l, first, width, h_rows, dy_rows[l], db[l]);
     });
+}
+
+// ds (all rows, widest), and onto dx what it adds.
+void Group::gradients_of_rows(const Plan& plan, const std::vector<Rows<const float>>& dys,
+                              Rows<float> ds, float* dx) const {
+    each_unit(plan.tiles.size(), plan.threads, [&](int64_t unit) {
+        const auto& [part, first, rows] = plan.tiles[unit];
+        const int64_t* order = plan.order.data() + first;
+        for (size_t l = 0; l < linears_.size(); ++l)
+            micro_.dot(row_pointers(dys[l], order, rows).data(), rows,
+                       part->bt.data() + part->cuts[l], part->columns(l), linears_[l].n,
+                       part->gates.data() + part->cuts[l], ds[first] + part->cuts[l], ds.stride);
+        if (dx != nullptr)
+            micro_.expand(row_pointers(Rows<float>{dx, k_}, order, rows).data(), rows, ds[first],
+                          ds.stride, part->a.data(), part->columns(), k_);
+    });
+}
+
+// Columns first to first + width of dA.
+void Group::gradient_of_a(const Plan& plan, int64_t first, int64_t width,
+                          const std::vector<const float*>& ds, const std::vector<const float*>& x,
+                          float* da) const {
+    for (const Part& part : plan.parts) {
+        std::vector<float*> out;
+        for (int64_t place : part.places) out.push_back(da + place * k_ + first);
+        micro_.outer(out.data(), part.columns(), ds.data() + part.first, 0, x.data() + part.first,
+                     part.last - part.first, first, width);
+    }
 }
 
 // Rows first to first + width of the dB of a linear's experts.
@@ -249,7 +263,8 @@ void Group::gradient_of_b(const Plan& plan, int64_t linear, int64_t first, int64
         for (size_t e : part.experts) {
             if (experts_[e].linear != linear) continue;
             if (!found[e]) found[e].reset(new float[experts_[e].rank * width]());
-            for (int64_t c = 0; c < experts_[e].rank; ++c) out.push_back(found[e].get() + c * width);
+            for (int64_t c = 0; c < experts_[e].rank; ++c)
+                out.push_back(found[e].get() + c * width);
         }
         micro_.outer(out.data(), out.size(), h.data() + part.first, part.cuts[linear],
                      dy.data() + part.first, part.last - part.first, first, width);

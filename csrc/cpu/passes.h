@@ -54,8 +54,9 @@ class Group {
     void forward(Rows<const float> x, const int64_t* ids, int64_t m,
                  const std::vector<Rows<float>>& ys, Rows<float> h, int threads) const;
 
-    // x: as the experts saw it (dropped); h: as forward wrote it. dx (m, k) is added to. da (R, k) and
-    // db[l], the (n, rank) of l's experts one after the other, hold zeros before; null: not wanted.
+    // x: as the experts saw it (dropped); h: as forward wrote it. dx (m, k) is added to. da (R, k)
+    // and db[l], the (n, rank) of l's experts one after the other, hold zeros before. Null: not
+    // wanted.
     void backward(const std::vector<Rows<const float>>& dys, Rows<const float> x,
                   Rows<const float> h, const int64_t* ids, int64_t m, float* dx, float* da,
                   const std::vector<float*>& db, int threads) const;
@@ -74,6 +75,11 @@ class Group {
     static void check_width(const Plan& plan, int64_t width);
     Part part(int64_t task, int64_t first, int64_t last) const;
     void transpose(const std::vector<size_t>& experts, int threads, Transposed& into) const;
+    void gradients_of_rows(const Plan& plan, const std::vector<Rows<const float>>& dys,
+                           Rows<float> ds, float* dx) const;
+    void gradient_of_a(const Plan& plan, int64_t first, int64_t width,
+                       const std::vector<const float*>& ds, const std::vector<const float*>& x,
+                       float* da) const;
     void gradient_of_b(const Plan& plan, int64_t linear, int64_t first, int64_t width,
                        const std::vector<const float*>& h, const std::vector<const float*>& dy,
                        float* db) const;

@@ -25,8 +25,8 @@ inline Parallel find_parallel() {
     return reinterpret_cast<Parallel>(found);
 }
 
-// body(unit) for each unit, in any order, by one thread or a team of so many. All of PyTorch's, also
-// where some find nothing to do: libgomp ends those that a smaller team leaves out.
+// body(unit) for each unit, in any order, by one thread or by so many: all of PyTorch's, also where
+// some find nothing to do, for libgomp ends those that a smaller team leaves out.
 template <typename Body>
 void each_unit(int64_t units, int threads, const Body& body) {
     static const Parallel parallel = find_parallel();

@@ -1,5 +1,5 @@
-// csrc/cpu on drawn cases against sums in double, each matrix in memory of its exact size, so that a
-// sanitizer sees whatever is read or written beside it. test_cpu_host.py compiles and runs it.
+// csrc/cpu on drawn cases against sums in double, each matrix in memory of its exact size, so that
+// a sanitizer sees whatever is read or written beside it. test_cpu_host.py compiles and runs it.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -142,7 +142,8 @@ void run(Case& one, const CkfMicro& micro) {
     }
     const auto x = one.x.view<const float>();
     const bool keeps_h = one.wants_db || draw(0, 1);
-    group.forward(x, one.ids.data(), one.m, ys, {keeps_h ? one.h.data() : nullptr, h_width}, threads);
+    const ckf_cpu::Rows<float> h{keeps_h ? one.h.data() : nullptr, h_width};
+    group.forward(x, one.ids.data(), one.m, ys, h, threads);
     group.backward(dys, x, {one.h.data(), h_width}, one.ids.data(), one.m,
                    one.wants_dx ? one.dx.data() : nullptr, one.wants_da ? one.da.data() : nullptr,
                    db, threads);
