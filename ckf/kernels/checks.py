@@ -4,12 +4,6 @@ import torch
 from torch import Tensor
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether a pointer may be taken: a subclass (DTensor, FakeTensor) may have no memory of its
-    own, or another's shape."""
-    return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
-
-
 def check_task_ids(task_ids: Tensor, x: Tensor, tasks: int) -> Tensor:
     """The ids as int64 on x's device; the range is checked where they lie on the host."""
     if not isinstance(task_ids, Tensor) or task_ids.dtype not in (torch.int64, torch.int32):

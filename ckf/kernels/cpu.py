@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ckf.kernels.checks import is_plain
 from ckf.kernels.decode_cache import DecodeCache
 from ckf.kernels.dropout import dropout_threshold
 from ckf.kernels.group import (
@@ -278,8 +277,10 @@ def _check(
 
     rows: they may lie apart.
     """
-    lies = tensor.is_contiguous() or (rows and tensor.stride(-1) == 1)
-    plain = is_plain(tensor) and tensor.device.type == "cpu"
+    lies = tensor.is_contiguous() or (rows and _lies_in_rows(tensor))
+    # one that computes for itself (DTensor, FakeTensor) may have no memory, or another's shape
+    plain = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+    plain = plain and tensor.device.type == "cpu"
     if tensor.shape != shape or tensor.dtype is not dtype or not plain or not lies:
         raise ValueError(
             f"{name} is a {type(tensor).__name__} of {tensor.dtype}, shape {tuple(tensor.shape)} "
@@ -304,7 +305,11 @@ def _matrix(tensor: Tensor) -> Tensor:
 
 def _rows(matrix: Tensor) -> Tensor:
     """With each row's elements side by side."""
-    return matrix if matrix.stride(1) == 1 or matrix.shape[1] < 2 else matrix.contiguous()
+    return matrix if _lies_in_rows(matrix) else matrix.contiguous()
+
+
+def _lies_in_rows(matrix: Tensor) -> bool:
+    return matrix.stride(1) == 1 or matrix.shape[1] < 2
 
 
 def _pointers(tensors: Sequence[Tensor | None]) -> list[int]:

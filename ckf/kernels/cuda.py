@@ -11,8 +11,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ckf.kernels.checks import is_plain
-
 MAX_ROWS = 256  # the kernel reads A once for every few rows: past this, matrix products win
 MAX_LINEAR_ROWS = 64  # of decode_linear, which computes the base as well
 MAX_RANK = 16384  # R, over all linears of a group
@@ -21,6 +19,8 @@ EARLY = 2  # of overlap
 _LINEAR_RANKS = ((16, 256), (MAX_LINEAR_ROWS, 128))  # its rows, and most rank columns of a linear
 _MAX_SIZE = 1 << 30
 _DEVICE_TYPE = "cuda"
+# A subclass (DTensor, FakeTensor) may have no memory of its own, or another's shape.
+_PLAIN = (Tensor, torch.nn.Parameter)
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # CkfDtype in csrc/launchers.h
 
 
@@ -301,7 +301,7 @@ def _raw_stream(index: int) -> int:
 
 def _check_plain(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
     """ValueError unless the tensor owns strided memory of this dtype on this device."""
-    if not isinstance(tensor, Tensor) or not is_plain(tensor):
+    if type(tensor) not in _PLAIN:
         raise ValueError(f"{name} is a {type(tensor).__name__}; expected a torch.Tensor")
     if tensor.device != device or tensor.layout is not torch.strided:
         raise ValueError(

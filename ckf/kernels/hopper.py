@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ckf.kernels import cuda
-from ckf.kernels.checks import is_plain
 
 CAPABILITY = (9, 0)  # WGMMA is of this one alone, not of what came after
 ARCH = "sm_90a"
@@ -238,7 +237,7 @@ def _require(reason: str | None) -> None:
 
 
 def _why_not_matrix(name: str, tensor: Tensor, x: Tensor) -> str | None:
-    if not is_plain(tensor) or tensor.layout is not torch.strided:
+    if type(tensor) not in cuda._PLAIN or tensor.layout is not torch.strided:
         return f"{name} is a {type(tensor).__name__}; expected a strided torch.Tensor"
     if tensor.dtype not in _DTYPES or tensor.dtype is not x.dtype:
         return f"{name} is {tensor.dtype}; expected float16 or bfloat16, all alike"

@@ -183,7 +183,7 @@ def test_a_refusal_asks_with_the_rank_of_a_whole_group(monkeypatch):
     ours.our_providers()[1].refusal(case, CPU)
     (backend, x, call) = asked.pop()
     assert backend == "triton:expand" and x.dtype == torch.bfloat16
-    assert call == (96, 16, 16, 2 * case.total_rank, True, True, case.total_rank)
+    assert call == (96, 16, 16, 2 * case.total_rank, True, True, case.total_rank, False)
 
 
 def test_auto_waits_for_a_table(monkeypatch):

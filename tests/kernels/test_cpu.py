@@ -222,6 +222,13 @@ def test_rows_that_are_strided_or_shared(poisoned):
         torch.randn(1, 24).expand(33, 24),
     ):
         assert_as_good_as_reference(by_cpu, replace(case, x=x.requires_grad_()))
+    column = replace(
+        case, x=torch.randn(33, 2)[:, :1].requires_grad_(), a=[t[:, :1] for t in case.a]
+    )
+    column = replace(
+        column, weight=case.weight[:, :1], a=[t.detach().requires_grad_() for t in column.a]
+    )
+    assert_as_good_as_reference(by_cpu, replace(column, dropout_p=0.3))
     signal = torch.randn(60)
     update = replace(case, x=signal.unfold(0, 24, 1)[:33].requires_grad_(), weight=None, bias=None)
     moved = replace(update, x=update.x.detach().clone().requires_grad_())
