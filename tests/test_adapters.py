@@ -229,7 +229,7 @@ def test_a_hub_snapshot_may_link_to_its_own_blobs(tmp_path):
 )
 @pytest.mark.parametrize("by_name", [False, True])
 def test_one_call_loads_base_and_adapters(options, by_name, tmp_path):
-    model = patched(**options)
+    model = patched(backend="torch", **options)
     randomise_adapters(model)
     ckf.save_adapters(model, tmp_path / "a")
     base = tiny_model()
