@@ -12,7 +12,6 @@ for backward: x and h, compact in every row. The update has the same bits whatev
 threads.
 """
 
-import importlib
 from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from ckf.kernels.decode_cache import DecodeCache
 from ckf.kernels.dropout import dropout_threshold
+from ckf.kernels.extension import extension_info, load_extension
 from ckf.kernels.group import (
     Gradients,
     GroupShape,
@@ -56,10 +56,7 @@ def build_info() -> dict:
 
     Without an extension: ``{"built": False, "reason": ...}``.
     """
-    extension, reason = _load_extension()
-    if extension is None:
-        return {"built": False, "reason": reason}
-    return {"built": True, **extension.build_info()}
+    return extension_info(*_load_extension())
 
 
 def forward_pass(
@@ -110,7 +107,8 @@ def backward_pass(
     masked = shape.dropout_p > 0  # the mask is of the update alone
     dx = None
     if needs[0]:
-        dx = inputs.new_zeros(inputs.shape) if masked else _base_gradient(inputs, dys, weights)
+        dx = None if masked else add_base(None, dys, weights)
+        dx = inputs.new_zeros(inputs.shape) if dx is None else dx
     da = inputs.new_zeros(shape.columns, inputs.shape[1]) if any(need_a) else None
     db = []
     for dy, ranks, columns in zip(dys, shape.ranks, shape.linear_ranks, strict=True):
@@ -254,18 +252,6 @@ def _transposed_experts(shape: GroupShape, gates, a, b, dtype: torch.dtype) -> E
     return experts
 
 
-def _base_gradient(inputs: Tensor, dys: Sequence[Tensor], weights) -> Tensor:
-    """(m, k): sum_l dy_l W_l."""
-    pairs = [(dy, weight) for dy, weight in zip(dys, weights, strict=True) if weight is not None]
-    if not pairs:
-        return inputs.new_zeros(inputs.shape)
-    (dy, weight), *others = pairs
-    dx = dy @ weight
-    for dy, weight in others:
-        dx.addmm_(dy, weight)
-    return dx
-
-
 def _check(
     name: str,
     tensor: Tensor,
@@ -318,12 +304,4 @@ def _pointers(tensors: Sequence[Tensor | None]) -> list[int]:
 
 @lru_cache
 def _load_extension() -> tuple[ModuleType | None, str]:
-    try:
-        return importlib.import_module("ckf._cpu"), ""
-    except ModuleNotFoundError:
-        return None, (
-            "the extension ckf._cpu is not built for this Python; with a C++ compiler run "
-            "CKF_BUILD_CPU=1 pip install -e . (or python setup.py build_ext --inplace)"
-        )
-    except ImportError as error:
-        return None, f"the extension ckf._cpu does not load ({error}); build it again"
+    return load_extension("_cpu", "with a C++ compiler run CKF_BUILD_CPU=1 pip install -e .")

@@ -3,13 +3,14 @@
 Importing this module needs neither a GPU nor the extension, and asks the hardware nothing.
 """
 
-import importlib
 from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from ckf.kernels.extension import extension_info, load_extension
 
 MAX_ROWS = 256  # the kernel reads A once for every few rows: past this, matrix products win
 MAX_LINEAR_ROWS = 64  # of decode_linear, which computes the base as well
@@ -54,10 +55,7 @@ def build_info() -> dict:
 
     Without an extension: ``{"built": False, "reason": ...}``.
     """
-    extension, reason = _load_extension()
-    if extension is None:
-        return {"built": False, "reason": reason}
-    return {"built": True, **extension.build_info()}
+    return extension_info(*_load_extension())
 
 
 def most_linear_rank(rows: int) -> int:
@@ -265,15 +263,7 @@ def multi_lora_decode(
 
 
 def _load_extension() -> tuple[ModuleType | None, str]:
-    try:
-        return importlib.import_module("ckf._C"), ""
-    except ModuleNotFoundError:
-        return None, (
-            "the extension ckf._C is not built for this Python; with nvcc on PATH run "
-            "CKF_BUILD_CUDA=1 pip install -e . (or python setup.py build_ext --inplace)"
-        )
-    except ImportError as error:
-        return None, f"the extension ckf._C does not load ({error}); build it again"
+    return load_extension("_C", "with nvcc on PATH run CKF_BUILD_CUDA=1 pip install -e .")
 
 
 def _covers(archs: Sequence[str], capability: tuple[int, int]) -> bool:

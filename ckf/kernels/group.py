@@ -104,11 +104,13 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return left.to(dtype) @ right.to(dtype)
 
 
-def add_base(dx: Tensor, dys: Sequence[Tensor], weights: Sequence[Tensor | None]) -> Tensor:
-    """dx (m, k) plus dy_l W_l of every linear that has a base, in place."""
+def add_base(
+    dx: Tensor | None, dys: Sequence[Tensor], weights: Sequence[Tensor | None]
+) -> Tensor | None:
+    """dx (m, k) plus dy_l W_l of every linear that has a base, in place; None stands for zeros."""
     for dy, weight in zip(dys, weights, strict=True):
         if weight is not None:
-            dx.addmm_(dy, weight)
+            dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
     return dx
 
 
