@@ -126,7 +126,8 @@ def test_an_experiment_side_by_side_is_the_same_experiment(
     """Also when it is resumed: a run that is done is not run again."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     said: list[str] = []
-    experiment = make_experiment(quick(small_model), tmp_path / "out", CELLS, SEEDS)
+    config = quick(small_model, train__workers=1)  # which loads batches in processes of its own
+    experiment = make_experiment(config, tmp_path / "out", CELLS, SEEDS)
     run_experiment(experiment, str(raw_data), device="cpu", log=said.append, jobs=2)
     whole, found = read_experiment(finished.out), read_experiment(experiment.out)
     assert (found["runs"], found["runs_done"], found["failed"]) == (4, 4, {})

@@ -162,6 +162,8 @@ def _serve(connection: Connection, parent: int, make, arguments: tuple, threads:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's; the parent says when to end
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(threads)
+    # loaders of batches begin as in any other process; as this one did, each would import torch
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
 
     def log(line: str) -> None:
         connection.send(("log", line))

@@ -39,6 +39,9 @@ class PromptCache:
         self.folder, self.log = folder / self.key[:16], log
         self._sets: dict[str, _Set] = {}
 
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "log": print}  # whom it tells stays with the process that trains
+
     def prompt(
         self,
         maker: QuestionMaker,
