@@ -9,12 +9,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ckf.backbone import load_backbone
 from ckf.config import RunConfig
 from ckf.data.prepared import PreparedData
+from ckf.targets import decoder_layers
 from ckf.titles import read_titles, title_tokens
 
 _SECONDS_BETWEEN_LINES = 15
@@ -34,18 +35,14 @@ def keep_layers(backbone: PreTrainedModel, count: int) -> None:
     """Keep the first ``count`` decoder layers. Raises ValueError where there are fewer."""
     config = backbone.config.get_text_config()
     depth = config.num_hidden_layers
-    lists = [
-        (parent, name, child)
-        for parent in backbone.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, nn.ModuleList) and len(child) == depth
-    ]
-    if len(lists) != 1 or count > depth:
+    try:
+        parent, name, layers = decoder_layers(backbone)
+    except ValueError as error:
+        raise ValueError(f"model.layers is {count}, but {error}; leave it out") from error
+    if count > depth:
         raise ValueError(
-            f"model.layers is {count}, but this model has {depth} decoder layers in {len(lists)} "
-            f"list(s); give 1 to {depth}, or leave it out"
+            f"model.layers is {count}, but this model has {depth} decoder layers; give 1 to {depth}"
         )
-    parent, name, layers = lists[0]
     setattr(parent, name, layers[:count])
     config.num_hidden_layers = count
     if getattr(config, "layer_types", None):

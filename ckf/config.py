@@ -139,6 +139,8 @@ class TrainConfig:
     fold_share: of the train rows whose user is folded in from the history, as users without train
     rows are: vectors fitted on a row know its answer better than they know those of new rows.
     packing: several rows in one sequence: "auto" where rows attend within themselves, or on or off.
+    cuda_graphs: decoder layers as CUDA graphs (``ckf.layer_graphs``): "auto" where they can be.
+    liger: norms, rotary angles and activations by the kernels of liger-kernel, on a GPU.
     """
 
     steps: int = 100
@@ -156,6 +158,8 @@ class TrainConfig:
     fold_share: float = 0.0
     packing: str | bool = "auto"
     gradient_checkpointing: bool = False
+    cuda_graphs: str | bool = "auto"
+    liger: bool = False
     save_every: int = 50
     log_every: int = 5
     workers: int = 0
@@ -200,6 +204,7 @@ class RunConfig:
         _one_of("prompt.rank_by", self.prompt.rank_by, ("letters", "title"))
         _one_of("train.schedule", self.train.schedule, ("curriculum", "joint"))
         _one_of("train.packing", self.train.packing, ("auto", True, False))
+        _one_of("train.cuda_graphs", self.train.cuda_graphs, ("auto", True, False))
         _one_of("model.dtype", self.model.dtype, ("auto", "float32", "bfloat16", "float16"))
         _one_of("lora.gate", self.lora.gate, ("hard", "learned"))
         _one_of("lora.backend", self.lora.backend, BACKENDS)

@@ -35,7 +35,7 @@ PACKED_ATTENTION = "ckf_packed"
 _NARROWEST = 0.75  # of a group's widest row: a narrower one starts the next group
 _UNKNOWN = ("s_aux", "indices", "block_indices", "position_bias", "softcap")  # change the result
 _LAYERS = {"full_attention", "sliding_attention"}
-_VARLEN_DEVICE, _VARLEN_DTYPES = "cuda", (torch.float16, torch.bfloat16)
+VARLEN_DEVICE, _VARLEN_DTYPES = "cuda", (torch.float16, torch.bfloat16)
 _TRIED_LENGTHS, _TRIED_WINDOW = (37, 5, 130), 20
 
 
@@ -215,11 +215,16 @@ def _varlen(query, key, value, packed_rows: PackedRows, window, scale: float | N
 
 
 def _takes_varlen(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    if query.device.type != _VARLEN_DEVICE or query.dtype not in _VARLEN_DTYPES:
-        return False
     if not query.dtype == key.dtype == value.dtype or value.shape[-1] != query.shape[-1]:
         return False
-    return _varlen_is_right(query.device, query.dtype, query.shape[-1])
+    return runs_varlen(query.device, query.dtype, query.shape[-1])
+
+
+def runs_varlen(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Whether rows of any lengths, heads of ``width``, go through PyTorch's one kernel there."""
+    if device.type != VARLEN_DEVICE or dtype not in _VARLEN_DTYPES:
+        return False
+    return _varlen_is_right(device, dtype, width)
 
 
 @torch.compiler.assume_constant_result  # not to be traced

@@ -188,3 +188,20 @@ def _output_layer(model: nn.Module) -> nn.Module | None:
         return getter() if getter else None
     except (AttributeError, NotImplementedError):
         return None
+
+
+def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleList]:
+    """The list of a model's decoder layers: its parent, its name there, the list.
+
+    Raises ValueError where no list, or more than one, is as long as the model is deep.
+    """
+    depth = model.config.get_text_config().num_hidden_layers
+    lists = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == depth
+    ]
+    if len(lists) != 1:
+        raise ValueError(f"this model has {depth} decoder layers in {len(lists)} list(s)")
+    return lists[0]

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,8 @@ from ckf.batches import Example, is_drawn
 from ckf.config import TrainConfig
 from ckf.data.mixing import task_order
 from ckf.halving import HalvedSteps
+from ckf.layer_graphs import LayerGraphs, why_not_graphed
+from ckf.liger import using_liger
 from ckf.presence import TaskPresence
 from ckf.processes import is_main_process, main_process_first, process_count
 
@@ -102,6 +104,7 @@ class CKFTrainer(HalvedSteps, Trainer):
         self, assembly: Assembly, stream: TrainStream, folder: Path, device, before: float = 0.0
     ) -> None:
         self.assembly, self.folder = assembly, folder
+        self.graphs: LayerGraphs | None = None
         self.start = time.perf_counter() - before  # as if the run had never been stopped
         self.presence = TaskPresence(assembly.model.backbone)
         self._sums: dict[str, list] = defaultdict(list)
@@ -144,6 +147,16 @@ class CKFTrainer(HalvedSteps, Trainer):
         self._tokens += inputs["input_ids"].numel()
         loss = outputs["loss"] * self.loss_share
         return (loss, outputs) if return_outputs else loss
+
+    def _cut_smaller(self, rows: int, why: str) -> None:
+        self.drop_graphs()  # parts of a batch are too small for them, and need their memory
+        super()._cut_smaller(rows, why)
+
+    def drop_graphs(self) -> None:
+        """Decoder layers run as ever from here on."""
+        if self.graphs is not None:
+            self.graphs.remove()
+            self.graphs = None
 
     def step_notes(self) -> tuple:
         """What a step that is undone has to take back."""
@@ -256,14 +269,30 @@ def train(assembly: Assembly, folder: Path, device: torch.device) -> dict[str, f
     with main_process_first(device):
         checkpoint = last_checkpoint(folder / "checkpoints")
         before = _cut_log(folder / "train_log.jsonl", _step(checkpoint) if checkpoint else 0)
+    settings, backbone = assembly.config.train, assembly.model.backbone
     trainer = CKFTrainer(assembly, TrainStream(assembly), folder, device, before)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with using_liger(backbone) if settings.liger else nullcontext():
+        trainer.graphs = _graphs(settings.cuda_graphs, backbone)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            trainer.drop_graphs()
     if assembly.model.metanet is not None:
         assembly.model.metanet.settle()
     if is_main_process():
         with _writing(folder):
             save_trained(assembly, folder)
     return {"seconds": round(time.perf_counter() - trainer.start, 1)}
+
+
+def _graphs(wanted: str | bool, backbone: torch.nn.Module) -> LayerGraphs | None:
+    """train.cuda_graphs; ValueError where they are asked for by name and cannot be."""
+    if wanted is False or (wanted == "auto" and why_not_graphed(backbone) is not None):
+        return None
+    try:
+        return LayerGraphs(backbone)
+    except ValueError as error:
+        raise ValueError(f"train.cuda_graphs is true, but {error}") from error
 
 
 @contextmanager

@@ -59,7 +59,7 @@ def one_kernel(monkeypatch):
         )
 
     monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
-    monkeypatch.setattr(attention, "_VARLEN_DEVICE", "cpu")
+    monkeypatch.setattr(attention, "VARLEN_DEVICE", "cpu")
     monkeypatch.setattr(attention, "_VARLEN_DTYPES", (torch.float32, torch.float64))
     attention._tried_varlen.cache_clear()
     yield calls
