@@ -3,6 +3,7 @@
 from ckf.adapters import load_adapters, load_patched, save_adapters
 from ckf.collate import TaskCollator
 from ckf.export import export_peft, import_peft, merge_task
+from ckf.layer_graphs import LayerGraphs
 from ckf.patch import (
     is_patched,
     patch_model,
@@ -16,6 +17,7 @@ from ckf.presence import TaskPresence
 __version__ = "0.1.0"
 
 __all__ = [
+    "LayerGraphs",
     "MultiLoRATrainer",
     "TaskCollator",
     "TaskPresence",

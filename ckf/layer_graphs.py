@@ -153,7 +153,7 @@ class LayerGraphs:
         self.router, self.device = patch_state(model).router, model.device
         self._make_capture = capture
         self.sizes, self.generation = Sizes(0, 0, 0), 0
-        self.mode, self.off = "as ever", False
+        self.mode, self.off, self._said = "as ever", False, False
         self._noted: list[Tensor] = []  # what layers were handed by the pass that notes
         self._filled: list[Tensor | None] = []  # what the graphs' own copies hold
         self._copies: list[Tensor] = []
@@ -230,12 +230,24 @@ class LayerGraphs:
         try:
             self._capture_all(sizes, rows)
         except (RuntimeError, ValueError) as error:  # out of memory among them
-            self.off = True
             self._drop()
-            why = str(error).partition("\n")[0]
-            logger.warning("training goes on without CUDA graphs: capturing failed (%s)", why)
+            self.give_up(f"capturing failed ({str(error).partition(chr(10))[0]})")
             return False
         return True
+
+    def give_up(self, why: str) -> None:
+        """For good: the pass goes on as ever, and so do all others."""
+        self.off, self.mode = True, "as ever"
+        logger.warning("training goes on without CUDA graphs: %s", why)
+
+    def misfit(self, what: str) -> None:
+        """A layer runs as ever in this pass; said once."""
+        if not self._said:
+            self._said = True
+            logger.warning(
+                "a decoder layer is handed another %s than when its CUDA graphs were captured, so "
+                "it runs without them where that happens", what,
+            )  # fmt: skip
 
     def _capture_all(self, sizes: Sizes, rows: PackedRows) -> None:
         options = {"device": self.device}
@@ -352,12 +364,16 @@ class _Layer:
     def _note(self, x: Tensor, args: tuple, kwargs: dict):
         output = self.as_ever(x, *args, **kwargs)
         if not isinstance(output, Tensor) or output.shape != x.shape or output.dtype != x.dtype:
-            self.stage.off, self.stage.mode = True, "as ever"
+            self.stage.give_up("a decoder layer gives something else than its input's like")
             return output
         leaves, structure = tree_flatten((args, kwargs))
         kinds = [self._kind(leaf, x.shape[1]) for leaf in leaves]
         if None in kinds:
-            self.stage.off, self.stage.mode = True, "as ever"
+            shape = tuple(leaves[kinds.index(None)].shape)
+            self.stage.give_up(
+                f"a decoder layer is handed a tensor of shape {shape}, which has no place for each "
+                "token (leave return_flash_attn_kwargs out of the collator)"
+            )
         else:
             self.template = structure, kinds, x.requires_grad, x.shape[2], x.dtype
         return output
@@ -377,10 +393,14 @@ class _Layer:
         """Whether it is handed what it was captured with; tensors are copied."""
         structure, kinds, trained, width, dtype = self.template
         leaves, own = tree_flatten((args, kwargs))
-        if own != structure or (x.requires_grad, x.shape[2], x.dtype) != (trained, width, dtype):
+        if own != structure:
+            self.stage.misfit("set of arguments")
             return False
+        if (x.requires_grad, x.shape[2], x.dtype) != (trained, width, dtype):
+            return False  # as before vectors come into the prompts
         for (kind, *known), leaf in zip(kinds, leaves, strict=True):
             if kind == "value" and not (known[0] is leaf or known[0] == leaf):
+                self.stage.misfit(f"{type(leaf).__name__} ({leaf!r}, not {known[0]!r})")
                 return False
             if kind == "tensor" and not (
                 isinstance(leaf, Tensor) and self.stage.copied(known[0], leaf)

@@ -219,6 +219,28 @@ def test_a_capture_that_fails_leaves_training_as_it_was(one_kernel, caplog):
     assert "Tried to allocate 2 GiB" in caplog.text
 
 
+def test_what_has_no_place_for_each_token_is_refused(one_kernel, caplog):
+    model = model_of()
+    graphs = graphed(model)
+    batch = batch_of((4, 7, 5))
+    starts = batch["packed_rows"].starts
+    losses = [step(model, batch | {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts})[0]] * 2
+    assert graphs.off and "tensor of shape (4,)" in caplog.text
+    graphs.remove()
+    assert losses[0] == pytest.approx(step(model, batch)[0])
+
+
+def test_an_argument_that_changes_is_said_once(one_kernel, caplog):
+    model = model_of()
+    graphs = graphed(model)
+    found = [step(model, batch_of((4, 7, 5)) | {"max_length_q": n}) for n in (7, 7, 8, 9)]
+    assert caplog.text.count("is handed another int (8, not 7)") == 1
+    assert "(9, not 7)" not in caplog.text and graphs.captures == 1
+    graphs.remove()
+    for own in found:
+        assert_same(own, step(model, batch_of((4, 7, 5))))
+
+
 def test_where_they_cannot_run():
     with pytest.raises(ValueError, match="the model is on cpu"):
         LayerGraphs(patched("llama", PACKED_ATTENTION))
