@@ -154,7 +154,7 @@ def measure(case: dict, device: torch.device, rounds: int) -> tuple[list[dict], 
                     layers = LayerGraphs(provider.model)
                     stack.callback(layers.remove)
                 steps = Steps(provider, batches)
-                row = {"variant": name} | measure_one(steps, device, rounds)
+                row = {"provider": name} | measure_one(steps, device, rounds)
                 if graphs:
                     row["captures"] = layers.captures
                     if layers.off:
@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
         for row in rows:
             gpu = "" if row["gpu_ms"] is None else f"  gpu {row['gpu_ms']:8.1f}"
             print(
-                f"  {row['variant']:20s} {row['ms']:8.1f} ms  host {row['host_ms']:8.1f}{gpu}"
+                f"  {row['provider']:20s} {row['ms']:8.1f} ms  host {row['host_ms']:8.1f}{gpu}"
                 f"  {row['tokens_per_second']:8,d} tokens/s  gradients off by "
                 f"{row.get('difference', 0):.3g}",
                 flush=True,

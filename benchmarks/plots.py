@@ -185,6 +185,29 @@ def step(rows: list[dict], path: Path) -> bool:
     return _save(figure, path)
 
 
+def training(rows: list[dict], path: Path) -> bool:
+    """A small model's training step: the wall's time, and in it that of the GPU's kernels."""
+    rows = [r for r in rows if r["provider"] != "ckf best"]  # a variant is no backend
+    models = list(dict.fromkeys(r["model"] for r in rows))
+    most = max(sum(r["model"] == model for r in rows) for model in models)
+    figure, axes = _figure(len(models), WIDTH, most * 0.3 + 1.0)
+    for ax, model in zip(axes, models, strict=True):
+        own = sorted((r for r in rows if r["model"] == model), key=lambda r: -r["ms"])
+        for y, row in enumerate(own):
+            ours = row["provider"].startswith("ckf")
+            ax.barh(y, row["ms"], color=OURS if ours else NEUTRAL, height=0.7)
+            if row["gpu_ms"] is not None:
+                ax.barh(y, row["gpu_ms"], color=INK, height=0.22)
+            ax.text(
+                row["ms"], y, f" {row['tokens_per_second']:,} tokens/s", va="center", fontsize=8
+            )
+        ax.set_yticks(range(len(own)), [r["provider"] for r in own], fontsize=8)
+        ax.set_xlim(0, 1.35 * max(r["ms"] for r in own))
+        ax.set_xlabel("ms a step, AdamW included (dark: the GPU's kernels alone)")
+        ax.set_title(f"{model}, {own[0]['row_count']} packed rows of two tasks", loc="left")
+    return _save(figure, path)
+
+
 PICTURES: dict[str, tuple[tuple[str, ...], Callable[[list[dict], Path], bool]]] = {
     "linear_peers": (("bench_linear",), bars),
     "linear_rows": (("bench_decode", "bench_linear", "bench_scaling"), over_rows),
@@ -192,6 +215,7 @@ PICTURES: dict[str, tuple[tuple[str, ...], Callable[[list[dict], Path], bool]]] 
     "roofline": (("bench_linear", "bench_decode"), roofline),
     "decode_model": (("bench_decode_model",), decode_model),
     "step": (("bench_step",), step),
+    "training": (("bench_training",), training),
 }
 
 

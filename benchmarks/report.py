@@ -34,8 +34,12 @@ CAPTIONS = {
     "roofline": "Share of the analytic floor that is reached.",
     "decode_model": "A whole decoder, one token a row.",
     "step": "A training step, by layout of the rows.",
+    "training": "A training step of a small model: the wall, and what the GPU works of it.",
 }
-SOURCES = ("bench_linear", "bench_scaling", "bench_decode", "bench_decode_model", "bench_step")
+SOURCES = (
+    *("bench_linear", "bench_scaling", "bench_decode", "bench_decode_model", "bench_step"),
+    "bench_training",
+)
 
 
 def load_records(results: Path) -> dict[str, dict]:
@@ -73,6 +77,9 @@ def block(records: dict[str, dict], results: Path, readme: Path) -> str:
         lines += ["**Training step**, " + _STEP_NOTE, "", *step_table(records["bench_step"]), ""]
         lines += ["**Kernels and batching told apart**, without AdamW:", ""]
         lines += [*shares(records["bench_step"]), ""]
+    if "bench_training" in records:
+        lines += ["**What a small model's training step waits for**, " + _TRAINING_NOTE, ""]
+        lines += [*training_table(records["bench_training"]), ""]
     for picture in (results / "plots" / f"{name}.png" for name in PICTURES):
         if not picture.exists():
             continue
@@ -96,6 +103,12 @@ _STEP_NOTE = (
     "loss and backward; tokens are real ones, padding does not count. Ratio: to the frozen model "
     "in the same layout. AdamW: milliseconds with the optimizer. Peak: above weights, adapters "
     "and moments."
+)
+
+
+_TRAINING_NOTE = (
+    "loss at the labels, backward and AdamW. Host: until Python has launched it; GPU: its kernels "
+    "alone; off by: gradients beside those of plain ckf, over their norm."
 )
 
 
@@ -183,6 +196,25 @@ def step_table(record: dict) -> list[str]:
             floor = "1.00" if r["provider"] == "frozen" else f"{r['floor_ratio']:.2f}"
             lines.append(line(*head, name, tokens, floor, ratio, whole, peak))
     return lines
+
+
+def training_table(record: dict) -> list[str]:
+    figures = ("wall, ms", "host, ms", "GPU, ms", "tokens/s", "off by", "memory, GiB")
+    lines = header(("model", "rows", "variant", *figures))
+    for case in record["cases"]:
+        what = case["case"]
+        for r in case["rows"]:
+            name = f"**{r['provider']}**" if r["provider"].startswith("ckf") else r["provider"]
+            times = (f"{r['ms']:.1f}", f"{r['host_ms']:.1f}", _known(r["gpu_ms"], ".1f"))
+            off = "" if r["provider"] == "ckf" else _known(r.get("difference"), ".1e")
+            memory = "" if r["reserved_bytes"] is None else f"{r['reserved_bytes'] / 2**30:.1f}"
+            figures = (*times, f"{r['tokens_per_second']:,}", off, memory)
+            lines.append(line(what["model"], what["row_count"], name, *figures))
+    return lines
+
+
+def _known(value: float | None, how: str) -> str:
+    return "" if value is None else format(value, how)
 
 
 def skipped(records: dict[str, dict]) -> list[str]:

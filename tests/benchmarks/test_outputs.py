@@ -9,6 +9,7 @@ from benchmarks import (
     bench_linear,
     bench_scaling,
     bench_step,
+    bench_training,
     make_table,
     plots,
     report,
@@ -165,6 +166,15 @@ def test_a_quick_run_writes_its_record_and_is_not_done_twice(script, tmp_path, c
     assert script.main(arguments) == 0
     assert (tmp_path / f"{name}.json").read_bytes() == before
     assert "are kept" in capsys.readouterr().out
+
+
+def test_a_quick_run_of_a_small_model(tmp_path):
+    assert bench_training.main(["--quick", "--out", str(tmp_path)]) == 0
+    record = load_record(tmp_path / "bench_training.json")
+    rows = {row["provider"]: row for row in rows_of(record)}
+    assert set(rows) == {"frozen", "ckf", "ckf-torch"}  # on a CPU
+    assert 0 < rows["ckf-torch"]["difference"] < 1e-4 and rows["ckf"]["tokens_per_second"] > 0
+    assert "model is on cpu" in record["cases"][0]["skipped"]["ckf, graphs"]
 
 
 @pytest.mark.slow
