@@ -1,5 +1,4 @@
-// Launches the kernel of decode_linear.h: which rows and ranks take which of its plans, and how
-// many clusters share n.
+// Launches the kernel of decode_linear.h: by which plan, and how many clusters share n.
 #include "decode_linear.h"
 #include "group_sizes.h"
 
@@ -9,19 +8,23 @@ namespace ckf {
 namespace {
 namespace decode_linear {
 
+// Two blocks fit on a multiprocessor, because clusters of eight with one on each do not fill an H100.
+using Taken = Plan<8, 8, 2, 3, 2, 3, 5>;
+
 template <typename P, typename T>
 cudaError_t launch_plan(Args<T> p, int device, cudaStream_t stream) {
     constexpr auto kKernel = decode_linear_kernel<T, P>;
+    constexpr int kCluster = P::kCluster;
     constexpr size_t kBytes = sizeof(Shared<T, P>);
     const int most = most_clusters<kKernel>(device, P::kThreads, kCluster, kBytes);
     if (most <= 0) return cudaErrorNotSupported;
     p.spans = 1;
-    int64_t clusters = place(p, P::kSpan);
+    int64_t clusters = place(p, kCluster * kOwn);
     while (clusters > most) {  // a second wave would compute S again
         const int before = p.spans;
         p.spans = static_cast<int>(before * ((clusters + most - 1) / most));
-        const int64_t fewer = place(p, int64_t{p.spans} * P::kSpan);
-        if (fewer == clusters) break;  // a span for each linear at least
+        const int64_t fewer = place(p, int64_t{p.spans} * kCluster * kOwn);
+        if (fewer == clusters) break;  // a cluster for each linear at least
         clusters = fewer;
     }
     Launch how{dim3(static_cast<unsigned>(clusters * kCluster)),
@@ -59,12 +62,8 @@ cudaError_t launch_typed(const CkfFrozenLinear* linears, Args<T> p, int device,
         aligned = aligned && is_aligned(from.w, from.n > 1 ? from.w_stride * kSize : 0);
     }
     if (!aligned) return cudaErrorNotSupported;
-    const auto fits = [&](auto plan) { return p.m <= plan.kRows && most_rank <= plan.kMostRank; };
-    if (fits(FewRows{})) return launch_plan<FewRows>(p, device, stream);
-    if (fits(FewRowsWide{})) return launch_plan<FewRowsWide>(p, device, stream);
-    if (fits(SomeRows{})) return launch_plan<SomeRows>(p, device, stream);
-    if (fits(ManyRows{})) return launch_plan<ManyRows>(p, device, stream);
-    return cudaErrorNotSupported;
+    if (p.m > kRows || most_rank > kMostRank) return cudaErrorNotSupported;
+    return launch_plan<Taken>(p, device, stream);
 }
 
 }  // namespace decode_linear

@@ -4,11 +4,11 @@
 //   x (m, k), W_l (n_l, k), a (R, k), g (T, R) fp32, ids (m,), b_l (R_l, n_l), y_l (m, n_l); all
 //   elements of 16 bits.
 //
-// W's bytes are what it costs; the rows of A are to the product no more than further rows of W. A
-// cluster of eight blocks owns spans of n of one linear. Each block multiplies its eighth of k: A
-// first, then span by span of W, whose beginning is on its way to L2 meanwhile. Every block adds up
-// a share of S, gates it and gives h to all; and it owns an eighth of the span's columns, to which
-// the others send their partial sums. There h b is added and y rounded once.
+// W's bytes are what it costs, so they flow from the first moment to the last. A block owns spans
+// of n and multiplies them by all of k, which its warps share: none but the block itself adds up y.
+// A is shared out over a cluster: each block multiplies its columns of A while its first loads of W
+// are in flight and the next are on their way to L2, adds up and gates S, and sends h to all. No
+// block waits for h before its first span of W is multiplied.
 //
 // Nothing goes through shared memory before it is multiplied: the order of k within a product is
 // free, so a lane's fragments are 16 bytes that lie side by side (mma.h). A row's bits depend on
@@ -22,100 +22,84 @@ namespace ckf {
 namespace {
 namespace decode_linear {
 
-// Rows of x, of A or of W as a lane reads them: its first, then every so many further.
+// Rows of x, of A or of W as a lane reads them: its first, then every eighth further.
 template <typename T>
 struct Rows {
     const T* first;
-    int64_t step;  // in elements
-    int left;      // of the matrix, from the first on
+    int64_t step;  // of eight rows, in elements
+    int left;      // from the first on
 };
 
-// A warp's tiles of a span: of A in phase 0, of W from 1 on; none past the last.
 template <typename T>
-struct Tiles {
-    Rows<T> rows;
-    int count;
-};
-
-template <typename P, typename T>
-__device__ __forceinline__ Tiles<T> find_tiles(const Args<T>& p, const Block<T>& block, int phase) {
-    const Linear<T>& linear = block.linear;
-    const bool of_a = phase == 0;
-    const int64_t stride = of_a ? p.k : linear.w_stride;
-    const T* base = of_a ? p.a + static_cast<int64_t>(linear.first_column) * p.k : linear.w;
-    const int first = of_a ? 0 : block.first_n + (phase - 1) * P::kSpan;
-    const int left = (of_a ? linear.rank : linear.n) - first - block.warp * kTile;  // of the warp
-    constexpr int kStep = P::kWarps * kTile;
-    const int count = phase > block.spans || left <= 0 ? 0 : (left + kStep - 1) / kStep;
-    const int row = first + block.warp * kTile + block.lane / 4;
-    return {{base + row * stride + block.first_k + block.lane % 4 * 8, kStep * stride,
-             left - block.lane / 4},
-            min(count, kTiles)};
+__device__ __forceinline__ Rows<T> find_rows(const Block<T>& block, const T* matrix, int64_t stride,
+                                             int first, int end) {
+    const int row = first + block.lane / 4;
+    return {matrix + row * stride + block.first_k + block.lane % 4 * 8, kTile * stride, end - row};
 }
 
-// A lane's operands of two products: words 0 and 1, words 2 and 3.
-template <typename P>
-struct Chunk {
-    Words<4> x[2 * P::kRowTiles], w[kTiles];
-};
+// The rows of W in a span; none past the last.
+template <typename T>
+__device__ __forceinline__ Rows<T> find_w(const Block<T>& block, int span) {
+    const int end = span < block.spans ? block.linear.n : 0;
+    return find_rows(block, block.linear.w, block.linear.w_stride, block.first_n + span * kOwn,
+                     end);
+}
 
-// Of k or of a matrix what is not there is zero.
-template <typename P, typename T>
-__device__ __forceinline__ void load_chunk(const Args<T>& p, const Block<T>& block,
-                                           const Rows<T>& x, const Tiles<T>& tiles, int i,
-                                           Chunk<P>& chunk) {
+// A lane's operands of two products: words 0 and 1, words 2 and 3. Of k or of a matrix what is not
+// there is zero.
+template <bool kOnce, typename T, int kCount>
+__device__ __forceinline__ void load_chunk(const Block<T>& block, const Rows<T>& rows, int i,
+                                           Words<4> (&to)[kCount]) {
     const int at = i * kChunk;
-    const bool inside =
-        tiles.count > 0 && i < block.chunks && block.first_k + at + block.lane % 4 * 8 < p.k;
+    const bool inside = at < block.left_k;
 #pragma unroll
-    for (int j = 0; j < kTiles; ++j)
-        chunk.w[j] = load_once(inside && j * P::kWarps * kTile < tiles.rows.left,
-                               tiles.rows.first + (at + j * tiles.rows.step));
-#pragma unroll
-    for (int h = 0; h < 2 * P::kRowTiles; ++h)
-        chunk.x[h] = load_if<Words<4>>(inside && h * 8 < x.left, x.first + (at + h * x.step));
-}
-
-template <typename T, typename P>
-__device__ __forceinline__ void multiply(const Chunk<P>& chunk, int count,
-                                         float (&sums)[kTiles][P::kRowTiles][4]) {
-#pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
-        if (j >= count) break;  // the same for the whole warp
-#pragma unroll
-        for (int step = 0; step < 4; step += 2) {
-#pragma unroll
-            for (int i = 0; i < P::kRowTiles; ++i) {
-                const Words<4>&top = chunk.x[2 * i], &bottom = chunk.x[2 * i + 1];
-                const uint32_t x[4] = {top.w[step], bottom.w[step], top.w[step + 1],
-                                       bottom.w[step + 1]};
-                product<T>(sums[j][i], x, chunk.w[j].w[step], chunk.w[j].w[step + 1]);
-            }
-        }
+    for (int j = 0; j < kCount; ++j) {
+        const bool wanted = inside && j * kTile < rows.left;
+        const T* from = rows.first + (at + j * rows.step);
+        to[j] = kOnce ? load_once(wanted, from) : load_if<Words<4>>(wanted, from);
     }
 }
 
-// The first lines of W that this block will read, on their way to L2 while A is multiplied.
-template <typename P, typename T>
-__device__ __forceinline__ void prefetch_w(const Args<T>& p, const Block<T>& block) {
-    static_assert(P::kSpan == P::kThreads, "a row a thread");
-    constexpr int kLine = 128 / sizeof(T);
-    const int row = block.first_n + static_cast<int>(threadIdx.x);
-    if (row >= block.linear.n) return;
-    const T* w = block.linear.w + row * block.linear.w_stride + block.first_k;
-    const int end = min(block.chunks * kChunk, p.k - block.first_k);
+template <typename T, int kCount>
+__device__ __forceinline__ void multiply(const Words<4> (&x)[2], const Words<4> (&w)[kCount],
+                                         float (&sums)[kCount][4]) {
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i)
-        if (i * kLine < end) prefetch(w + i * kLine);
+    for (int step = 0; step < 4; step += 2) {
+        const uint32_t rows[4] = {x[0].w[step], x[1].w[step], x[0].w[step + 1], x[1].w[step + 1]};
+#pragma unroll
+        for (int j = 0; j < kCount; ++j)
+            product<T>(sums[j], rows, w[j].w[step], w[j].w[step + 1]);
+    }
+}
+
+template <int kCount>
+__device__ __forceinline__ void clear(float (&sums)[kCount][4]) {
+#pragma unroll
+    for (int i = 0; i < kCount * 4; ++i) sums[i / 4][i % 4] = 0.0f;
+}
+
+// The block's columns of A, for a warp's share of k, in L2 soon: four of them at once.
+template <typename T>
+__device__ __forceinline__ void prefetch_a(const Args<T>& p, const Block<T>& block) {
+    constexpr int kAcross = 8;  // lanes beside each other, a line each
+    const int at = block.lane % kAcross * 2 * kChunk;
+#pragma unroll 1
+    for (int c = block.first_column + block.lane / kAcross; c < block.end_column;
+         c += kLanes / kAcross) {
+        const int64_t row = block.linear.first_column + c;
+#pragma unroll 1
+        for (int i = at; i < block.chunks * kChunk; i += kAcross * 2 * kChunk)
+            prefetch_if(block.first_k + i < p.k, p.a + row * p.k + block.first_k + i);
+    }
 }
 
 // This block's columns of b for a span, on their way to shared memory; wait_for_copies() ends it.
 template <typename P, typename T>
 __device__ __forceinline__ void copy_b(const Block<T>& block, int span, Shared<T, P>& shared) {
     const Linear<T>& linear = block.linear;
-    const int first = block.first_n + span * P::kSpan + static_cast<int>(block.rank) * P::kOwn;
-    if (span >= block.spans || first >= linear.n) return;
-    constexpr int kPieces = P::kOwn / kVec<T>;
+    const int first = block.first_n + span * kOwn;
+    if (span >= block.spans) return;
+    constexpr int kPieces = kOwn / kVec<T>;
     for (int i = threadIdx.x; i < linear.rank * kPieces; i += P::kThreads) {
         const int column = i / kPieces, at = i % kPieces * kVec<T>;
         const T* from = linear.b + static_cast<int64_t>(column) * linear.n + first + at;
@@ -128,195 +112,223 @@ __device__ __forceinline__ void copy_b(const Block<T>& block, int span, Shared<T
     }
 }
 
-// Element i of this thread's share of S: its row, and its column in the share and in the linear.
-struct Place {
-    int row, local, column;
-};
-
-template <typename P, typename T>
-__device__ __forceinline__ Place find_place(const Block<T>& block, int i) {
-    const int at = static_cast<int>(threadIdx.x) + i * P::kThreads;
-    const int local = at % P::kShare, group = local / kTile * kCluster + block.rank;
-    return {at / P::kShare, local, group * kTile + local % kTile};
+template <typename T>
+__device__ __forceinline__ int find_task(const Args<T>& p, int row) {
+    const int64_t id = row < p.m ? p.task_ids[row] : int64_t{-1};
+    return id >= -1 && id < p.tasks ? static_cast<int>(id) : kInvalid;
 }
 
-// The gates of this thread's share, on their way as b is.
+// Element i of a thread's share of S: its row, and its column in the share.
+struct Place {
+    int row, column;
+};
+
+template <typename P>
+__device__ __forceinline__ Place find_place(int i) {
+    const int at = static_cast<int>(threadIdx.x) + i * P::kThreads;
+    return {at / P::kShare, at % P::kShare};
+}
+
+// The gates of a thread's share, on their way to it as b is.
 template <typename P, typename T>
-__device__ __forceinline__ void copy_gates(const Args<T>& p, const Block<T>& block,
+__device__ __forceinline__ void copy_gates(const Args<T>& p, const Block<T>& block, int first,
                                            Shared<T, P>& shared) {
 #pragma unroll
     for (int i = 0; i < P::kShareOfThread; ++i) {
-        const Place place = find_place<P>(block, i);
-        const int task = shared.task[place.row];
+        const Place place = find_place<P>(i);
+        const int task = find_task(p, place.row), column = first + place.column;
         float* to = &shared.gate[i][threadIdx.x];
-        if (task >= 0 && place.column < block.linear.rank)
+        if (task >= 0 && column < block.end_column)
             copy_async<4>(to, p.gates + static_cast<int64_t>(task) * p.rank +
-                                  block.linear.first_column + place.column);
+                                  block.linear.first_column + column);
         else
             *to = 0.0f;
     }
 }
 
-// h of this block's share of S, to all blocks.
+// A warp's sums, where others find them.
+template <int kCount, typename T>
+__device__ __forceinline__ void write_part(const Args<T>& p, const Block<T>& block,
+                                           const float (&sums)[kCount][4],
+                                           float (&part)[kRows][kPitch]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        if (i * 8 >= p.m) break;
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) {
+            float* to = &part[i * 8 + block.lane / 4][j * kTile + block.lane % 4 * 2];
+            *reinterpret_cast<Pair*>(to) = {{sums[j][i * 2], sums[j][i * 2 + 1]}};
+        }
+    }
+}
+
 template <typename P, typename T>
-__device__ __forceinline__ void share_h(const Args<T>& p, const Block<T>& block,
+__device__ __forceinline__ float add_parts(const Shared<T, P>& shared, int row, int column) {
+    float sum = shared.part[0][row][column];
+#pragma unroll
+    for (int warp = 1; warp < P::kWarps; ++warp) sum += shared.part[warp][row][column];
+    return sum;
+}
+
+// h of some of this block's columns of A, to all blocks.
+template <typename P, typename T>
+__device__ __forceinline__ void share_h(const Args<T>& p, const Block<T>& block, int first,
                                         Shared<T, P>& shared) {
 #pragma unroll
     for (int i = 0; i < P::kShareOfThread; ++i) {
-        const Place place = find_place<P>(block, i);
-        if (place.row >= p.m || place.column >= block.groups * kTile) continue;
-        float s = 0.0f;
-#pragma unroll
-        for (int from = 0; from < kCluster; ++from)
-            s += shared.s_part[from][place.row][place.local];
+        const Place place = find_place<P>(i);
+        const int column = first + place.column;
+        if (place.row >= p.m || column >= block.end_column) continue;
+        const float s = add_parts<P>(shared, place.row, place.column);
         const float gate = shared.gate[i][threadIdx.x];
         const float h = gate != 0.0f ? without_sign_of_zero(gate * s) : float_of(kDead);
 #pragma unroll
-        for (int to = 0; to < kCluster; ++to)
-            write_block<kCluster>(&shared.h[place.column][place.row], h, to);
+        for (int to = 0; to < P::kCluster; ++to)
+            send_to_block(&shared.h[column][place.row], h, &shared.arrivals, to);
     }
 }
 
-// A warp's sums, to the blocks that own them. Of A's span groups go to blocks in turn, of W's
-// neighbouring tiles to one block.
-template <typename P, bool kOfA, typename T>
-__device__ __forceinline__ void send_sums(const Args<T>& p, const Block<T>& block, int count,
-                                          const float (&sums)[kTiles][P::kRowTiles][4],
-                                          Shared<T, P>& shared) {
-    constexpr int kOwnTiles = P::kOwn / kTile;
-    auto* part = &shared.y_part[block.rank][0][0];
-    int pitch = P::kOwn + P::kPad;
-    if constexpr (kOfA) part = &shared.s_part[block.rank][0][0], pitch = P::kShare + P::kPad;
-    const int lane = unknown(block.lane), warp = unknown(block.warp);  // no addresses kept for it
-#pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
-        if (j >= count) break;
-        const int tile = warp + j * P::kWarps;
-        const int owner = kOfA ? tile % kCluster : tile / kOwnTiles;
-        const int local = kOfA ? tile / kCluster : tile % kOwnTiles;
-        const int column = local * kTile + lane % 4 * 2;
-#pragma unroll
-        for (int i = 0; i < P::kRowTiles * 2; ++i) {
-            const int row = i * 8 + lane / 4;
-            const float* pair = &sums[j][i / 2][i % 2 * 2];
-            if (row < p.m)
-                write_block_pair(part + row * pitch + column, pair[0], pair[1], owner);
-        }
-    }
-}
-
-// y of this block's columns of a span: the parts of the base in their order, then h b. Four rows of
-// a column for each thread.
+// h b over a warp's share of the rank, to its sums of the base. Two columns at once: what they need
+// is read before it is used.
 template <typename P, typename T>
-__device__ __forceinline__ void write_y(const Args<T>& p, const Block<T>& block, int span,
-                                        const Shared<T, P>& shared) {
-    const Linear<T>& linear = block.linear;
-    const int first = block.first_n + span * P::kSpan + static_cast<int>(block.rank) * P::kOwn;
-    const int quads = (p.m + 3) / 4;
-    for (int i = threadIdx.x; i < quads * P::kOwn; i += P::kThreads) {
-        const int column = i % P::kOwn, row = i / P::kOwn * 4;
-        if (first + column >= linear.n) continue;
-        float sum[4];
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-            sum[r] = shared.y_part[0][row + r][column];
-#pragma unroll
-            for (int from = 1; from < kCluster; ++from)
-                sum[r] += shared.y_part[from][row + r][column];
-        }
-        if (linear.bias != nullptr) {
-            const float bias = to_float(linear.bias[first + column]);
-#pragma unroll
-            for (int r = 0; r < 4; ++r) sum[r] += bias;
-        }
+__device__ __forceinline__ void add_update(const Block<T>& block, const Shared<T, P>& shared,
+                                           float (&sums)[kTiles][4]) {
+    constexpr int kAtOnce = 2;
+    const int each = (block.linear.rank + P::kWarps - 1) / P::kWarps;
+    const int end = min((block.warp + 1) * each, block.linear.rank);
+    const int row = block.lane / 4, column = block.lane % 4 * 2;
 #pragma unroll 1
-        for (int c = 0; c < block.groups * kTile; c += kTile) {  // past the rank h is dead
-            float b[kTile];
-            Quad h[kTile];
+    for (int c = block.warp * each; c < end; c += kAtOnce) {
+        float h[kAtOnce][2];
+        Words<1> b[kAtOnce][kTiles];
 #pragma unroll
-            for (int j = 0; j < kTile; ++j) {
-                b[j] = to_float(shared.b[c + j][column]);
-                h[j] = *reinterpret_cast<const Quad*>(&shared.h[c + j][row]);
-            }
+        for (int u = 0; u < kAtOnce; ++u) {
+            const int at = min(c + u, end - 1);
 #pragma unroll
-            for (int i = 0; i < kTile * 4; ++i) {
-                const float live = h[i / 4].v[i % 4];
-                sum[i % 4] = bits_of(live) != kDead ? fmaf(live, b[i / 4], sum[i % 4]) : sum[i % 4];
-            }
+            for (int i = 0; i < 2; ++i)
+                h[u][i] = c + u < end ? shared.h[at][i * 8 + row] : float_of(kDead);
+#pragma unroll
+            for (int j = 0; j < kTiles; ++j)
+                b[u][j] = *reinterpret_cast<const Words<1>*>(&shared.b[at][j * kTile + column]);
         }
-        T* y = linear.y + row * linear.y_stride + first + column;
 #pragma unroll
-        for (int r = 0; r < 4; ++r)
-            if (row + r < p.m)
-                y[r * linear.y_stride] =
-                    from_float<T>(shared.task[row + r] == kInvalid ? nanf("") : sum[r]);
+        for (int i = 0; i < kAtOnce * kTiles * 4; ++i) {
+            const int u = i / (kTiles * 4), j = i / 4 % kTiles;
+            const float live = h[u][i % 4 / 2];
+            float& sum = sums[j][i % 4];
+            sum = bits_of(live) != kDead ? fmaf(live, element<T>(b[u][j], i % 2), sum) : sum;
+        }
+    }
+}
+
+// y of a span from its parts, an element a thread and turn, always in the same column.
+template <typename P, typename T>
+__device__ __forceinline__ void write_y(const Args<T>& p, const Block<T>& block, int column,
+                                        float bias, const Shared<T, P>& shared) {
+    static_assert(kOwn == kLanes, "a column a lane");
+    if (column >= block.linear.n) return;
+    for (int row = block.warp; row < p.m; row += P::kWarps) {
+        const float sum = add_parts<P>(shared, row, block.lane) + bias;
+        block.linear.y[row * block.linear.y_stride + column] =
+            from_float<T>(shared.task[row] == kInvalid ? nanf("") : sum);
     }
 }
 
 template <typename T, typename P>
-__global__ void __launch_bounds__(P::kThreads, 2)
+__global__ void __launch_bounds__(P::kThreads, P::kBlocks)
     decode_linear_kernel(const __grid_constant__ Args<T> p) {
 #ifdef CKF_HAS_CLUSTERS
     using Memory = Shared<T, P>;
     CKF_LARGE_SHARED(Memory, shared);
-    cluster_begin();  // a block that has begun may be sent to
     const Block<T> block = find_block<P>(p);
-    const Rows<T> x{p.x + block.lane / 4 * p.x_stride + block.first_k + block.lane % 4 * 8,
-                    8 * p.x_stride, p.m - block.lane / 4};
-    int phase = block.groups > 0 ? 0 : 1;
-    Tiles<T> tiles = find_tiles<P>(p, block, phase);
-    Chunk<P> ring[P::kDepth];
+    if (threadIdx.x == 0)
+        expect_arrivals(&shared.arrivals, p.m * block.linear.rank * sizeof(float));
+    cluster_begin();  // a block that has begun may be sent to
+    prefetch_a(p, block);
+    Words<4> w[P::kDepth][kTiles], x[P::kXDepth][2];
+    Rows<T> w_rows = find_w(block, 0);
 #pragma unroll
-    for (int d = 0; d < P::kDepth; ++d) load_chunk<P>(p, block, x, tiles, d, ring[d]);
-    if (threadIdx.x < P::kRows) {
-        const int64_t id =
-            static_cast<int>(threadIdx.x) < p.m ? p.task_ids[threadIdx.x] : int64_t{-1};
-        const bool known = id >= -1 && id < p.tasks;
-        shared.task[threadIdx.x] = known ? static_cast<int>(id) : kInvalid;
-    }
-    __syncthreads();
-    copy_gates<P>(p, block, shared);
-    copy_b<P>(block, 0, shared);
-    prefetch_w<P>(p, block);
+    for (int d = 0; d < P::kEarly; ++d) load_chunk<true>(block, w_rows, d, w[d]);
+    cluster_wait<P::kCluster>();  // before x is read: it makes the cache forget
+    const Rows<T> x_rows = find_rows(block, p.x, p.x_stride, 0, p.m);
+#pragma unroll
+    for (int d = 0; d < P::kADepth; ++d) load_chunk<false>(block, x_rows, d, x[d]);
 
-    const int steps = (block.chunks + P::kDepth - 1) / P::kDepth * P::kDepth;
+    // The rows of W that the ring will read next: a row a lane.
+    static_assert(kOwn == kLanes);
+    const int w_row = block.first_n + block.lane;
+    const T* ahead = block.linear.w + w_row * block.linear.w_stride + block.first_k;
+    const int end = w_row < block.linear.n ? min(min(block.chunks, P::kEarly + P::kAhead) * kChunk,
+                                                 p.k - block.first_k)
+                                           : 0;
 #pragma unroll 1
-    for (; phase <= block.spans; ++phase) {
-        const int count = tiles.count;
-        float sums[kTiles][P::kRowTiles][4];
+    for (int first = block.first_column; first < block.end_column; first += P::kShare) {
+        const Linear<T>& linear = block.linear;
+        const T* a = p.a + static_cast<int64_t>(linear.first_column) * p.k;
+        const Rows<T> a_rows = find_rows(block, a, p.k, first, block.end_column);
+        Words<4> ring[P::kADepth][P::kATiles];
 #pragma unroll
-        for (int i = 0; i < kTiles * P::kRowTiles * 4; ++i)
-            sums[i / (P::kRowTiles * 4)][i / 4 % P::kRowTiles][i % 4] = 0.0f;
+        for (int d = 0; d < P::kADepth; ++d) load_chunk<true>(block, a_rows, d, ring[d]);
+        copy_gates<P>(p, block, first, shared);
+        float sums[P::kATiles][4];
+        clear(sums);
+#pragma unroll 1
+        for (int next = P::kADepth; next < block.chunks + P::kADepth; next += P::kADepth) {
+#pragma unroll
+            for (int d = 0; d < P::kADepth && P::kAhead > 0; ++d) {
+                const int at = (P::kEarly + next - P::kADepth + d) * kChunk;
+                prefetch_if(at < end, ahead + at);
+            }
+#pragma unroll
+            for (int d = 0; d < P::kADepth; ++d) {
+                multiply<T>(x[d], ring[d], sums);
+                load_chunk<true>(block, a_rows, next + d, ring[d]);
+                load_chunk<false>(block, x_rows, next < block.chunks ? next + d : d, x[d]);
+            }
+        }
+        write_part(p, block, sums, shared.part[block.warp]);
+        wait_for_copies();
+        __syncthreads();
+        share_h<P>(p, block, first, shared);
+        if (first + P::kShare < block.end_column) __syncthreads();  // what was written is read
+    }
+
+#pragma unroll
+    for (int d = P::kADepth; d < P::kDepth; ++d) load_chunk<false>(block, x_rows, d, x[d]);
+#pragma unroll
+    for (int d = P::kEarly; d < P::kDepth; ++d) load_chunk<true>(block, w_rows, d, w[d]);
+    const int steps = (block.chunks + P::kDepth - 1) / P::kDepth * P::kDepth;
+    if (threadIdx.x < kRows) shared.task[threadIdx.x] = find_task(p, threadIdx.x);
+    copy_b<P>(block, 0, shared);
+#pragma unroll 1
+    for (int span = 0; span < block.spans; ++span) {
+        const int column = block.first_n + span * kOwn + block.lane;
+        const bool has_bias = block.linear.bias != nullptr && column < block.linear.n;
+        const float bias = has_bias ? to_float(block.linear.bias[column]) : 0.0f;
+        float sums[kTiles][4];
+        clear(sums);
 #pragma unroll 1
         for (int step = 0; step < steps; step += P::kDepth) {
-            const bool last = step + P::kDepth == steps;  // the next loads are the next phase's
-            if (last) tiles = find_tiles<P>(p, block, phase + 1);
+            const bool last = step + P::kDepth == steps;  // the next loads are the next span's
+            if (last) w_rows = find_w(block, span + 1);
             const int next = last ? 0 : step + P::kDepth;
 #pragma unroll
             for (int d = 0; d < P::kDepth; ++d) {
-                multiply<T, P>(ring[d], count, sums);
-                load_chunk<P>(p, block, x, tiles, next + d, ring[d]);
+                multiply<T>(x[d], w[d], sums);
+                load_chunk<true>(block, w_rows, next + d, w[d]);
+                load_chunk<false>(block, x_rows, next + d, x[d]);
             }
         }
-        if (steps == 0) tiles = find_tiles<P>(p, block, phase + 1);
-        cluster_wait<kCluster>();
-        if (phase == 0) {
-            send_sums<P, true>(p, block, count, sums, shared);
-            cluster_arrive<kCluster>();
-            continue;
-        }
-        const int span = phase - 1;
         wait_for_copies();
-        if (span == 0) share_h<P>(p, block, shared);
-        send_sums<P, false>(p, block, count, sums, shared);
-        cluster_arrive<kCluster>();
-        cluster_wait<kCluster>();
-        write_y<P>(p, block, span, shared);
-        if (phase == block.spans) break;
-        cluster_arrive<kCluster>();  // what was sent here is read
+        __syncthreads();
+        if (span == 0) wait_for_arrivals(&shared.arrivals);
+        add_update<P>(block, shared, sums);
+        write_part(p, block, sums, shared.part[block.warp]);
         __syncthreads();
         copy_b<P>(block, span + 1, shared);
+        write_y<P>(p, block, column, bias, shared);
     }
+    if (block.spans == 0) wait_for_arrivals(&shared.arrivals);  // none may leave while it is sent to
 #endif
 }
 

@@ -8,34 +8,33 @@ namespace ckf {
 namespace {
 namespace decode_linear {
 
-constexpr int kCluster = 8;              // blocks, each with a part of k: the order of the sum
+constexpr int kRows = 16;                // of x, at most
+constexpr int kMostRank = 256;           // of a linear
 constexpr int kTile = 8;                 // columns of n, or of A
-constexpr int kTiles = 4;                // of a warp in a span
+constexpr int kTiles = 4;                // of W in a span
+constexpr int kOwn = kTiles * kTile;     // columns of a span: those of one block
+constexpr int kPitch = kOwn + 8;         // of partial sums: no two lanes of a store share a bank
 constexpr int kChunk = 32;               // of k: 16 bytes for each of four lanes
-constexpr int kAhead = 4;                // lines of every row of W that are asked for at once
 constexpr uint32_t kDead = 0x80000000u;  // -0 in h: the gate is zero; a live h is never -0
 constexpr int kInvalid = -2;             // the task of a row that becomes NaN; -1: base only
 
-// What is fixed when compiled: up to 16 kRowTiles rows, kTile kMostGroups columns of A, and kDepth
-// chunks in flight. Warps so that two blocks fit into the registers.
-template <int kRowTiles_, int kMostGroups_, int kWarps_, int kDepth_>
+// What is fixed when compiled: the blocks of a cluster, which share A's columns; the warps of a
+// block, which share k, and hence the order of the sum; the blocks that fit into a multiprocessor's
+// registers. Of a warp's chunks: how many of W and of A it has in flight, how many of W it loads
+// before it turns to A, and how many further ones are asked for meanwhile.
+template <int kCluster_, int kWarps_, int kBlocks_, int kDepth_, int kADepth_, int kEarly_, int kAhead_>
 struct Plan {
-    static constexpr int kRowTiles = kRowTiles_, kMostGroups = kMostGroups_;
-    static constexpr int kWarps = kWarps_, kDepth = kDepth_;
-    static constexpr int kRows = 16 * kRowTiles;
+    static constexpr int kCluster = kCluster_, kWarps = kWarps_;
+    static constexpr int kBlocks = kBlocks_, kDepth = kDepth_, kADepth = kADepth_;
+    static constexpr int kEarly = kEarly_, kAhead = kAhead_;
+    static constexpr int kXDepth = kDepth > kADepth ? kDepth : kADepth;
     static constexpr int kThreads = kWarps * kLanes;
-    static constexpr int kSpan = kWarps * kTiles * kTile;
-    static constexpr int kOwn = kSpan / kCluster;  // columns of a span that a block writes
-    static constexpr int kPad = kRowTiles > 2 ? 0 : 8;
-    static constexpr int kMostRank = kMostGroups * kTile;
-    static constexpr int kShare = kMostRank / kCluster;               // columns of S of a block
-    static constexpr int kShareOfThread = kShare * kRows / kThreads;  // elements of S
-    static_assert(kMostRank <= kSpan, "A is one span");
+    static constexpr int kATiles = kCluster == 8 ? 2 : 3;  // multiplied at once
+    static constexpr int kShare = kATiles * kTile;         // columns of A
+    static constexpr int kShareOfThread = (kShare * kRows + kThreads - 1) / kThreads;
+    static_assert(kEarly <= kDepth);
+    static_assert(kShare <= kOwn, "partial sums of A lie where those of W will");
 };
-using FewRows = Plan<1, 16, 8, 3>;
-using FewRowsWide = Plan<1, 32, 8, 3>;
-using SomeRows = Plan<2, 16, 4, 3>;
-using ManyRows = Plan<4, 16, 4, 2>;
 
 template <typename T>
 struct Linear {
@@ -56,48 +55,52 @@ struct Args {
     const int64_t* task_ids;
     int64_t x_stride;
     int m, k, rank, tasks, count;
-    int spans;  // of n for each cluster, one after the other
+    int spans;  // of n for each block, one after the other
 };
 
 template <typename T, typename P>
 struct Shared {
-    float y_part[kCluster][P::kRows][P::kOwn + P::kPad];    // from each block
-    float s_part[kCluster][P::kRows][P::kShare + P::kPad];  // likewise, of this block's share
-    float h[P::kMostRank][P::kRows];
-    T b[P::kMostRank][P::kOwn];
+    float part[P::kWarps][kRows][kPitch];  // from each warp: of S first, then of y
+    float h[kMostRank][kRows];
+    T b[kMostRank][kOwn];
     float gate[P::kShareOfThread][P::kThreads];
-    int task[P::kRows];
+    int task[kRows];
+    Arrivals arrivals;  // of h
 };
 
 template <typename T>
 struct Block {
     const Linear<T>& linear;
-    int first_n, spans;  // of the cluster
-    unsigned rank;       // in the cluster, and the part of k
-    int first_k, chunks;
+    int first_n, spans;
+    int first_column, end_column;  // of A's, within the linear
     int lane, warp;
-    int groups;  // of A's columns
+    int first_k, chunks;  // of the warp
+    int left_k;           // from the lane's first element on, within the warp's share
 };
 
 template <typename P, typename T>
 __device__ __forceinline__ Block<T> find_block(const Args<T>& p) {
-    const int cluster = blockIdx.x / kCluster;
+    const int cluster = blockIdx.x / P::kCluster, rank = blockIdx.x % P::kCluster;
     int i_linear = p.count - 1;
     while (cluster < p.linears[i_linear].first_cluster) --i_linear;
     const Linear<T>& linear = p.linears[i_linear];
-    const unsigned rank = blockIdx.x % kCluster;
-    const int all = (p.k + kChunk - 1) / kChunk, each = (all + kCluster - 1) / kCluster;
-    const int first = min(static_cast<int>(rank) * each, all);
-    const int first_n = (cluster - linear.first_cluster) * p.spans * P::kSpan;
+    const int place = (cluster - linear.first_cluster) * P::kCluster + rank;
+    const int first_n = place * p.spans * kOwn;
+    const int columns = (linear.rank + P::kCluster - 1) / P::kCluster;
+    const int lane = static_cast<int>(threadIdx.x % kLanes);
+    const int warp = static_cast<int>(threadIdx.x / kLanes);
+    const int all = (p.k + kChunk - 1) / kChunk, each = (all + P::kWarps - 1) / P::kWarps;
+    const int first = min(warp * each, all);
     return {linear,
             first_n,
-            min(p.spans, (linear.n - first_n + P::kSpan - 1) / P::kSpan),
-            rank,
+            max(0, min(p.spans, (linear.n - first_n + kOwn - 1) / kOwn)),
+            min(rank * columns, linear.rank),
+            min((rank + 1) * columns, linear.rank),
+            lane,
+            warp,
             first * kChunk,
             min(each, all - first),
-            static_cast<int>(threadIdx.x) % kLanes,
-            static_cast<int>(threadIdx.x) / kLanes,
-            (linear.rank + kTile - 1) / kTile};
+            min(min(each, all - first) * kChunk, p.k - first * kChunk) - lane % 4 * 8};
 }
 
 }  // namespace decode_linear

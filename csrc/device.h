@@ -27,8 +27,8 @@ struct alignas(16) Pack {
     T v[kVec<T>];
 };
 
-struct alignas(16) Quad {
-    float v[4];
+struct alignas(8) Pair {
+    float v[2];
 };
 
 __device__ __forceinline__ float to_float(float v) { return v; }
@@ -105,16 +105,16 @@ __device__ __forceinline__ float without_sign_of_zero(float v) { return v == 0.0
 #define CKF_HAS_CLUSTERS 1
 #endif
 
-// The same value, of which the compiler knows nothing: what is made of it is not made early and
-// kept in registers.
-__device__ __forceinline__ int unknown(int value) {
-    asm volatile("" : "+r"(value));
-    return value;
-}
-
 // A hint: the bytes at p will be read soon. Safe for any mapped address at any time.
 __device__ __forceinline__ void prefetch(const void* p) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
+// The same or nothing, without a branch.
+__device__ __forceinline__ void prefetch_if(bool wanted, const void* p) {
+    const int is_wanted = wanted;
+    asm volatile("{.reg .pred q; setp.ne.s32 q, %1, 0; @q prefetch.global.L2 [%0];}" ::"l"(p),
+                 "r"(is_wanted));
 }
 
 // kBytes to shared memory, there after wait_for_copies() of the same thread; both aligned to them.
@@ -200,15 +200,54 @@ __device__ __forceinline__ void write_block(float* p, float value,
     }
 }
 
-// The same for two values at p and p + 1, which is aligned to both, in a cluster of several blocks.
-__device__ __forceinline__ void write_block_pair(float* p, float first, float second,
-                                                 [[maybe_unused]] unsigned rank) {
+// Values that blocks of a cluster send to one of them, which waits for all. In its shared memory.
+struct alignas(8) Arrivals {
+    uint64_t state;
+};
+
+// By one thread, before cluster_begin(): how many bytes will come, in all.
+__device__ __forceinline__ void expect_arrivals(Arrivals* arrivals, int bytes) {
 #if __CUDA_ARCH__ >= 900
-    const auto own = static_cast<unsigned>(__cvta_generic_to_shared(p));
-    unsigned remote;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(own), "r"(rank));
-    asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(remote), "f"(first), "f"(second)
-                 : "memory");
+    const auto own = static_cast<unsigned>(__cvta_generic_to_shared(arrivals));
+    asm volatile(
+        "mbarrier.init.shared::cta.b64 [%0], 1;\n"
+        "fence.mbarrier_init.release.cluster;\n"
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(own),
+        "r"(bytes)
+        : "memory");
+#endif
+}
+
+// Stores a value at p in block `rank`, without a fence; p and arrivals are this block's addresses.
+// Only after a cluster_wait() since cluster_begin().
+__device__ __forceinline__ void send_to_block(float* p, float value, Arrivals* arrivals,
+                                              unsigned rank) {
+#if __CUDA_ARCH__ >= 900
+    const auto to = static_cast<unsigned>(__cvta_generic_to_shared(p));
+    const auto count = static_cast<unsigned>(__cvta_generic_to_shared(arrivals));
+    asm volatile(
+        "{.reg .b32 to, count; mapa.shared::cluster.u32 to, %0, %3; "
+        "mapa.shared::cluster.u32 count, %1, %3; "
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [to], %2, [count];}" ::"r"(
+            to),
+        "r"(count), "r"(__float_as_uint(value)), "r"(rank)
+        : "memory");
+#endif
+}
+
+// Until all has come; what was sent is seen then.
+__device__ __forceinline__ void wait_for_arrivals(Arrivals* arrivals) {
+#if __CUDA_ARCH__ >= 900
+    const auto own = static_cast<unsigned>(__cvta_generic_to_shared(arrivals));
+    uint32_t done = 0;
+    while (done == 0) {
+        asm volatile(
+            "{.reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0; "
+            "selp.b32 %0, 1, 0, p;}"
+            : "=r"(done)
+            : "r"(own)
+            : "memory");
+    }
 #endif
 }
 

@@ -76,6 +76,7 @@ struct Block {
     bool vote[2] = {false, false};
     int left = 0;  // threads that are done
     std::vector<Warp> warps;
+    std::vector<std::pair<float*, float>> sent;  // by others, not landed yet
     alignas(16) char shared[kSharedBytes];
 };
 
@@ -162,6 +163,7 @@ inline bool run_cluster(const std::vector<int>& order, unsigned x, unsigned y) {
         block.barrier = Barrier{};
         block.vote[0] = block.vote[1] = false;
         block.left = 0;
+        block.sent.clear();
         block.warps.assign(block_threads / kWarpSize, Warp{});
         memset(block.shared, 0xff, sizeof(block.shared));
     }
@@ -269,6 +271,7 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) {
     return result;
 }
 
+using std::max;
 using std::min;
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline unsigned __umulhi(unsigned a, unsigned b) {
@@ -297,8 +300,8 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 
 namespace ckf {
 
-inline int unknown(int value) { return value; }
 inline void prefetch(const void*) {}
+inline void prefetch_if(bool, const void*) {}
 // Lands as late as it may; until then what was there is NaN.
 template <int kBytes>
 void copy_async(void* to, const void* from) {
@@ -352,10 +355,26 @@ void write_block(float* p, float value, unsigned rank) {
     *reinterpret_cast<float*>(there.shared + offset) = value;
 }
 
-inline void write_block_pair(float* p, float first, float second, unsigned rank) {
-    if (reinterpret_cast<uintptr_t>(p) % 8 != 0) ckf_host::last_error = cudaErrorLaunchFailure;
-    write_block<8>(p, first, rank);
-    write_block<8>(p + 1, second, rank);
+struct alignas(8) Arrivals {
+    int64_t bytes;  // that are still to come
+};
+inline void expect_arrivals(Arrivals* arrivals, int bytes) { arrivals->bytes = bytes; }
+// Lands with the last of all that is expected.
+inline void send_to_block(float* p, float value, Arrivals* arrivals, unsigned rank) {
+    ckf_host::Block& there = ckf_host::blocks[ckf_host::index_of(rank)];
+    if (there.left != 0) ckf_host::last_error = cudaErrorLaunchFailure;
+    const auto find = [&](auto* own) {
+        char* found = there.shared + (reinterpret_cast<char*>(own) - ckf_host::own_block().shared);
+        return reinterpret_cast<decltype(own)>(found);
+    };
+    there.sent.emplace_back(find(p), value);
+    if ((find(arrivals)->bytes -= sizeof(float)) > 0) return;
+    if (find(arrivals)->bytes < 0) ckf_host::last_error = cudaErrorLaunchFailure;
+    for (const auto& [to, sent] : there.sent) *to = sent;
+    ckf_host::moved = true;
+}
+inline void wait_for_arrivals(Arrivals* arrivals) {
+    while (arrivals->bytes > 0) ckf_host::pause();
 }
 
 struct LaunchAttributes {};

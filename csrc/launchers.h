@@ -79,9 +79,9 @@ int ckf_multi_lora_decode(const CkfLinear* linears, int count, const void* x, co
                           void* stream);
 
 // For each linear l of a group that shares x, in one launch: y_l[i, :] = x[i, :] w_l^T + bias_l +
-// what ckf_multi_lora_decode adds to it; arguments and ids as there. For up to 64 rows of float16 or
-// bfloat16 on a device with clusters of eight blocks, ranks of at most 256 (128 from 17 rows on), k
-// a multiple of eight; x, a and w 16-byte aligned, x_stride and w_stride multiples of eight.
+// what ckf_multi_lora_decode adds to it; arguments and ids as there. For up to 16 rows of float16 or
+// bfloat16 on a device with clusters of eight blocks, ranks of at most 256, k a multiple of eight;
+// x, a and w 16-byte aligned, x_stride and w_stride multiples of eight.
 // Returns cudaErrorNotSupported (801), having done nothing, where the arguments or the device are
 // not such; otherwise as above.
 int ckf_decode_linear(const CkfFrozenLinear* linears, int count, const void* x, const void* a,

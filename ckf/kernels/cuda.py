@@ -13,11 +13,11 @@ from torch import Tensor
 from ckf.kernels.extension import extension_info, load_extension
 
 MAX_ROWS = 256  # the kernel reads A once for every few rows: past this, matrix products win
-MAX_LINEAR_ROWS = 64  # of decode_linear, which computes the base as well
+MAX_LINEAR_ROWS = 16  # of decode_linear, which computes the base as well
+MAX_LINEAR_RANK = 256  # of each of its linears
 MAX_RANK = 16384  # R, over all linears of a group
 MAX_LINEARS = 8  # kCkfMostLinears in csrc/launchers.h
 EARLY = 2  # of overlap
-_LINEAR_RANKS = ((16, 256), (MAX_LINEAR_ROWS, 128))  # its rows, and most rank columns of a linear
 _MAX_SIZE = 1 << 30
 _DEVICE_TYPE = "cuda"
 # A subclass (DTensor, FakeTensor) may have no memory of its own, or another's shape.
@@ -60,7 +60,7 @@ def build_info() -> dict:
 
 def most_linear_rank(rows: int) -> int:
     """Rank columns of a linear that decode_linear takes with so many rows; 0: too many rows."""
-    return next((most for limit, most in _LINEAR_RANKS if rows <= limit), 0)
+    return MAX_LINEAR_RANK if rows <= MAX_LINEAR_ROWS else 0
 
 
 class DecodeGroup:
@@ -180,10 +180,9 @@ class DecodeGroup:
 
         Returns:
             New tensors (m, n_l). None, and nothing was launched, where that kernel is not for it:
-            more than 64 rows, ranks above 256 (128 from 17 rows on), float32, k no multiple of
-            eight, rows not aligned to 16 bytes, weights of another kind than a plain tensor of
-            this dtype, or a GPU without clusters of eight blocks (before sm_90) or without the
-            shared memory (107 KB from 33 rows on).
+            more than 16 rows, ranks above 256, float32, k no multiple of eight, rows not aligned
+            to 16 bytes, weights of another kind than a plain tensor of this dtype, or a GPU without
+            clusters of eight blocks (before sm_90).
 
         Raises:
             ValueError, RuntimeError: as in a call.

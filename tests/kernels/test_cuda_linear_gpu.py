@@ -25,14 +25,14 @@ SMALL = [
     {"m": 5, "k": 584, "ns": (727, 24), "ranks": ((5, 0, 9), (0, 0, 0))},
     {"m": 16, "k": 264, "ns": (264,), "ranks": ((16,) * 5,)},
     {"m": 9, "k": 72, "ns": (40, 7), "ranks": ((90, 90, 70), (3, 1, 5))},
-    {"m": 30, "k": 776, "ns": (300,), "ranks": ((30, 30, 30),)},
-    {"m": 61, "k": 136, "ns": (200, 16), "ranks": ((43, 43, 42), (4, 4, 4))},
-    {"m": 3, "k": 64, "ns": (9000,), "ranks": ((4, 4, 4),)},  # spans one after the other
-    {"m": 40, "k": 64, "ns": (9000,), "ranks": ((4, 4, 4),)},
+    {"m": 13, "k": 776, "ns": (300,), "ranks": ((30, 30, 30),)},
+    {"m": 7, "k": 136, "ns": (200, 16), "ranks": ((43, 43, 42), (4, 4, 4))},
+    {"m": 3, "k": 64, "ns": (20000,), "ranks": ((4, 4, 4),)},  # spans one after the other
+    {"m": 16, "k": 64, "ns": (20000,), "ranks": ((4, 4, 4),)},
 ]
 MODEL = [
     {"m": m, "k": 4096, "ns": ns, "ranks": [(16,) * 5] * len(ns)}
-    for m in (1, 4, 16, 32, 64)
+    for m in (1, 4, 11, 16)
     for ns in ((4096,), (4096, 1024, 1024), (14336, 14336))
 ] + [{"m": 4, "k": 14336, "ns": (4096,), "ranks": [(32,) * 5]}]
 HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -41,7 +41,7 @@ HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=s
 @pytest.fixture
 def gpu(extension):  # noqa: F811
     if torch.cuda.get_device_capability()[0] not in (9, 10):
-        pytest.skip("no clusters, or too little shared memory for most rows")
+        pytest.skip("no clusters")
 
 
 def run(case: FrozenCase, rows: slice = slice(None)) -> list[torch.Tensor]:
@@ -88,18 +88,17 @@ def test_model_sizes(gpu, sizes, dtype):
 
 
 def test_same_bits_for_fewer_rows(gpu):
-    """A row's bits depend on neither the other rows nor on which plan of the kernel their number
-    takes."""
-    case = frozen_case(m=64, k=4096, ns=(4096, 1024), ranks=[(16,) * 5] * 2)
+    """A row's bits do not depend on the other rows."""
+    case = frozen_case(m=16, k=4096, ns=(4096, 1024), ranks=[(16,) * 5] * 2)
     together = run(case)
-    for rows in (slice(0, 32), slice(3, 4), slice(5, 20)):
+    for rows in (slice(0, 9), slice(3, 4), slice(5, 13)):
         for some, y in zip(run(case, rows), together, strict=True):
             assert torch.equal(some, y[rows])
 
 
 def test_stress(gpu):
     """Many launches one after another on fresh memory: the same bits every time."""
-    for m in (3, 16, 40):
+    for m in (3, 9, 16):
         there = frozen_case(m=m, k=2048, ns=(2048, 512), ranks=[(16,) * 5] * 2).to("cuda")
         group = there.group
         prepared = cuda.DecodeGroup(group.a, group.bs, group.column_gates)
@@ -133,7 +132,7 @@ def test_graph_and_no_synchronisation(gpu):
     assert torch.equal(y, wanted)
 
 
-@pytest.mark.parametrize("rows", [4, 40])
+@pytest.mark.parametrize("rows", [4, 16])
 def test_as_a_plan_of_the_backend(gpu, rows):
     """At most twice the error of same-dtype torch; not for more rows."""
     made = random_case(m=rows, k=264, n=136, ranks=[16, 16, 16], tasks=2)
@@ -147,8 +146,8 @@ def test_as_a_plan_of_the_backend(gpu, rows):
         assert (ours.double() - exact).abs().max() <= allowed
         compiled = torch.compile(partial(multi_lora_linear, backend="cuda:linear"), fullgraph=True)
         assert torch.equal(compiled(*case.arguments()), ours)
-        many = to_gpu(random_case(m=65, k=264, n=136, ranks=[16, 16, 16], tasks=2), torch.bfloat16)
-        with pytest.raises(ValueError, match="65 rows; this plan is for 64"):
+        many = to_gpu(random_case(m=17, k=264, n=136, ranks=[16, 16, 16], tasks=2), torch.bfloat16)
+        with pytest.raises(ValueError, match="17 rows; this plan is for 16"):
             multi_lora_linear(*many.arguments(), backend="cuda:linear")
 
 
@@ -159,7 +158,7 @@ import torch
 from ckf.kernels import cuda
 from tests.kernels.frozen_cases import assert_frozen_right, frozen_case
 
-case = frozen_case(m=40, k=512, ns=(520, 24), ranks=[(8, 8, 8)] * 2)
+case = frozen_case(m=16, k=512, ns=(520, 24), ranks=[(8, 8, 8)] * 2)
 there = case.to("cuda")
 group = there.group
 prepared = cuda.DecodeGroup(group.a, group.bs, group.column_gates)

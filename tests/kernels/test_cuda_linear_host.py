@@ -94,8 +94,9 @@ def run(library, case: FrozenCase, order: int = 0, clusters: int = 1 << 20) -> l
         {"m": 16, "k": 264, "ns": (264,), "ranks": ((16,) * 5,)},
         {"m": 5, "k": 72, "ns": (40, 7), "ranks": ((90, 90, 70), (0, 0, 5))},
         {"m": 9, "k": 512, "ns": (727,), "ranks": ((0, 0),)},
-        {"m": 17, "k": 776, "ns": (136, 9), "ranks": ((30, 30), (16, 0))},
-        {"m": 64, "k": 136, "ns": (200,), "ranks": ((43, 43, 42),)},
+        {"m": 13, "k": 776, "ns": (136, 9), "ranks": ((30, 30), (16, 0))},
+        {"m": 16, "k": 136, "ns": (200,), "ranks": ((43, 43, 42),)},
+        {"m": 2, "k": 600, "ns": (600,), "ranks": ((0, 3, 0),)},
         {"m": 2, "k": 16, "ns": [8] * 8, "ranks": [(2, i, 1) for i in range(8)]},
     ],
     ids=lambda s: f"{s['m']}x{s['k']}x{'-'.join(map(str, s['ns']))}",
@@ -106,7 +107,7 @@ def test_against_float64(library, sizes, dtype, options):
     assert_frozen_right(case, run(library, case))
 
 
-@pytest.mark.parametrize("m", [4, 33])
+@pytest.mark.parametrize("m", [4, 13])
 @pytest.mark.parametrize("clusters", [1, 2, 3])
 def test_spans_one_after_the_other(library, m, clusters):
     """Fewer clusters than spans of n; the same bits as with one span each."""
@@ -120,7 +121,7 @@ def test_spans_one_after_the_other(library, m, clusters):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    m=st.integers(0, 64),
+    m=st.integers(0, 16),
     k=st.integers(1, 40).map(lambda k: 8 * k),
     n=st.integers(0, 300),
     ranks=st.lists(st.integers(0, 20), min_size=1, max_size=6),
@@ -146,7 +147,7 @@ def test_ids(library):
 
 def test_dead_experts_do_not_matter(library):
     """inf and NaN in A and B of one task, and an S that overflows, stay in its rows."""
-    case = frozen_case(m=20, k=64, ns=(72,), ranks=((4, 4, 4),), ids=[0, 1] * 10)
+    case = frozen_case(m=14, k=64, ns=(72,), ranks=((4, 4, 4),), ids=[0, 1] * 7)
     (clean,) = run(library, case)
     case.group.a[4:6], case.group.a[6] = float("nan"), 3e38
     case.group.bs[0][7] = float("inf")
@@ -170,7 +171,7 @@ def test_special_values_spread_as_arithmetic_says(library):
     assert torch.equal(result.isnan(), wanted.isnan())
 
 
-@pytest.mark.parametrize("m", [12, 20, 50])
+@pytest.mark.parametrize("m", [2, 8, 12])
 def test_same_bits(library, m):
     """Twice, in other thread orders, and with the rows turned round."""
     case = frozen_case(m=m, k=600, ns=(272, 40), ranks=((6, 6, 6), (5, 0, 2)), seed=2)
@@ -186,11 +187,11 @@ def test_same_bits(library, m):
 
 
 def test_a_row_and_a_linear_alone(library):
-    """The same bits whatever the number of rows, so whichever plan, and whatever the group."""
-    case = frozen_case(m=40, k=600, ns=(272, 40), ranks=((6, 6, 6), (5, 0, 2)), seed=2)
+    """The same bits whatever the number of rows and whatever the group."""
+    case = frozen_case(m=16, k=600, ns=(272, 40), ranks=((6, 6, 6), (5, 0, 2)), seed=2)
     together = run(library, case)
     group = case.group
-    for rows in (1, 7, 17):
+    for rows in (1, 7, 9):
         group.x, group.task_ids = group.x[:rows], group.task_ids[:rows]
         short = [y[:rows] for y in group.ys]
         for y in short:
@@ -199,9 +200,9 @@ def test_a_row_and_a_linear_alone(library):
         assert call(library, case) == 0
         for y, all_rows in zip(short, together, strict=True):
             assert torch.equal(y.view(torch.int16), all_rows[:rows].view(torch.int16))
-        case = frozen_case(m=40, k=600, ns=(272, 40), ranks=((6, 6, 6), (5, 0, 2)), seed=2)
+        case = frozen_case(m=16, k=600, ns=(272, 40), ranks=((6, 6, 6), (5, 0, 2)), seed=2)
         group = case.group
-    alone = frozen_case(m=40, k=600, ns=(272, 40), ranks=((6, 6, 6), (5, 0, 2)), seed=2)
+    alone = frozen_case(m=16, k=600, ns=(272, 40), ranks=((6, 6, 6), (5, 0, 2)), seed=2)
     first = sum((6, 6, 6))
     alone.group.a = alone.group.a[first:].clone()
     alone.group.column_gates = alone.group.column_gates[:, first:].contiguous()
@@ -237,17 +238,15 @@ def test_launcher_refuses(library):
     case = frozen_case(k=64)
     for wrong in ({"m": -1}, {"k": -1}, {"rank": 2**31}, {"tasks": 2**40}, {"count": 9}):
         assert call(library, case, **wrong) == INVALID_VALUE, wrong
-    for unable in ({"m": 65}, {"k": 60}, {"rank": 257}, {"x_stride": 63}, {"dtype": torch.float32}):
+    for unable in ({"m": 17}, {"k": 60}, {"rank": 257}, {"x_stride": 63}, {"dtype": torch.float32}):
         assert call(library, case, **unable) == NOT_SUPPORTED, unable
     assert call(library, case, clusters=0) == NOT_SUPPORTED
-    many = frozen_case(m=17, k=64, ns=(24,), ranks=((65, 64),))
-    assert call(library, many) == NOT_SUPPORTED
     shifted = frozen_case(k=64, offset=1)
     assert call(library, shifted) == NOT_SUPPORTED
     assert all(y.isnan().all() for y in case.group.ys), "something was written"
 
 
-@pytest.mark.parametrize("m", [1, 16, 17, 64])
+@pytest.mark.parametrize("m", [1, 16])
 def test_python_knows_the_most_columns(library, m):
     """What "auto" goes by is what the launcher takes."""
     most = cuda.most_linear_rank(m)
@@ -316,49 +315,52 @@ def test_what_the_bridge_leaves_to_others(library, monkeypatch):
         assert prepared.linears(group.x, [weight], [bias], group.task_ids) is None
     for offset in (bias.float(), bias[:3], bias[None]):
         assert prepared.linears(group.x, [w], [offset], group.task_ids) is None
-    many = torch.zeros(65, 72, dtype=group.x.dtype)
-    assert prepared.linears(many, [w], [bias], torch.zeros(65, dtype=torch.int64)) is None
+    many = torch.zeros(17, 72, dtype=group.x.dtype)
+    assert prepared.linears(many, [w], [bias], torch.zeros(17, dtype=torch.int64)) is None
     with pytest.raises(ValueError, match="task_ids has shape"):
         prepared.linears(group.x, [w], [bias], group.task_ids[:2])
     with pytest.raises(ValueError, match="x is torch.float32"):
         prepared.linears(group.x.float(), [w], [bias], group.task_ids)
 
 
-HEADER = "decode_linear.h"
+HEADER, PLAN = "decode_linear.h", "decode_linear_plan.h"
 DEFECTS = {
-    "tail of k": (HEADER, "block.first_k + at + block.lane % 4 * 8 < p.k", "true"),
-    "a part's end": (HEADER, "i < block.chunks &&", "true &&"),
+    "tail of k": (
+        PLAN, "min(min(each, all - first) * kChunk, p.k - first * kChunk)",
+        "min(each, all - first) * kChunk",
+    ),
+    "a share's end": (
+        PLAN, "min(min(each, all - first) * kChunk, p.k - first * kChunk)", "p.k - first * kChunk",
+    ),
     "another linear's A": (
         HEADER, "p.a + static_cast<int64_t>(linear.first_column) * p.k", "p.a",
     ),
-    "another linear's gates": (HEADER, "block.linear.first_column + place.column", "place.column"),
+    "another block's columns of A": (HEADER, "p.k, first, block.end_column", "p.k, 0, linear.rank"),
+    "another linear's gates": (HEADER, "block.linear.first_column + column)", "column)"),
     "gate by multiplication": (
         HEADER, "gate != 0.0f ? without_sign_of_zero(gate * s) : float_of(kDead)", "gate * s",
     ),
-    "id not checked": (HEADER, "shared.task[row + r] == kInvalid ? nanf(\"\") : ", ""),
-    "a part left out": (HEADER, "int from = 1; from < kCluster", "int from = 2; from < kCluster"),
-    "no bias": (HEADER, "linear.bias != nullptr", "false"),
-    "a copy not waited for": (HEADER, "        wait_for_copies();\n", ""),
-    "sums read too early": (
-        HEADER, "        cluster_wait<kCluster>();\n        write_y", "        write_y",
+    "id not checked": (HEADER, "shared.task[row] == kInvalid ? nanf(\"\") : ", ""),
+    "a part left out": (HEADER, "int warp = 1; warp < P::kWarps", "int warp = 2; warp < P::kWarps"),
+    "no bias": (HEADER, "block.linear.bias != nullptr", "false"),
+    "a copy not waited for": (
+        HEADER, "        wait_for_copies();\n        __syncthreads();\n        if", "        if",
+    ),
+    "S added too early": (
+        HEADER, "        wait_for_copies();\n        __syncthreads();\n        share_h",
+        "        wait_for_copies();\n        share_h",
     ),
     "h read too early": (
-        HEADER,
-        "        cluster_arrive<kCluster>();\n        cluster_wait<kCluster>();\n        write_y",
-        "        __syncthreads();\n        write_y",
+        HEADER, "        if (span == 0) wait_for_arrivals(&shared.arrivals);\n", "",
     ),
-    "sent before it was read": (
-        HEADER,
-        "        write_y<P>(p, block, span, shared);\n"
-        "        if (phase == block.spans) break;\n"
-        "        cluster_arrive<kCluster>();",
-        "        if (phase < block.spans) cluster_arrive<kCluster>();\n"
-        "        write_y<P>(p, block, span, shared);\n        if (phase == block.spans) break;",
+    "sums read too early": (HEADER, "        __syncthreads();\n        copy_b", "        copy_b"),
+    "parts written while they are read": (
+        HEADER, "        wait_for_copies();\n        __syncthreads();\n        if",
+        "        wait_for_copies();\n        if",
     ),
-    "next span's loads": (HEADER, "find_tiles<P>(p, block, phase + 1);\n            const",
-                          "find_tiles<P>(p, block, phase);\n            const"),
-    "b copied while it is read": (
-        HEADER, "        __syncthreads();\n        copy_b", "        copy_b",
+    "next span's loads": (HEADER, "find_w(block, span + 1)", "find_w(block, span)"),
+    "left while it is sent to": (
+        HEADER, "    if (block.spans == 0) wait_for_arrivals(&shared.arrivals);", "    ",
     ),
 }  # fmt: skip
 

@@ -90,7 +90,7 @@ def test_the_plan_of_cuda_that_owns_the_base(tables):
     ("changes", "why"),
     [
         ({}, None),
-        ({"m": 65}, "65 rows; this plan is for 64 or fewer"),
+        ({"m": 17}, "17 rows; this plan is for 16 or fewer"),
         ({"linear_rank": 257}, "257 rank columns of a linear; this plan takes 256"),
         ({"m": 17, "linear_rank": 129}, "129 rank columns of a linear; this plan takes 128"),
         ({"k": 4100}, "k is 4100; this plan takes multiples of 8"),
