@@ -1,4 +1,4 @@
-// Launches the kernel of decode_linear.h: by which plan, and how many clusters share n.
+// Launches the kernel of decode_linear.h: how many clusters share n.
 #include "decode_linear.h"
 #include "group_sizes.h"
 
@@ -7,9 +7,6 @@
 namespace ckf {
 namespace {
 namespace decode_linear {
-
-// Two blocks fit on a multiprocessor, because clusters of eight with one on each do not fill an H100.
-using Taken = Plan<8, 8, 2, 3, 2, 3, 5>;
 
 template <typename P, typename T>
 cudaError_t launch_plan(Args<T> p, int device, cudaStream_t stream) {
@@ -63,7 +60,7 @@ cudaError_t launch_typed(const CkfFrozenLinear* linears, Args<T> p, int device,
     }
     if (!aligned) return cudaErrorNotSupported;
     if (p.m > kRows || most_rank > kMostRank) return cudaErrorNotSupported;
-    return launch_plan<Taken>(p, device, stream);
+    return launch_plan<Plan>(p, device, stream);
 }
 
 }  // namespace decode_linear

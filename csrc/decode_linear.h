@@ -7,8 +7,8 @@
 // W's bytes are what it costs, so they flow from the first moment to the last. A block owns spans
 // of n and multiplies them by all of k, which its warps share: none but the block itself adds up y.
 // A is shared out over a cluster: each block multiplies its columns of A while its first loads of W
-// are in flight and the next are on their way to L2, adds up and gates S, and sends h to all. No
-// block waits for h before its first span of W is multiplied.
+// are in flight, adds up and gates S, and sends h to all. No block waits for h before its first span
+// of W is multiplied.
 //
 // Nothing goes through shared memory before it is multiplied: the order of k within a product is
 // free, so a lane's fragments are 16 bytes that lie side by side (mma.h). A row's bits depend on
@@ -235,7 +235,7 @@ __device__ __forceinline__ void write_y(const Args<T>& p, const Block<T>& block,
 }
 
 template <typename T, typename P>
-__global__ void __launch_bounds__(P::kThreads, P::kBlocks)
+__global__ void __launch_bounds__(P::kThreads, 1)
     decode_linear_kernel(const __grid_constant__ Args<T> p) {
 #ifdef CKF_HAS_CLUSTERS
     using Memory = Shared<T, P>;
@@ -245,22 +245,15 @@ __global__ void __launch_bounds__(P::kThreads, P::kBlocks)
         expect_arrivals(&shared.arrivals, p.m * block.linear.rank * sizeof(float));
     cluster_begin();  // a block that has begun may be sent to
     prefetch_a(p, block);
-    Words<4> w[P::kDepth][kTiles], x[P::kXDepth][2];
+    Words<4> w[P::kDepth][kTiles], x[P::kDepth][2];
     Rows<T> w_rows = find_w(block, 0);
 #pragma unroll
-    for (int d = 0; d < P::kEarly; ++d) load_chunk<true>(block, w_rows, d, w[d]);
+    for (int d = 0; d < P::kDepth; ++d) load_chunk<true>(block, w_rows, d, w[d]);
     cluster_wait<P::kCluster>();  // before x is read: it makes the cache forget
     const Rows<T> x_rows = find_rows(block, p.x, p.x_stride, 0, p.m);
 #pragma unroll
     for (int d = 0; d < P::kADepth; ++d) load_chunk<false>(block, x_rows, d, x[d]);
 
-    // The rows of W that the ring will read next: a row a lane.
-    static_assert(kOwn == kLanes);
-    const int w_row = block.first_n + block.lane;
-    const T* ahead = block.linear.w + w_row * block.linear.w_stride + block.first_k;
-    const int end = w_row < block.linear.n ? min(min(block.chunks, P::kEarly + P::kAhead) * kChunk,
-                                                 p.k - block.first_k)
-                                           : 0;
 #pragma unroll 1
     for (int first = block.first_column; first < block.end_column; first += P::kShare) {
         const Linear<T>& linear = block.linear;
@@ -274,11 +267,6 @@ __global__ void __launch_bounds__(P::kThreads, P::kBlocks)
         clear(sums);
 #pragma unroll 1
         for (int next = P::kADepth; next < block.chunks + P::kADepth; next += P::kADepth) {
-#pragma unroll
-            for (int d = 0; d < P::kADepth && P::kAhead > 0; ++d) {
-                const int at = (P::kEarly + next - P::kADepth + d) * kChunk;
-                prefetch_if(at < end, ahead + at);
-            }
 #pragma unroll
             for (int d = 0; d < P::kADepth; ++d) {
                 multiply<T>(x[d], ring[d], sums);
@@ -295,8 +283,6 @@ __global__ void __launch_bounds__(P::kThreads, P::kBlocks)
 
 #pragma unroll
     for (int d = P::kADepth; d < P::kDepth; ++d) load_chunk<false>(block, x_rows, d, x[d]);
-#pragma unroll
-    for (int d = P::kEarly; d < P::kDepth; ++d) load_chunk<true>(block, w_rows, d, w[d]);
     const int steps = (block.chunks + P::kDepth - 1) / P::kDepth * P::kDepth;
     if (threadIdx.x < kRows) shared.task[threadIdx.x] = find_task(p, threadIdx.x);
     copy_b<P>(block, 0, shared);
