@@ -1,12 +1,13 @@
 """From measured linears to the table by which ``backend="auto"`` chooses on a GPU.
 
-``python benchmarks/make_table.py --results benchmarks/results/h200 [--out FILE] [--decode FILE]``
+``python benchmarks/make_table.py --results FOLDER [--out FILE] [--decode FILE ...]``
 
 Reads bench_linear.json, and bench_scaling.json and bench_decode.json where they are; writes
 ckf/kernels/tables/<gpu>.json. Only single linears count, rows of one task next to each other where
 it matters. Of several measurements of one shape the first is taken: linear, scaling, decode.
---decode: a CSV (decode_variants.csv) of csrc's decode kernel measured apart since; its ms in rows
-that are "taken", of the "token" mix, stand for the records' figures of "cuda".
+--decode: CSVs (decode_variants.csv, decode_plans.csv) of csrc's decode kernels measured apart
+since, the latest last; ms in rows of the "token" mix stand for the records' figures of what they
+are "taken" as: "cuda" ("yes" says the same) or "cuda:linear".
 """
 
 import argparse
@@ -72,15 +73,15 @@ def make_table(records: list[dict]) -> dict:
 
 
 def with_decode(rows: list[dict], file: Path) -> list[dict]:
-    """The forward rows with other milliseconds of "cuda"."""
+    """The forward rows with other milliseconds of the decode kernels."""
     with open(file, newline="", encoding="utf-8") as opened:
         taken = [r for r in csv.DictReader(opened) if r["taken"] and r["mix"] == "token"]
-    sizes = ("m", "k", "n", "rank")
-    found = {tuple(int(r[s]) for s in sizes): float(r["ms"]) for r in taken}
+    sizes, found = ("m", "k", "n", "rank"), {}
+    for r in taken:
+        name = "cuda" if r["taken"] == "yes" else r["taken"]
+        found.setdefault(tuple(int(r[s]) for s in sizes), {})[name] = float(r["ms"])
     return [
-        row | {"cuda": found.get(tuple(row[s] for s in sizes), row["cuda"])}
-        if row["pass"] == "forward"
-        else row
+        row | found.get(tuple(row[s] for s in sizes), {}) if row["pass"] == "forward" else row
         for row in rows
     ]
 
@@ -89,13 +90,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--results", type=Path, required=True, help="folder of the records")
     parser.add_argument("--out", type=Path, help="default: ckf/kernels/tables/<gpu>.json")
-    parser.add_argument("--decode", type=Path, help="CSV of the decode kernel, measured apart")
+    what = "CSVs of the decode kernels, measured apart"
+    parser.add_argument("--decode", type=Path, nargs="+", default=[], help=what)
     options = parser.parse_args(argv)
     paths = [options.results / f"{name}.json" for name in SOURCES]
     try:
         table = make_table([load_record(p) for p in paths if p.exists() or p is paths[0]])
-        if options.decode is not None:
-            table["rows"] = with_decode(table["rows"], options.decode)
+        for file in options.decode:
+            table["rows"] = with_decode(table["rows"], file)
     except (OSError, ValueError, KeyError) as error:
         print(f"no table: {error}", file=sys.stderr)
         return 1

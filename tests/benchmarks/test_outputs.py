@@ -63,6 +63,15 @@ def test_the_decode_kernel_can_be_measured_apart(tmp_path):
     (tmp_path / "apart.csv").write_text("\n".join(lines) + "\n")
     found = make_table.with_decode(rows, tmp_path / "apart.csv")
     assert [r["cuda"] for r in found] == [0.5, 2.0, None]
+    lines = ["mix,kernel,taken,m,k,n,rank,ms", "token,update,cuda,4,8,8,80,0.6"]
+    lines += ["token,linear,cuda:linear,4,8,8,80,0.3", "token,linear,cuda:linear,9,8,8,80,0.3"]
+    (tmp_path / "later.csv").write_text("\n".join(lines) + "\n")
+    found = make_table.with_decode(found, tmp_path / "later.csv")
+    assert [(r["cuda"], r.get("cuda:linear")) for r in found] == [
+        (0.6, 0.3),
+        (2.0, None),
+        (None, None),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,6 @@ def test_the_plan_of_cuda_that_owns_the_base(tables):
         ({}, None),
         ({"m": 17}, "17 rows; this plan is for 16 or fewer"),
         ({"linear_rank": 257}, "257 rank columns of a linear; this plan takes 256"),
-        ({"m": 17, "linear_rank": 129}, "129 rank columns of a linear; this plan takes 128"),
         ({"k": 4100}, "k is 4100; this plan takes multiples of 8"),
         ({"train": True}, "forward only"),
         ({"dtype": torch.float32}, "dtype torch.float32; this plan takes float16 and bfloat16"),
