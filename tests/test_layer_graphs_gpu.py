@@ -74,7 +74,7 @@ def test_training_with_graphs_on_a_gpu():
             losses.append(loss.detach())
         ends.append(torch.stack(losses).tolist())
         assert graphs is None or (graphs.captures == 1 and graphs.generation == 29)
-    assert ends[0][-1] < 0.7 * ends[0][0]
+    assert ends[0][-1] < ends[0][0] - 0.5
     assert ends[0][-1] == pytest.approx(ends[1][-1], rel=0.1)
 
 
