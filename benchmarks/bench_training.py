@@ -12,6 +12,7 @@ import gc
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -44,6 +45,7 @@ VARIANTS = {  # provider, CUDA graphs, Liger
     "ckf, graphs": (OursModel, True, False),
     "ckf, graphs, liger": (OursModel, True, True),
 }
+QUICK = ("frozen", "ckf", "ckf, graphs", "ckf, graphs, liger")
 WRONG = 0.25  # of the gradients' norm: more than rounding to 16 bits
 
 
@@ -134,7 +136,9 @@ def difference(found: dict, wanted: dict) -> float:
     return (off / sum(g.square().sum() for g in wanted.values())).sqrt().item()
 
 
-def measure(case: dict, device: torch.device, rounds: int) -> tuple[list[dict], dict[str, str]]:
+def measure(
+    case: dict, device: torch.device, rounds: int, names: Sequence[str] = tuple(VARIANTS)
+) -> tuple[list[dict], dict[str, str]]:
     """(rows, variant to the reason why it has none)."""
     base = make_base(SHAPES[case["model"]], device, getattr(torch, case["dtype"]))
     adapters = make_adapters(base, TASKS, RANK, torch.float32)
@@ -144,7 +148,8 @@ def measure(case: dict, device: torch.device, rounds: int) -> tuple[list[dict], 
         rows = make_rows(TASKS, case["row_count"], length, words, 0.2)
         batches.append(make_batch(rows, "labels", label_tokens(rows)).to(device))
     found, missing, wanted = [], {}, None
-    for name, (kind, graphs, liger) in VARIANTS.items():
+    for name in names:
+        kind, graphs, liger = VARIANTS[name]
         try:
             with ExitStack() as stack:
                 provider = kind(base, adapters, TASKS)
@@ -181,12 +186,13 @@ def main(argv: list[str] | None = None) -> int:
     options = arguments(__doc__, "one model, few rounds").parse_args(argv)
     device = chosen_device(options.device)
     settings = {"rounds": 3 if options.quick else 7, "batches": BATCHES}
+    names = QUICK if options.quick and device.type == "cuda" else tuple(VARIANTS)
     record = Record("bench_training", options.out, environment(device), settings, options.fresh)
     red = 0
     for case in cases(device.type, options.quick):
         if record.done(case):
             continue
-        rows, missing = measure(case, device, settings["rounds"])
+        rows, missing = measure(case, device, settings["rounds"], names)
         record.add(case, rows, missing)
         print(f"{case['model']}, {case['row_count']} rows of some {case['mean_length']} tokens")
         for row in rows:

@@ -66,6 +66,7 @@ WEIGHTS = {
     "bench_linear": 4,
     "bench_gemm": 1,
     "bench_decode": 3,
+    "bench_training": 3,
     "bench_step": 4,
     "bench_scaling": 1,
 }
@@ -73,6 +74,7 @@ FULL_FROM = {
     "bench_linear": 150,
     "bench_gemm": 60,
     "bench_decode": 200,
+    "bench_training": 130,
     "bench_step": 240,
     "bench_scaling": 60,
 }

@@ -148,7 +148,8 @@ def test_all_benchmarks_on_the_gpu(runner, monkeypatch, tree):
     calls = Calls(runner, monkeypatch)
     (tree / "benchmarks" / "bench_decode.py").unlink()
     gpu.part_bench(runner, 0)
-    assert list(calls) == ["bench_linear", "bench_gemm", "bench_step", "bench_scaling", "plots"]
+    names = ["linear", "gemm", "training", "step", "scaling"]
+    assert list(calls) == [*(f"bench_{name}" for name in names), "plots"]
     out = ["--out", str(runner.folder), "--device", "cuda"]
     assert calls["bench_step"]["command"][2:] == [*out, "--quick"]
     assert summary(runner)["bench_decode"] == "skipped"
@@ -184,7 +185,9 @@ def test_shares_of_the_time(runner, monkeypatch, tree):
     monkeypatch.setattr(runner, "left", lambda: 510.0)
     gpu.part_bench(runner, 0)
     shares = [calls[name]["limit"] for name in gpu.WEIGHTS]
-    assert shares == pytest.approx([480 * 4 / 13, 480 / 9, 480 * 3 / 8, 480 * 4 / 5, 480])
+    assert shares == pytest.approx(
+        [480 * 4 / 16, 480 / 12, 480 * 3 / 11, 480 * 3 / 8, 480 * 4 / 5, 480]
+    )
 
 
 def test_no_pictures_without_matplotlib(runner, monkeypatch, tree):
