@@ -12,6 +12,7 @@ Activations of the graphs stay in memory, once: a backward pass must come before
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -131,6 +132,8 @@ def why_not_graphed(model: PreTrainedModel) -> str | None:
         return "its activations are recomputed in the backward pass"
     if not any(isinstance(m, MultiLoRALinear) for m in layers.modules()):
         return "no decoder layer has a patched linear"
+    if any(isinstance(vars(layer).get("forward"), _Layer) for layer in layers):
+        return "they do already"
     return None
 
 
@@ -157,7 +160,7 @@ class LayerGraphs:
         self._noted: list[Tensor] = []  # what layers were handed by the pass that notes
         self._filled: list[Tensor | None] = []  # what the graphs' own copies hold
         self._copies: list[Tensor] = []
-        self._addresses: tuple[int, ...] = ()
+        self._parameters: list[tuple] = []  # as they were when captured
         self.captures = 0  # of all layers, so far
         self.layers = [_Layer(self, i, m) for i, m in enumerate(decoder_layers(model)[2])]
 
@@ -174,7 +177,7 @@ class LayerGraphs:
         self.mode = "as ever"
         if self.off:
             return
-        ready = self.captures > 0 and self._addresses == self._seen_addresses()
+        ready = self.captures > 0 and self._parameters == self._seen_parameters()
         if ready and self.sizes.holds(batch):
             if batch.tokens >= _LEAST * self.sizes.tokens:
                 self._fill(batch, rows, route)
@@ -219,8 +222,8 @@ class LayerGraphs:
         else:
             self._seed.fill_(route.seed)
 
-    def _seen_addresses(self) -> tuple[int, ...]:
-        return tuple(p.data_ptr() for layer in self.layers for p in layer.everything)
+    def _seen_parameters(self) -> list[tuple]:
+        return [seen for layer in self.layers for seen in layer.seen()]
 
     # ---- capture
 
@@ -280,7 +283,7 @@ class LayerGraphs:
             for layer in reversed(self.layers):
                 dy = layer.capture_backward(dy)
         self.sizes, self.captures = sizes, self.captures + 1
-        self._addresses = self._seen_addresses()
+        self._parameters = self._seen_parameters()
 
     def _cuda_captures(self) -> Callable[[], CudaCapture]:
         torch.cuda.synchronize(self.device)
@@ -305,7 +308,7 @@ class LayerGraphs:
     def _drop(self) -> None:
         for layer in self.layers:
             layer.drop()
-        self._copies, self._filled, self._addresses = [], [], ()
+        self._copies, self._filled, self._parameters = [], [], []
         self._starts = self._ids = self._seed = self._ramp = None
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -317,18 +320,34 @@ class _Layer:
 
     def __init__(self, stage: LayerGraphs, index: int, module: nn.Module) -> None:
         self.stage, self.index, self.module = stage, index, module
-        self.as_ever = module.forward
+        self.as_ever, self.own = module.forward, module.__dict__.get("forward")
         self.template: tuple | None = None
-        self.parameters = _trained(module)
-        self.everything = [*module.parameters(), *(p for _, _, p in self.parameters)]
+        self.places = _places(module)
         self.drop()
         module.forward = self
 
     def remove(self) -> None:
-        del self.module.forward
+        if self.module.__dict__.get("forward") is self:
+            del self.module.forward
+            if self.own is not None:  # a hook's, of who wrapped it before
+                self.module.forward = self.own
+
+    def __deepcopy__(self, memo: dict):
+        """A copy of the model runs as ever."""
+        return copy.deepcopy(self.as_ever, memo)
+
+    def __reduce__(self):
+        raise ValueError("this model's decoder layers are CUDA graphs; remove() them to pickle it")
+
+    def seen(self) -> Iterator[tuple]:
+        """What a capture depends on, of every parameter as it is now."""
+        for holder, name in self.places:
+            parameter = holder[name]
+            yield id(parameter), parameter.data_ptr(), parameter.requires_grad
 
     def drop(self) -> None:
-        self.graphs = self.x = self.leaves = self.output = self.dy = self.found = None
+        self.parameters, self.leaves = [], []
+        self.graphs = self.x = self.output = self.dy = self.found = None
 
     def __call__(self, x: Tensor, *args, **kwargs):
         stage, route = self.stage, self.stage.router.route
@@ -419,6 +438,8 @@ class _Layer:
         options = {"dtype": dtype, "device": self.stage.device}
         self.x = torch.zeros(1, tokens, width, **options).requires_grad_(trained)
         # leaves of their own: what accumulates into the parameters belongs to another stream
+        found = [(holder, name, holder[name]) for holder, name in self.places]
+        self.parameters = [entry for entry in found if entry[2].requires_grad]
         self.leaves = [p.detach().requires_grad_() for _, _, p in self.parameters]
 
     def run(self) -> Tensor:
@@ -497,16 +518,15 @@ def _first(tensor: Tensor, tokens: int) -> Tensor:
     return tensor.new_empty(0).set_(*place)
 
 
-def _trained(module: nn.Module) -> list[tuple[dict, str, nn.Parameter]]:
-    """Where the trainable parameters of a layer stand, its learned gates among them: holder, name,
-    parameter."""
+def _places(module: nn.Module) -> list[tuple[dict, str]]:
+    """Where the parameters of a layer stand, its learned gates among them: holder and name."""
     gates = [m._gate[0] for m in module.modules() if isinstance(m, MultiLoRALinear)]
     holders = {id(m): m for m in itertools.chain(module.modules(), filter(None, gates))}
     return [
-        (holder._parameters, name, parameter)
+        (holder._parameters, name)
         for holder in holders.values()
         for name, parameter in holder._parameters.items()
-        if parameter is not None and parameter.requires_grad
+        if parameter is not None
     ]
 
 

@@ -4,7 +4,9 @@ The graphs need a GPU (test_layer_graphs_gpu.py); here a stand-in runs again wha
 reading and writing the same memory as a replay.
 """
 
+import copy
 import itertools
+import pickle
 import sys
 
 import pytest
@@ -19,7 +21,7 @@ from ckf.layer_graphs import LayerGraphs, Sizes
 from ckf.liger import using_liger
 from ckf.packed_attention import PACKED_ATTENTION
 from tests.ckf_fixtures import STEPS
-from tests.layer_graph_cases import batch_of, step
+from tests.layer_graph_cases import TASKS, batch_of, step
 from tests.test_packing import patched
 from tests.test_train import run_again, trained_tensors
 from tests.tiny import tokens as random_tokens
@@ -188,20 +190,61 @@ def test_passes_without_gradients_and_padded_ones_run_as_ever(one_kernel):
     assert graphs.generation == generation + 1
 
 
-def test_adapters_that_moved_are_captured_anew(one_kernel):
+@pytest.mark.parametrize("how", ["data", "parameter", "same memory", "frozen"])
+def test_adapters_that_are_replaced_are_captured_anew(one_kernel, how):
     model = model_of()
     graphs = graphed(model)
     batch = batch_of((4, 7, 5))
     for _ in range(3):
         step(model, batch)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = 1.5 * parameter.data
+    layer = model.model.layers[1].mlp.down_proj
+    for holder in (layer.lora_A, layer.lora_B):
+        old = holder[TASKS[0]]
+        if how == "data":
+            old.data = 1.5 * old.data
+        elif how == "frozen":
+            old.requires_grad_(False)
+        else:
+            value = old.detach() if how == "same memory" else 1.5 * old.detach()
+            holder._parameters[TASKS[0]] = torch.nn.Parameter(value)
     found = step(model, batch)
     assert graphs.captures == 2
     graphs.remove()
     assert_same(found, step(model, batch))
+
+
+def test_copies_run_as_ever(one_kernel):
+    model, batch = model_of(), batch_of((4, 7, 5))
+    graphs = graphed(model)
+    found = [step(model, batch) for _ in range(3)]
+    model.zero_grad()
+    other, generation = copy.deepcopy(model), graphs.generation
+    assert_same(step(other, batch), found[0])
+    assert graphs.generation == generation and graphs.captures == 1
+    with pytest.raises(ValueError, match="remove\\(\\) them to pickle it"):
+        pickle.dumps(model.model.layers[1])
+
+
+def test_layers_become_what_they_were(one_kernel):
+    """Once more, wrapped before, unpatched."""
+    model, batch = model_of(), batch_of((4, 7, 5))
+    first = model.model.layers[0]
+    wrapped = first.forward
+    first.forward = lambda *args, **kwargs: wrapped(*args, **kwargs)
+    own = first.forward
+    graphs = graphed(model)
+    with pytest.raises(ValueError, match="they do already"):
+        graphed(model)
+    found = [step(model, batch) for _ in range(3)]
+    graphs.remove()
+    graphs.remove()
+    assert first.forward is own and "forward" not in vars(model.model.layers[1])
+    assert_same(step(model, batch), found[0])
+    graphs = graphed(model)
+    step(model, batch)
+    ckf.unpatch_model(model)
+    assert torch.isfinite(model(batch["input_ids"]).logits).all()
+    graphs.remove()
 
 
 def test_a_capture_that_fails_leaves_training_as_it_was(one_kernel, caplog):
