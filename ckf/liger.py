@@ -36,12 +36,16 @@ def using_liger(model: PreTrainedModel) -> Iterator[None]:
         raise ValueError(f"train.liger: Liger's kernels do not know {family} models; leave it out")
     source = sys.modules[type(model).__module__]
     functions = dict(vars(source))
-    attributes = [(module, set(vars(module))) for module in model.modules()]
+    before = [(module, set(vars(module))) for module in model.modules()]
+    added = []
     try:
-        monkey_patch._apply_liger_kernel_to_instance(model=model, **_OWN)
+        try:
+            monkey_patch._apply_liger_kernel_to_instance(model=model, **_OWN)
+        finally:
+            added = [(module, set(vars(module)) - names) for module, names in before]
         yield
     finally:
-        for module, names in attributes:
-            for name in set(vars(module)) - names:
-                del module.__dict__[name]
+        for module, names in added:
+            for name in names:
+                module.__dict__.pop(name, None)
         vars(source).update(functions)
