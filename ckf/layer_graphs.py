@@ -123,6 +123,8 @@ def why_not_graphed(model: PreTrainedModel) -> str | None:
         layers = decoder_layers(model)[2]
     except ValueError as error:
         return str(error)
+    if getattr(model.config.get_text_config(), "attention_dropout", 0):
+        return "its attention has dropout"
     width = getattr(model.config.get_text_config(), "head_dim", None)
     config = model.config.get_text_config()
     width = width or config.hidden_size // config.num_attention_heads
@@ -133,7 +135,7 @@ def why_not_graphed(model: PreTrainedModel) -> str | None:
     if not any(isinstance(m, MultiLoRALinear) for m in layers.modules()):
         return "no decoder layer has a patched linear"
     if any(isinstance(vars(layer).get("forward"), _Layer) for layer in layers):
-        return "they do already"
+        return "another LayerGraphs has them; call its remove() first"
     return None
 
 
@@ -157,6 +159,7 @@ class LayerGraphs:
         self._make_capture = capture
         self.sizes, self.generation = Sizes(0, 0, 0), 0
         self.mode, self.off, self._said = "as ever", False, False
+        self.current: Route | None = None
         self._noted: list[Tensor] = []  # what layers were handed by the pass that notes
         self._filled: list[Tensor | None] = []  # what the graphs' own copies hold
         self._copies: list[Tensor] = []
@@ -174,7 +177,7 @@ class LayerGraphs:
 
     def begins(self, batch: Sizes, rows: PackedRows, route: Route) -> None:
         """At the first layer: whether this pass is noted, replayed, or neither."""
-        self.mode = "as ever"
+        self.mode, self.current = "as ever", route
         if self.off:
             return
         ready = self.captures > 0 and self._parameters == self._seen_parameters()
@@ -210,6 +213,8 @@ class LayerGraphs:
         """Into the graphs' inputs: task ids, seed, and where rows begin."""
         self.mode, self.batch = "replaying", batch
         self.generation += 1
+        for layer in self.layers:
+            layer.keep_gradients()
         self._filled = [None] * len(self._copies)
         count = batch.rows + 1
         self._starts[:count].copy_(rows.starts)
@@ -232,7 +237,7 @@ class LayerGraphs:
         self._drop()
         try:
             self._capture_all(sizes, rows)
-        except (RuntimeError, ValueError) as error:  # out of memory among them
+        except Exception as error:  # out of memory among them
             self._drop()
             self.give_up(f"capturing failed ({str(error).partition(chr(10))[0]})")
             return False
@@ -266,7 +271,7 @@ class LayerGraphs:
             for t in self._noted
         ]
         self._filled = [None] * len(self._copies)
-        places = torch.empty(sizes.tokens, dtype=torch.int64, **options)
+        places = torch.zeros(sizes.tokens, dtype=torch.int64, **options)
         own = replace(
             rows, gather=places, scatter=places, groups=(), starts=self._starts,
             longest=sizes.longest,
@@ -306,6 +311,7 @@ class LayerGraphs:
         torch.cuda.empty_cache()
 
     def _drop(self) -> None:
+        self.generation += 1  # a backward pass that is still to come finds nothing
         for layer in self.layers:
             layer.drop()
         self._copies, self._filled, self._parameters = [], [], []
@@ -346,7 +352,7 @@ class _Layer:
             yield id(parameter), parameter.data_ptr(), parameter.requires_grad
 
     def drop(self) -> None:
-        self.parameters, self.leaves = [], []
+        self.parameters, self.leaves, self.held, self.spent = [], [], [], None
         self.graphs = self.x = self.output = self.dy = self.found = None
 
     def __call__(self, x: Tensor, *args, **kwargs):
@@ -357,6 +363,8 @@ class _Layer:
         batch = Sizes.of(rows)
         if self.index == 0:
             stage.begins(batch, rows, route)
+        if stage.current is not route:  # of a pass that did not begin with the first layer
+            return self.as_ever(x, *args, **kwargs)
         if stage.mode == "noting":
             return self._note(x, args, kwargs)
         if stage.mode != "replaying" or stage.batch != batch or not self._fits(x, args, kwargs):
@@ -438,6 +446,9 @@ class _Layer:
         options = {"dtype": dtype, "device": self.stage.device}
         self.x = torch.zeros(1, tokens, width, **options).requires_grad_(trained)
         # leaves of their own: what accumulates into the parameters belongs to another stream
+        # gates and slots, which a module that is moved to where it lies makes anew
+        patched = [m for m in self.module.modules() if isinstance(m, MultiLoRALinear)]
+        self.held = [(m._constant, m._slots) for m in patched]
         found = [(holder, name, holder[name]) for holder, name in self.places]
         self.parameters = [entry for entry in found if entry[2].requires_grad]
         self.leaves = [p.detach().requires_grad_() for _, _, p in self.parameters]
@@ -476,20 +487,28 @@ class _Layer:
         self.graphs.replay_forward()
         return _first(self.output, tokens)
 
-    def backward(self, dy: Tensor, generation: int) -> list[Tensor | None]:
-        if generation != self.stage.generation:
-            raise RuntimeError(
-                "a later forward pass has taken the memory of this one's activations; with CUDA "
-                "graphs call backward before the next forward pass"
-            )
-        tokens = dy.shape[1]
-        if dy.data_ptr() != self.dy.data_ptr() or dy.stride() != self.dy[:, :tokens].stride():
-            self.dy[:, :tokens].copy_(dy)
-            self.dy[:, tokens:].zero_()
+    def keep_gradients(self) -> None:
+        """Those of an earlier part of the batch lie in memory that any replay may write."""
         for (_, _, parameter), own in zip(self.parameters, self.found[1:], strict=True):
             kept = parameter.grad
             if own is not None and kept is not None and kept.data_ptr() == own.data_ptr():
-                parameter.grad = kept.clone()  # of the step before this one of the same batch
+                parameter.grad = kept.clone()
+
+    def backward(self, dy: Tensor, generation: int) -> list[Tensor | None]:
+        if generation != self.stage.generation:
+            raise RuntimeError(
+                "a later forward pass, or remove(), has taken the memory of this one's "
+                "activations; with CUDA graphs call backward before the next forward pass"
+            )
+        if self.spent == generation:
+            raise RuntimeError(
+                "with CUDA graphs a forward pass has one backward pass; remove() them for more"
+            )
+        self.spent, tokens = generation, dy.shape[1]
+        if dy.data_ptr() != self.dy.data_ptr() or dy.stride() != self.dy[:, :tokens].stride():
+            self.dy[:, :tokens].copy_(dy)
+            self.dy[:, tokens:].zero_()
+        self.keep_gradients()
         self.graphs.replay_backward()
         dx, *rest = self.found
         if dx is not None:  # the first layer's may be kept, as the gradient of what was embedded

@@ -70,6 +70,9 @@ class Rerun:
         return self.found
 
     def replay_forward(self):
+        for gradient in self.found:  # the pool is shared: they may lie on what a forward writes
+            if gradient is not None:
+                gradient.fill_(float("nan"))
         with torch.no_grad():
             self.output.copy_(self._again(self.run))
 
@@ -170,6 +173,41 @@ def test_backward_after_a_later_forward_is_refused(one_kernel):
         first.backward()
 
 
+def test_a_second_backward_is_refused(one_kernel):
+    model = model_of()
+    graphs = graphed(model)
+    for _ in range(2):
+        step(model, batch_of((4, 7, 5)))
+    loss = model(**batch_of((4, 7, 5))).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward pass"):
+        loss.backward()
+    loss = model(**batch_of((4, 7, 5))).loss
+    graphs.remove()
+    with pytest.raises(RuntimeError, match=r"or remove\(\)"):
+        loss.backward()
+
+
+def test_a_model_that_is_moved_to_where_it_lies(one_kernel):
+    """Gates are made anew; the graphs read those of their capture, which must stay."""
+    model = model_of()
+    graphs = graphed(model)
+    found = [step(model, batch_of((4, 7, 5))) for _ in range(2)]
+    linear = model.model.layers[0].mlp.down_proj
+    gates = linear._constant
+    model.to("cpu")
+    assert linear._constant is not gates
+    assert any(own is gates for own, _ in graphs.layers[0].held)
+    assert_same(step(model, batch_of((4, 7, 5))), found[0])
+
+
+def test_attention_with_dropout_is_refused(one_kernel):
+    model = model_of()
+    model.config.attention_dropout = 0.1
+    with pytest.raises(ValueError, match="attention has dropout"):
+        graphed(model)
+
+
 def test_passes_without_gradients_and_padded_ones_run_as_ever(one_kernel):
     model = model_of()
     batch = batch_of((4, 7, 5))
@@ -233,7 +271,7 @@ def test_layers_become_what_they_were(one_kernel):
     first.forward = lambda *args, **kwargs: wrapped(*args, **kwargs)
     own = first.forward
     graphs = graphed(model)
-    with pytest.raises(ValueError, match="they do already"):
+    with pytest.raises(ValueError, match="call its remove"):
         graphed(model)
     found = [step(model, batch) for _ in range(3)]
     graphs.remove()

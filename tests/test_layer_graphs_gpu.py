@@ -27,6 +27,10 @@ def model_on_gpu():
     return model.train()
 
 
+def replays(graphs):
+    return graphs.generation - graphs.captures
+
+
 def on_gpu(batch):
     return {k: v.to("cuda") if hasattr(v, "to") else v for k, v in batch.items()}
 
@@ -40,14 +44,14 @@ def test_graphs_on_a_gpu_are_the_steps_without():
     batches = [on_gpu(batch_of(lengths, i)) for i, lengths in enumerate(GPU_BATCHES)]
     rounds = [[step(model, batch, i) for i, batch in enumerate(batches)] for _ in range(3)]
     assert not graphs.off and graphs.captures <= 3
-    assert graphs.generation == 3 * len(batches) - 1  # all but the first
+    assert replays(graphs) == 3 * len(batches) - 1  # all but the first
     for found, again in zip(*rounds[1:], strict=True):
         assert found[0] == again[0]
         assert all(torch.equal(again[1][name], g) for name, g in found[1].items())
     larger, small = (on_gpu(batch_of(lengths)) for lengths in ([90] * 30, [5, 9]))
-    captures, generation = graphs.captures, graphs.generation
+    captures, before = graphs.captures, replays(graphs)
     rounds[1] += [step(model, larger), step(model, small)]
-    assert (graphs.captures, graphs.generation) == (captures + 1, generation + 1)
+    assert (graphs.captures, replays(graphs)) == (captures + 1, before + 1)
     graphs.remove()
     for i, batch in enumerate([*batches, larger, small]):
         loss, wanted = step(model, batch, i if i < len(batches) else 0)
@@ -56,6 +60,28 @@ def test_graphs_on_a_gpu_are_the_steps_without():
         norm = torch.stack([g.norm() for g in wanted.values()]).norm()
         off = torch.stack([(found[1][n] - g).norm() for n, g in wanted.items()]).norm()
         assert off < 3e-2 * norm, i
+
+
+def test_gradients_add_up_over_the_parts_of_a_batch():
+    model = model_on_gpu()
+    graphs = LayerGraphs(model)
+    parts = [on_gpu(batch_of(lengths, i)) for i, lengths in enumerate(GPU_BATCHES)]
+
+    def add_up():
+        model.zero_grad()
+        for i, part in enumerate(parts):
+            torch.manual_seed(i)
+            model(**part).loss.backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    add_up()
+    found = add_up()
+    assert not graphs.off and replays(graphs) == 2 * len(parts) - 1
+    graphs.remove()
+    wanted = add_up()
+    norm = torch.stack([g.norm() for g in wanted.values()]).norm()
+    off = torch.stack([(found[n] - g).norm() for n, g in wanted.items()]).norm()
+    assert off < 3e-2 * norm
 
 
 def test_training_with_graphs_on_a_gpu():
@@ -73,7 +99,7 @@ def test_training_with_graphs_on_a_gpu():
             optimizer.step()
             losses.append(loss.detach())
         ends.append(torch.stack(losses).tolist())
-        assert graphs is None or (graphs.captures == 1 and graphs.generation == 29)
+        assert graphs is None or (graphs.captures == 1 and replays(graphs) == 29)
     assert ends[0][-1] < ends[0][0] - 0.5
     assert ends[0][-1] == pytest.approx(ends[1][-1], rel=0.1)
 
@@ -87,7 +113,7 @@ def test_liger_on_a_gpu_changes_rounding_alone():
         found = step(model, batch)
         graphs = LayerGraphs(model)
         captured = [step(model, batch) for _ in range(3)][-1]
-        assert graphs.generation == 2
+        assert replays(graphs) == 2
         graphs.remove()
     for own in (found, captured):
         assert own[0] == pytest.approx(loss, rel=2e-2)
