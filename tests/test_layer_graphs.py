@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import DataCollatorWithFlattening
 from transformers.models.llama import modeling_llama
 
 import ckf
@@ -24,6 +25,7 @@ from tests.ckf_fixtures import STEPS
 from tests.layer_graph_cases import TASKS, batch_of, step
 from tests.test_packing import patched
 from tests.test_train import run_again, trained_tensors
+from tests.tiny import tiny_model
 from tests.tiny import tokens as random_tokens
 
 
@@ -199,6 +201,52 @@ def test_a_model_that_is_moved_to_where_it_lies(one_kernel):
     assert linear._constant is not gates
     assert any(own is gates for own, _ in graphs.layers[0].held)
     assert_same(step(model, batch_of((4, 7, 5))), found[0])
+
+
+def test_autocast_and_recomputation_are_said(one_kernel, caplog):
+    model = model_of()
+    graphs = graphed(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        step(model, batch_of((4, 7, 5)))
+    assert graphs.off and "the model runs under autocast" in caplog.text
+    graphs.remove()
+    graphs = graphed(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    step(model, batch_of((4, 7, 5)))
+    assert graphs.off and "recomputed in the backward pass" in caplog.text
+
+
+def test_layers_in_which_nothing_trains(one_kernel, caplog):
+    model = tiny_model("llama")
+    model.set_attn_implementation(PACKED_ATTENTION)
+    ckf.patch_model(model, TASKS, target_modules=r"model\.layers\.1\..*proj").train()
+    graphs = graphed(model)
+    batch = batch_of((4, 7, 5))
+    first, second = step(model, batch), step(model, batch)
+    assert graphs.off and "nothing trains in a decoder layer" in caplog.text
+    assert_same(second, first)
+
+
+def test_batches_of_a_task_collator(one_kernel):
+    """As docs/distributed.md has it."""
+    model = model_of()
+    collator = ckf.TaskCollator(model, DataCollatorWithFlattening())
+    words = random_tokens(3, 8).tolist()
+    batches = [
+        collator(
+            [
+                {"input_ids": row[:n], "labels": row[:n], "task": task}
+                for row, n, task in zip(words, lengths, TASKS, strict=True)
+            ]
+        )
+        for lengths in ((4, 7, 5), (6, 4, 6), (5, 5, 8))
+    ]
+    graphs = graphed(model)
+    found = [step(model, batch) for batch in batches]
+    assert graphs.captures == 1 and not graphs.off
+    graphs.remove()
+    for own, batch in zip(found, batches, strict=True):
+        assert_same(own, step(model, batch))
 
 
 def test_attention_with_dropout_is_refused(one_kernel):

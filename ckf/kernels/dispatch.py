@@ -23,7 +23,7 @@ logger = logging.getLogger("ckf.kernels")
 
 TABLES = Path(__file__).parent / "tables"
 # doublings. The linears of a 1B model in four rows are up to 6 off those measured of an 8B one in
-# 1 and 16; the choice made from there took 1.14 times the frozen decoder, torch 1.59 (H100).
+# 1 and 16; what was fastest there took 1.14 times the frozen decoder, auto with torch 1.59 (H100).
 FARTHEST = 6.0
 LEAST_GAIN = 0.03  # of torch's time, below which its well-worn products are kept
 # Of one chip but for memory and clocks: a GPU without a table goes by its relative's.
