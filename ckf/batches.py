@@ -108,36 +108,35 @@ def expected_stars(logits: np.ndarray) -> np.ndarray:
 class VectorLookup:
     """Standardised CF vectors of users, items and histories.
 
-    A user without train rows is folded in from the items of the history.
+    A user without train rows is folded in from the items of the history. Rows are shown the vectors
+    of a model that did not see them by their ``folds``, as ``CFVectors.folds`` gives them.
     """
 
     def __init__(self, vectors: CFVectors) -> None:
-        self.raw, self.vectors = vectors, vectors.standardised()
+        self.vectors = vectors.standardised()
         self.dim = self.vectors.items.shape[1]
 
     def profiles(self, users: np.ndarray, history: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Whose vectors and whose history rows are shown with: their own."""
         return users, history
 
-    def users(self, users: np.ndarray, history: np.ndarray) -> Tensor:
+    def users(self, users: np.ndarray, history: np.ndarray, folds: Tensor | None = None) -> Tensor:
         """User indices (b,), -1 for a stranger, and histories (b, h) padded with -1: (b, d)."""
-        index = torch.as_tensor(users, dtype=torch.int64)
-        known = (index >= 0) & self.vectors.user_known[index.clamp(min=0)]
-        own = self.vectors.users[index.clamp(min=0)]
+        own, known = self.vectors.user_rows(torch.as_tensor(users, dtype=torch.int64), folds)
         if bool(known.all()):
             return own
         folded = fold_in_users(self.vectors, torch.as_tensor(history, dtype=torch.int64))
         return torch.where(known.unsqueeze(1), own, folded.to(own.dtype))
 
-    def items(self, items: Sequence[int]) -> Tensor:
+    def items(self, items: Sequence[int], folds: Tensor | None = None) -> Tensor:
         """(p, d)."""
-        return self.vectors.items[torch.as_tensor(items, dtype=torch.int64)]
+        return self.vectors.item_rows(torch.as_tensor(items, dtype=torch.int64), folds)
 
-    def histories(self, history: np.ndarray) -> tuple[Tensor, Tensor]:
+    def histories(self, history: np.ndarray, folds: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Vectors (b, h, d) and mask (b, h) of histories (b, h) padded with -1."""
         index = torch.as_tensor(history, dtype=torch.int64)
         mask = index >= 0
-        return self.vectors.items[index.clamp(min=0)] * mask.unsqueeze(2), mask
+        return self.vectors.item_rows(index.clamp(min=0), folds) * mask.unsqueeze(2), mask
 
 
 class Collator:
@@ -175,10 +174,16 @@ class Collator:
         return Collator(tasks, lookup, filler, False, self.one_lora, self.matches, self.prior)
 
     def __call__(
-        self, prompts: Sequence[Encoded], users: Sequence[int], histories, folded=None
+        self,
+        prompts: Sequence[Encoded],
+        users: Sequence[int],
+        histories,
+        folded=None,
+        folds: Tensor | None = None,
     ) -> dict:
         """The batch. users: user index per prompt; histories (b, h) padded with -1; folded (b,)
-        bool or None: users whose vectors come from their history, own ones or not.
+        bool or None: users whose vectors come from their history, own ones or not; folds (b,):
+        which held-out vectors a row is shown, as ``CFVectors.folds`` gives them.
 
         Returns:
             input_ids, position_ids, task_ids (B, S); attention_mask (B, S), padded only; slots (p,)
@@ -201,7 +206,7 @@ class Collator:
             users, histories = self.lookup.profiles(np.asarray(users), np.asarray(histories))
             if folded is not None:
                 users = np.where(folded, -1, users)
-            batch |= self._vectors(prompts, starts, users, histories)
+            batch |= self._vectors(prompts, starts, users, histories, folds)
         return batch
 
     def _packed(self, prompts: Sequence[Encoded]) -> dict:
@@ -248,8 +253,10 @@ class Collator:
         named["last_slots"] = last
         return {k: torch.tensor(v, dtype=torch.int64) for k, v in named.items()}
 
-    def _vectors(self, prompts, starts, users: np.ndarray, histories: np.ndarray) -> dict:
-        slots, slot_rows, items = [], [], []
+    def _vectors(
+        self, prompts, starts, users: np.ndarray, histories: np.ndarray, folds: Tensor | None
+    ) -> dict:
+        slots, slot_rows, items, item_rows = [], [], [], []
         match_slots, match_rows, match_items = [], [], []
         for row, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
             for position, what in prompt.slots:
@@ -263,11 +270,16 @@ class Collator:
                 slot_rows.append(row if what == USER_SLOT else -1)
                 if what != USER_SLOT:
                     items.append(what)
-        vectors, mask = self.lookup.histories(histories)
+                    item_rows.append(row)
+
+        def of_rows(rows: list[int]) -> Tensor | None:
+            return None if folds is None else folds[rows]
+
+        vectors, mask = self.lookup.histories(histories, folds)
         matches = {}
         if self.matches is not None and match_slots:
             pairs = (users[match_rows], histories[match_rows], match_items)
-            scores = self.matches(*pairs)
+            scores = self.matches(*pairs, of_rows(match_rows))
             matches = {"match_slots": torch.tensor(match_slots), "match_scores": scores}
             if self.prior is not None:
                 names = [prompt.task for prompt in prompts]
@@ -276,10 +288,10 @@ class Collator:
         return matches | {
             "slots": torch.tensor(slots, dtype=torch.int64),
             "slot_rows": torch.tensor(slot_rows, dtype=torch.int64),
-            "user_vectors": self.lookup.users(users, histories),
+            "user_vectors": self.lookup.users(users, histories, folds),
             "history_vectors": vectors,
             "history_mask": mask,
-            "item_vectors": self.lookup.items(items),
+            "item_vectors": self.lookup.items(items, of_rows(item_rows)),
         }
 
 
@@ -301,8 +313,10 @@ class RowBatcher:
     def batch(self, examples: Sequence[Example], prompts: Sequence[Encoded], folded=None) -> dict:
         """The batch of encoded examples; ``folded`` as for the collator."""
         rows = [e.row for e in examples]
-        data = self.maker.data
-        return self.collator(prompts, data.user[rows], data.history[rows], folded)
+        data, lookup = self.maker.data, self.collator.lookup
+        users = data.user[rows]
+        folds = None if lookup is None else lookup.vectors.folds(users, data.item[rows])
+        return self.collator(prompts, users, data.history[rows], folded, folds)
 
 
 def is_drawn(seed: int, position: int, probability: float) -> bool:

@@ -140,8 +140,8 @@ def test_a_row_drawn_as_text_stays_text_at_a_higher_share():
 
 def test_a_batch_of_examples_takes_users_and_histories_of_their_rows(small_run):
     parts = small_run.assembly
-    examples = [Example("ctr", int(r)) for r in parts.data.rows("ctr", "train")[:3]]
-    prompts = [parts.batcher.encode(e, "train", vectors=True) for e in examples]
+    examples = [Example("ctr", int(r)) for r in parts.data.rows("ctr", "test")[:3]]
+    prompts = [parts.batcher.encode(e, "test", vectors=True) for e in examples]
     batch = parts.batcher.batch(examples, prompts)
     rows = [e.row for e in examples]
     table = VectorLookup(parts.vectors).vectors

@@ -8,7 +8,6 @@ import torch
 
 from ckf.baselines import ctr_scores, pair_numbers
 from ckf.cf import CFConfig, CFVectors, fit_cf
-from ckf.cf.blend import fit_blend
 from ckf.match import MatchScores
 from ckf.metrics import auc
 from tests.prepared_data import prepared
@@ -191,7 +190,7 @@ def test_wrong_settings_are_named(settings, words):
 def test_one_label_is_named(data, blended):
     liked = replace(data, label=np.ones_like(data.label))
     with pytest.raises(ValueError, match="not both labels"):
-        fit_blend(blended, liked, lambda part: blended, FOLDS, 0)
+        fit_cf(CFConfig(**SMALL), liked, quiet)
 
 
 @pytest.mark.parametrize(

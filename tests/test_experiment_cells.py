@@ -308,6 +308,6 @@ def test_cf_models_alone_are_plain_and_chosen_on_valid(base):
         "mf",
         "lightgcn",
     ]
-    assert mf.cf == replace(base.cf, blend=0, titles=0, beside=[])
+    assert mf.cf == replace(base.cf, blend=0, titles=0, held_out=False, beside=[])
     assert lightgcn.cf.blend == lightgcn.cf.titles == 0 and not lightgcn.cf.history
     assert (min(lightgcn.cf.dim), max(lightgcn.cf.dim)) == (8, 256)

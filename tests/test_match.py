@@ -46,7 +46,8 @@ def test_scores_are_the_cf_models_standardised_on_train_rows(parts, form):
     vectors = replace(vectors, score_form=form)
     matches = MatchScores(vectors, data)
     train = np.flatnonzero(data.split == 0)
-    made = matches(data.user[train], data.history[train], data.item[train]).flatten()
+    users, items = data.user[train], data.item[train]
+    made = matches(users, data.history[train], items, vectors.folds(users, items)).flatten()
     assert float(made.mean()) == pytest.approx(0, abs=1e-4)
     assert float(made.std(correction=0)) == pytest.approx(1, abs=1e-3)
     rows = np.flatnonzero(data.split == 2)
@@ -80,9 +81,9 @@ def test_every_match_is_in_its_place(matching, mixed):
             item = matched_item(what)
             if item is not None:
                 row = [example.row]
-                expected.append(
-                    (start + position, features(data.user[row], data.history[row], [item]))
-                )
+                folds = matching.vectors.folds(data.user[row], data.item[row])
+                score = features(data.user[row], data.history[row], [item], folds)
+                expected.append((start + position, score))
         start += prompt.length
     assert batch["match_slots"].tolist() == [place for place, _ in expected]
     torch.testing.assert_close(batch["match_scores"], torch.cat([f for _, f in expected]))

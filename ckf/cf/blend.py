@@ -22,8 +22,9 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ckf.baselines import pair_numbers, release_years
+from ckf.baselines import release_years
 from ckf.cf.effects import Effects, ItemSide, Observations, fit_effects
+from ckf.cf.held_out import Folds, without
 from ckf.cf.history import HistoryTerm, Sides, fit_weights, points_of, scored
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 _KNOWN_AXIS = 0.35  # length of the axes of year and popularity; a title's have 1 together
 REGRESSION = 2  # the regression's version: scores of another are not these
 _STATES_AT_ONCE = 65_536
-_LEFT_OUT = 3  # a split that no model reads
 _HISTORY = "history."  # begins the names of its tensors in a file
 
 
@@ -124,7 +124,7 @@ def fit_blend(
     vectors: CFVectors,
     data: PreparedData,
     refit: Callable[[PreparedData], CFVectors],
-    folds: int,
+    folds: Folds,
     seed: int,
     titles: Tensor | None = None,
     history: bool = False,
@@ -133,26 +133,19 @@ def fit_blend(
 
     Args:
         refit: the same model, fitted on other data.
+        folds: models that leave train rows out, as ``fit_folds`` gives them.
         titles: (I, c) principal components of the items' titles.
         history: let the last liked items count; vectors, and what refit gives, have a fold-in.
 
     Raises:
-        ValueError: the train rows have not both labels; with history, not two users.
+        ValueError: with history, where the train rows are not of two users.
     """
-    train = np.flatnonzero((data.split == 0) & (data.label >= 0))
+    train, fold = folds.rows, folds.fold
     labels = data.label[train].astype(np.float64)
-    if len(np.unique(labels)) < 2:
-        raise ValueError(
-            f"cf.blend is {folds}, but the train rows have not both labels, which its regression "
-            "needs: set cf.blend to 0"
-        )
-    pair = pair_numbers(data, train)
-    fold = np.random.default_rng([seed, 0xB1E2D]).permutation(pair.max() + 1)[pair] % folds
     dots, points = np.zeros(len(train)), []
-    for number in range(folds):
-        rows = train[fold == number]
-        model = refit(_without(data, rows))
-        dots[fold == number] = _dots(model, data, rows)
+    for number, model in enumerate(folds.models):
+        new = fold == number
+        dots[new] = _dots(model, data, train[new])
         points.append(points_of(model) if history else None)
     centre, scale = dots.mean(), float(spread(dots.std()))
     seen = Observations(
@@ -166,7 +159,7 @@ def fit_blend(
     found, side = rows.fit(seen)
     term = None
     if history:
-        strangers = _as_strangers(rows, refit, folds, seed, -centre / scale)
+        strangers = _as_strangers(rows, refit, len(folds.models), seed, -centre / scale)
         weights = fit_weights(pair_scores, terms, seen.labels), fit_weights(*strangers, seen.labels)
         term = Sides.of(points_of(vectors), side, seen, data.n_users).with_weights(*weights)
         pair_scores = _cross_fitted(pair_scores, terms, seen.labels, fold)
@@ -241,7 +234,7 @@ def _as_strangers(
         )
     fold = np.random.default_rng([seed, 0x57A46E]).permutation(len(users))[place] % folds
     points = [
-        points_of(refit(_without(rows.data, rows.train[fold == number])))
+        points_of(refit(without(rows.data, rows.train[fold == number])))
         for number in range(min(folds, len(users)))
     ]
     return rows.held_out(fold, points, dot)
@@ -255,12 +248,6 @@ def _cross_fitted(scores: Tensor, terms: Tensor, labels: Tensor, fold: np.ndarra
         weights = fit_weights(scores[~new], terms[~new], labels[~new])
         found[new] = scored(scores[new], terms[new], weights)
     return found
-
-
-def _without(data: PreparedData, rows: np.ndarray) -> PreparedData:
-    split = data.split.copy()
-    split[rows] = _LEFT_OUT
-    return replace(data, split=split)
 
 
 def _width(tensors: dict[str, Tensor], name: str) -> int:

@@ -13,12 +13,14 @@ from torch.nn import functional as F
 
 from ckf import metrics
 from ckf.cf.blend import fit_blend, principal_components
+from ckf.cf.held_out import HeldOut, fit_folds, train_rows
 from ckf.cf.models import LightGCNWithBiases, MatrixFactorisation
 from ckf.cf.vectors import CFVectors, fit_fold_in, load_vectors
 
 if TYPE_CHECKING:
     from ckf.data.prepared import PreparedData
 
+_FOLDS = 5  # of held-out vectors without a blend
 KINDS = ("mf", "lightgcn", "file")
 Log = Callable[[str], None]
 
@@ -34,7 +36,9 @@ class CFConfig:
     regression that joins the model's score with what else is known of user and item
     (ckf.cf.blend); 0 leaves the score alone. titles: principal components of the items' titles, as
     the language model reads them, that the blend knows too; 0 for none. history: let a row's last
-    liked items count in the blend (ckf.cf.history). beside: models ("mf",
+    liked items count in the blend (ckf.cf.history). held_out: show train rows vectors of models
+    that did not see them (ckf.cf.held_out), in as many folds as the blend has, or five; None: yes,
+    for a model that can be fitted again. beside: models ("mf",
     "lightgcn") that an experiment fits as rows of their own, without blend. weight_decay and
     batch_size None: what suits the kind, 0.03 and 1024 for "mf", 0.005 and 4096 for "lightgcn".
     """
@@ -54,6 +58,7 @@ class CFConfig:
     titles: int = 0
     history: bool = False
     beside: list[str] = field(default_factory=list)
+    held_out: bool | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -90,6 +95,15 @@ class CFConfig:
             raise ValueError(
                 "cf.history is true, which only a blend reads: set cf.blend, for example to 5, or "
                 "cf.history to false"
+            )
+        if self.held_out is None:
+            self.held_out = self.kind != "file"
+        if not isinstance(self.held_out, bool):
+            raise ValueError(f"cf.held_out is {self.held_out!r}, expected true or false")
+        if self.held_out and self.kind == "file":
+            raise ValueError(
+                "cf.held_out is true and cf.kind 'file', whose vectors cannot be fitted again "
+                "without a row: leave cf.held_out out"
             )
         _check("lr", self.lr, isinstance(self.lr, (int, float)), 1e-12)
         for name in ("dim", "weight_decay"):
@@ -227,18 +241,30 @@ def _fit(
     )
     vectors = _with_fold_in(vectors, data)
     if config.blend:
-        plain = {"blend": 0, "titles": 0, "history": False}
+        _check_labels(config, data)
+    if config.blend or config.held_out:
+        plain = {"blend": 0, "titles": 0, "history": False, "held_out": False}
         alone = replace(config, dim=chosen[0], weight_decay=chosen[1], **plain)
 
         def refit(part: PreparedData) -> CFVectors:
             return _fit(kind, alone, part, build, lambda line: None)
 
+        folds = fit_folds(data, refit, config.blend or _FOLDS, config.seed)
+    if config.held_out and folds.models:
+        vectors = replace(vectors, held_out=HeldOut.of_models(folds, data, vectors))
+    if config.blend:
         components = principal_components(titles, config.titles) if config.titles else None
-        vectors = fit_blend(
-            vectors, data, refit, config.blend, config.seed, components, config.history
-        )
+        vectors = fit_blend(vectors, data, refit, folds, config.seed, components, config.history)
         _log_blend(vectors, data, log)
     return vectors
+
+
+def _check_labels(config: CFConfig, data: PreparedData) -> None:
+    if len(np.unique(data.label[train_rows(data)])) < 2:
+        raise ValueError(
+            f"cf.blend is {config.blend}, but the train rows have not both labels, which its "
+            "regression needs: set cf.blend to 0"
+        )
 
 
 def _log_blend(vectors: CFVectors, data: PreparedData, log: Log) -> None:
@@ -302,19 +328,19 @@ def _scores(p: Tensor, q: Tensor, bias: float) -> Tensor:
 
 
 def _problem(data: PreparedData, seed: int) -> _Problem:
-    on_labels = bool((data.label[data.split == 0] >= 0).any())
+    train = train_rows(data)
+    on_labels = bool((data.label[train] >= 0).any())
     usable = data.label >= 0 if on_labels else np.isfinite(data.rating)
     values = data.label if on_labels else data.rating
 
-    def rows(split: int) -> _Rows:
-        chosen = np.flatnonzero((data.split == split) & usable)
+    def rows(chosen: np.ndarray) -> _Rows:
         return _Rows(
             torch.as_tensor(data.user[chosen]).long(),
             torch.as_tensor(data.item[chosen]).long(),
             torch.as_tensor(values[chosen]).float(),
         )
 
-    train, valid = rows(0), rows(1)
+    train, valid = rows(train), rows(np.flatnonzero((data.split == 1) & usable))
     if len(train.users) == 0:
         raise ValueError(
             "the train split has 0 rows with a label or a rating, expected some: check the columns "

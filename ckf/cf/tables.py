@@ -107,6 +107,11 @@ def chunks_of(table: Tensor | MappedTable) -> Iterator[Tensor]:
     return iter(table.split(_CHUNK_ROWS)) if isinstance(table, Tensor) else table.chunks()
 
 
+def scaled_rows(table: Tensor | MappedTable, scale: Scale) -> Tensor | MappedTable:
+    """A table standardised by a scale whose ``known`` are its rows."""
+    return scale(table, scale.known) if isinstance(table, Tensor) else table.scaled(scale)
+
+
 def moments(table: MappedTable, known: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and deviation (d,), float64, of the known rows, in one pass (Chan et al. 1979)."""
     count, mean = 0, torch.zeros(table.shape[1], dtype=torch.float64)

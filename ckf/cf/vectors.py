@@ -19,7 +19,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ckf.cf.blend import Blend
-from ckf.cf.tables import MAPPED_BYTES, MappedTable, Scale, chunks_of, moments, save_tables
+from ckf.cf.held_out import HeldOut
+from ckf.cf.tables import (
+    MAPPED_BYTES,
+    MappedTable,
+    Scale,
+    chunks_of,
+    moments,
+    save_tables,
+    scaled_rows,
+)
 
 SCORE_FORMS = ("biased_dot", "dot", "none")
 # Lengths of the histories on which the fold-in is fitted, so that short ones are met there too.
@@ -27,6 +36,7 @@ _FOLD_IN_WINDOWS = (1, 3, 10)
 _RIDGE_GRID = (1e-2, 1e-1, 1.0, 1e1, 1e2)
 _FOLD_IN_USERS = 500_000  # at most so many shape the fold-in, evenly spread
 _FORMAT = "ckf-cf-1"
+_BLEND, _HELD_OUT = "blend.", "held_out."  # begin the names of their tensors in a file
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,8 @@ class CFVectors:
     plus the global ``bias``), "dot", or "none" (after `standardised`). fold_in (I, d) and
     fold_in_offset (d,) place a user without train rows by the items in the history (see
     `fold_in_users`); None until `fit_fold_in` ran. blend: what the score has beside p . q in place
-    of the biases, see ckf.cf.blend; the vectors keep their own.
+    of the biases, see ckf.cf.blend; the vectors keep their own. held_out: what train rows are shown
+    in place of users and items, see ckf.cf.held_out; `score` knows nothing of it.
     """
 
     users: Tensor | MappedTable
@@ -53,6 +64,7 @@ class CFVectors:
     fold_in: Tensor | None = None
     fold_in_offset: Tensor | None = None
     blend: Blend | None = None
+    held_out: HeldOut | None = None
 
     def __post_init__(self) -> None:
         assert self.score_form in SCORE_FORMS
@@ -72,6 +84,38 @@ class CFVectors:
         if self.blend is None:
             return self.fold_in is not None
         return self.blend.history is not None
+
+    def folds(self, user_idx: ArrayLike, item_idx: ArrayLike) -> Tensor | None:
+        """Which held-out model rows of users (n,), -1 for strangers, and items (n,) are shown.
+
+        Returns:
+            (n,) int64, -1 for a pair without a train row; None where there are no held-out vectors.
+        """
+        if self.held_out is None:
+            return None
+        return self.held_out.folds_of(_index(user_idx), _index(item_idx), len(self.items))
+
+    def user_rows(self, user_idx: Tensor, folds: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Vectors (n, d) of users (n,), -1 for strangers, and whether they are known (n,).
+
+        folds: (n,) as `folds` gives them; None shows those of the whole fit.
+        """
+        index = user_idx.clamp(min=0)
+        found, known = self.users[index], self.user_known[index]
+        if folds is not None:
+            new = folds >= 0
+            place = folds[new] * len(self.users) + index[new]
+            found[new], known[new] = self.held_out.users[place], self.held_out.user_known[place]
+        return found, known & (user_idx >= 0)
+
+    def item_rows(self, item_idx: Tensor, folds: Tensor | None = None) -> Tensor:
+        """Vectors (*shape, d) of items (n, ...); folds (n,) as for `user_rows`."""
+        found = self.items[item_idx]
+        if folds is not None:
+            new = folds >= 0
+            start = folds[new].view(-1, *[1] * (item_idx.ndim - 1)) * len(self.items)
+            found[new] = self.held_out.items[start + item_idx[new]]
+        return found
 
     def score(
         self,
@@ -130,19 +174,22 @@ class CFVectors:
 
         The fold-in follows the scale of the users. A column without spread becomes zero.
         """
-        users, user_mean, user_std = _standardise(self.users, self.user_known)
-        items, _, _ = _standardise(self.items, self.item_known)
+        by_user = _scale_of(self.users, self.user_known)
+        by_item = _scale_of(self.items, self.item_known)
         fold_in, offset = self.fold_in, self.fold_in_offset
         if fold_in is not None:
-            fold_in, offset = fold_in / user_std, (offset - user_mean) / user_std
+            mean, std = by_user.mean.float(), by_user.std.float()
+            fold_in, offset = fold_in / std, (offset - mean) / std
+        held_out = self.held_out
         return replace(
             self,
-            users=users,
-            items=items,
+            users=scaled_rows(self.users, by_user),
+            items=scaled_rows(self.items, by_item),
             score_form="none",
             fold_in=fold_in,
             fold_in_offset=offset,
             blend=None,
+            held_out=None if held_out is None else held_out.scaled(by_user, by_item),
         )
 
     def save(self, path: str | Path) -> None:
@@ -156,7 +203,9 @@ class CFVectors:
         if self.fold_in is not None:
             tensors |= {"fold_in": self.fold_in, "fold_in_offset": self.fold_in_offset}
         if self.blend is not None:
-            tensors |= {f"blend.{name}": value for name, value in self.blend.tensors().items()}
+            tensors |= {_BLEND + name: value for name, value in self.blend.tensors().items()}
+        if self.held_out is not None:
+            tensors |= {_HELD_OUT + name: value for name, value in vars(self.held_out).items()}
         about = {
             "format": _FORMAT,
             "kind": self.kind,
@@ -171,24 +220,29 @@ class CFVectors:
 
         Raises ValueError for a file of another kind.
         """
-        mapped = Path(path).stat().st_size > mapped_above
+        large = ["users", _HELD_OUT + "users"]
+        mapped = large if Path(path).stat().st_size > mapped_above else []
         with safe_open(str(path), framework="np") as file:
             about = file.metadata() or {}
             if about.get("format") != _FORMAT:
-                mapped = False
-            names = [name for name in file.keys() if not (mapped and name == "users")]
-            tensors = {name: torch.from_numpy(file.get_tensor(name)) for name in names}
-        if mapped:
-            tensors["users"] = MappedTable.open(path, "users")
+                mapped = []
+            names = list(file.keys())
+            tensors = {n: torch.from_numpy(file.get_tensor(n)) for n in names if n not in mapped}
+        tensors |= {name: MappedTable.open(path, name) for name in names if name in mapped}
         if about.get("format") != _FORMAT:
             raise ValueError(
                 f"{path}: format is {about.get('format')!r}, expected {_FORMAT!r}: give a file "
                 "written by CFVectors.save, or read plain vectors with load_vectors"
             )
-        parts = {name[6:]: tensors.pop(name) for name in names if name.startswith("blend.")}
+        blend, held_out = (
+            {name[len(of) :]: tensors.pop(name) for name in names if name.startswith(of)}
+            for of in (_BLEND, _HELD_OUT)
+        )
+        sizes = len(tensors["users"]), len(tensors["items"])
         return cls(
             **tensors,
-            blend=Blend.of(parts, len(tensors["users"]), len(tensors["items"])),
+            blend=Blend.of(blend, *sizes),
+            held_out=HeldOut.of(held_out, *sizes, tensors["items"].shape[1]),
             kind=about["kind"],
             score_form=about["score_form"],
             bias=json.loads(about["bias"]),
@@ -341,8 +395,8 @@ def _index(values: ArrayLike | Tensor) -> Tensor:
     return torch.from_numpy(np.array(values, dtype=np.int64))
 
 
-def _standardise(table: Tensor | MappedTable, known: Tensor):
-    """The table standardised over its known rows, with the mean and deviation (d,) used."""
+def _scale_of(table: Tensor | MappedTable, known: Tensor) -> Scale:
+    """What standardises the table over its known rows."""
     if isinstance(table, MappedTable):
         mean, std = moments(table, known)
     elif known.any():
@@ -351,9 +405,7 @@ def _standardise(table: Tensor | MappedTable, known: Tensor):
     else:
         mean = std = torch.zeros(table.shape[1], dtype=torch.float64)
     flat = std <= 1e-6 * mean.abs().clamp(min=1e-6)
-    scale = Scale(mean, torch.where(flat, 1.0, std), flat, known)
-    scaled = table.scaled(scale) if isinstance(table, MappedTable) else scale(table, known)
-    return scaled, mean.float(), scale.std.float()
+    return Scale(mean, torch.where(flat, 1.0, std), flat, known)
 
 
 def _window_means(users: Tensor, points: Tensor, n_users: int) -> tuple[Tensor, Tensor]:

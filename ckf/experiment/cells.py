@@ -101,7 +101,9 @@ def cf_alone(config: RunConfig) -> list[RunConfig]:
     change = {"mf": _mf, "lightgcn": _lightgcn}
     made = [change[name](config) for name in config.cf.beside]
     return [
-        replace(one, cf=replace(one.cf, blend=0, titles=0, history=False, beside=[]))
+        replace(
+            one, cf=replace(one.cf, blend=0, titles=0, history=False, held_out=False, beside=[])
+        )
         for one in made
     ]
 

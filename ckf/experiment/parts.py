@@ -99,7 +99,11 @@ def shared_vectors(config: RunConfig, out: Path, data: PreparedData, base: Base,
     own = asdict(config.cf) | {"beside": [], "seed": config.seed}  # other models change nothing
     if config.cf.blend:
         own["regression"] = REGRESSION
-    for later in ("titles", "history"):  # files from before these settings keep their names
+    for later in (
+        "titles",
+        "history",
+        "held_out",
+    ):  # files from before these settings keep their names
         if not own[later]:
             del own[later]
     settings = json.dumps(own, sort_keys=True)
