@@ -159,7 +159,7 @@ def test_rows_without_train_rows_are_zero_and_unknown():
 
 def test_width_and_decay_are_chosen_on_valid(data):
     lines = []
-    settings = {"epochs": 15, "batch_size": 256}
+    settings = {"epochs": 15, "batch_size": 256, "held_out": False}
     found = fit_mf(CFConfig(dim=[1, 8], weight_decay=[0.01, 3.0], **settings), data, lines.append)
     assert len(lines) == 5 and "chose dim 8 and weight_decay 0.01" in lines[-1]
     assert same(found, fit_mf(CFConfig(dim=8, weight_decay=0.01, **settings), data, quiet))

@@ -93,7 +93,9 @@ def test_every_train_pair_has_its_fold_and_no_other(data, vectors):
 def test_rows_of_a_pair_share_a_fold():
     user, item = np.repeat([0, 1, 2, 3], 6), np.tile([0, 1, 2], 8)
     twice = prepared(user, item, np.arange(24) % 2, np.zeros(24))
-    folds = fit_folds(twice, lambda part: part, 3, 0)
+    lines = []
+    folds = fit_folds(twice, lambda part: part, 3, 0, lines.append)
+    assert len(lines) == 3 and "fold 1 of 3" in lines[0]
     place = {}
     for row, fold in zip(folds.rows, folds.fold, strict=True):
         assert place.setdefault((user[row], item[row]), fold) == fold

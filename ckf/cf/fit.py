@@ -240,16 +240,29 @@ def _fit(
         bias=problem.bias,
     )
     vectors = _with_fold_in(vectors, data)
+    if not (config.blend or config.held_out):
+        return vectors
+    plain = {"blend": 0, "titles": 0, "history": False, "held_out": False}
+    alone = replace(config, dim=chosen[0], weight_decay=chosen[1], **plain)
+
+    def refit(part: PreparedData) -> CFVectors:
+        return _fit(kind, alone, part, build, lambda line: None)
+
+    return _with_folds(vectors, config, data, refit, log, titles)
+
+
+def _with_folds(
+    vectors: CFVectors,
+    config: CFConfig,
+    data: PreparedData,
+    refit: Callable[[PreparedData], CFVectors],
+    log: Log,
+    titles: Tensor | None,
+) -> CFVectors:
+    """The vectors with what needs fits that leave train rows out."""
     if config.blend:
         _check_labels(config, data)
-    if config.blend or config.held_out:
-        plain = {"blend": 0, "titles": 0, "history": False, "held_out": False}
-        alone = replace(config, dim=chosen[0], weight_decay=chosen[1], **plain)
-
-        def refit(part: PreparedData) -> CFVectors:
-            return _fit(kind, alone, part, build, lambda line: None)
-
-        folds = fit_folds(data, refit, config.blend or _FOLDS, config.seed)
+    folds = fit_folds(data, refit, config.blend or _FOLDS, config.seed, log)
     if config.held_out and folds.models:
         vectors = replace(vectors, held_out=HeldOut.of_models(folds, data, vectors))
     if config.blend:

@@ -40,7 +40,11 @@ class Folds:
 
 
 def fit_folds(
-    data: PreparedData, refit: Callable[[PreparedData], CFVectors], count: int, seed: int
+    data: PreparedData,
+    refit: Callable[[PreparedData], CFVectors],
+    count: int,
+    seed: int,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Folds:
     """count models, or one a pair of user and item where there are fewer; none of a single pair.
 
@@ -51,8 +55,11 @@ def fit_folds(
     pair = pair_numbers(data, rows)
     pairs = int(pair.max()) + 1
     fold = np.random.default_rng([seed, 0xB1E2D]).permutation(pairs)[pair] % count
-    numbers = range(min(count, pairs)) if pairs > 1 else ()
-    return Folds(rows, fold, [refit(without(data, rows[fold == number])) for number in numbers])
+    models = []
+    for number in range(min(count, pairs)) if pairs > 1 else ():
+        log(f"cf: fitting without fold {number + 1} of {min(count, pairs)} of the train rows")
+        models.append(refit(without(data, rows[fold == number])))
+    return Folds(rows, fold, models)
 
 
 def train_rows(data: PreparedData) -> np.ndarray:
