@@ -1,6 +1,6 @@
 """Putting a run's parts together: data, CF vectors, backbone, prompts, meta-network."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -48,6 +48,15 @@ class Assembly:
     @property
     def uses_vectors(self) -> bool:
         return self.model.metanet is not None
+
+    def forget_held_out(self) -> None:
+        """Let go of the vectors that only training shows."""
+        self.vectors = replace(self.vectors, held_out=None)
+        lookup, matches = self.batcher.collator.lookup, self.batcher.collator.matches
+        if lookup is not None:
+            lookup.vectors = replace(lookup.vectors, held_out=None)
+        if matches is not None:
+            matches.vectors = self.vectors
 
     def lora_of(self, task: str) -> str:
         """The name of the LoRA that a task's rows take beside the shared one."""

@@ -1,8 +1,8 @@
 """How a user and an item fit, for a placeholder of its own: the CF model's score.
 
-Train rows are scored as if they were new, by a blend (ckf.cf.blend) or by the vectors of a model
-without the row (ckf.cf.held_out): a score that knows the answer would teach the model to trust it
-more than it should.
+All items of a train row are scored by a model and a blend that did not see the row
+(ckf.cf.held_out): a score that knows the answer would teach the model to trust it more than it
+should. Without them (``cf.held_out: false``) a blend leaves out the row's own pair alone.
 
 That score is a product of two vectors. A language model that is shown the two vectors in two places
 must learn to multiply them; shown the score, it only has to read it. The products of the single
@@ -54,8 +54,7 @@ class MatchScores:
     ) -> Tensor:
         """Users (p,), -1 for a stranger, histories (p, h) padded with -1, items (p,): (p, 1).
 
-        folds: (p,) of the rows that they are shown in, as ``CFVectors.folds`` gives them; a blend
-        knows its train pairs without.
+        folds: (p,) of the rows that they are shown in, as ``CFVectors.folds`` gives them.
         """
         raw = self._raw(users, history, np.asarray(items, np.int64), folds)
         return ((raw - self.mean) / self.std).float().unsqueeze(1)
@@ -67,7 +66,7 @@ class MatchScores:
         index = torch.as_tensor(np.array(users, np.int64))
         if self.vectors.blend is not None:
             past = history if self.vectors.takes_history else None
-            return self.vectors.score(index, items, past).double()
+            return self.vectors.score(index, items, past, folds).double()
         own, known = self.vectors.user_rows(index, folds)
         folded = fold_in_users(self.vectors, np.asarray(history))
         u = torch.where(known.unsqueeze(1), own, folded)

@@ -68,15 +68,18 @@ class AnswerPrior:
             for task in self.tokens
         }
 
-    def features(self, users, history, items, scores: Tensor | None = None) -> np.ndarray:
+    def features(
+        self, users, history, items, scores: Tensor | None = None, folds: Tensor | None = None
+    ) -> np.ndarray:
         """What is known of users (p,), -1 for a stranger, with histories (p, h), and items (p,).
 
         Returns:
             (p, 5): CF score, log popularity (standardised), mean rating of the item and of the user
-            (above the mean of all), 1. A pair of a train row does not count for itself.
+            (above the mean of all), 1. A pair of a train row does not count for itself. ``folds``
+            as for the matches, where their scores are not given.
         """
         users, items = np.asarray(users, np.int64), np.asarray(items, np.int64)
-        scores = self.matches(users, history, items) if scores is None else scores
+        scores = self.matches(users, history, items, folds) if scores is None else scores
         keys = users * self.by_item.shape[1] + items
         place = np.searchsorted(self.pairs, keys).clip(max=len(self.pairs) - 1)
         known = users >= 0
@@ -130,7 +133,9 @@ class AnswerPrior:
             words = np.array([star(r) - 1 for r in data.rating[rows]], np.int64)
         else:
             words = np.where(data.label[rows] == 1, 0, 1)
-        x = self.features(data.user[rows], data.history[rows], data.item[rows])[:, _KNOWN[task]]
+        users, items = data.user[rows], data.item[rows]
+        folds = self.matches.vectors.folds(users, items)
+        x = self.features(users, data.history[rows], items, folds=folds)[:, _KNOWN[task]]
         # every word has its weights: (r, words, words * features), block by block
         choices = np.einsum("kj,rf->rkjf", np.eye(count), x).reshape(len(x), count, -1)
         weights = np.zeros((count, 5))
@@ -143,7 +148,10 @@ class AnswerPrior:
         size = lists.items.shape[1]
         picked = _evenly(np.arange(len(lists.items)), _MOST_CHOICES // size)
         items, rows = lists.items[picked], np.repeat(lists.rows[picked], size)
-        x = self.features(data.user[rows], data.history[rows], items.flatten())[:, _KNOWN["topk"]]
+        users = data.user[rows]
+        folds = self.matches.vectors.folds(users, data.item[rows])
+        x = self.features(users, data.history[rows], items.flatten(), folds=folds)
+        x = x[:, _KNOWN["topk"]]
         weights = np.zeros((1, 5))
         weights[0, _KNOWN["topk"]] = softmax_regression(
             x.reshape(*items.shape, x.shape[1]), lists.positive[picked]

@@ -15,13 +15,14 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
+import yaml
 from safetensors import SafetensorError
 from transformers import set_seed
 
@@ -175,6 +176,7 @@ def load_run(
     assembly = assemble(config, data, vectors, pick_device(device))
     load_trained(assembly, folder)
     _take_weights(assembly, folder)
+    assembly.forget_held_out()
     assembly.model.eval()
     return Run(folder, assembly)
 
@@ -187,7 +189,23 @@ def opened_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
                 f"--set {override!r}: of a finished run only evaluate.* may change, for example "
                 "evaluate.batch_tokens=1024; train another run for the rest"
             )
-    return load_config(folder / CONFIG, list(overrides))
+    file = folder / CONFIG
+    config = load_config(file, list(overrides))
+    if "held_out" not in (yaml.safe_load(file.read_text("utf-8")).get("cf") or {}):
+        config = replace(config, cf=replace(config.cf, held_out=False))  # a run of before it
+    return config
+
+
+def _differences(there: dict, here: dict, name: str = "") -> list[str]:
+    """The keys whose values differ, with dots between the levels."""
+    found = []
+    for key in sorted(there.keys() | here.keys()):
+        one, two = there.get(key), here.get(key)
+        if isinstance(one, dict) and isinstance(two, dict):
+            found += _differences(one, two, f"{name}{key}.")
+        elif one != two:
+            found.append(f"{name}{key}")
+    return found
 
 
 # Random numbers, and what transformers and accelerate keep, belong to the process: two trainings at
@@ -258,6 +276,7 @@ def train_or_load(
                 about = _about(assembly.config, assembly, device, trainable, seconds, weights)
                 write_json(about, folder / ABOUT)
     _take_weights(assembly, folder)
+    assembly.forget_held_out()
     assembly.model.eval()
     return Run(folder, assembly)
 
@@ -295,11 +314,12 @@ def start_run(config: RunConfig, folder: Path) -> bool:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give the run a folder by another --out")
     if file.exists():
-        there = load_config(file)
+        there = opened_config(folder)
         if there != config or list(there.tasks) != list(config.tasks):  # the order gives the ids
+            other = ", ".join(_differences(asdict(there), asdict(config))) or "tasks"
             raise ValueError(
-                f"{folder} holds a run with other settings; give another --out, or --overwrite to "
-                "remove it"
+                f"{folder} holds a run with other settings ({other}); give another --out, or "
+                "--overwrite to remove it"
             )
         return False
     if folder.exists() and any(folder.iterdir()):
@@ -362,6 +382,7 @@ def _vectors_of(config: RunConfig, folder: Path, data: PreparedData, base: Base,
     temporary = file.with_name(file.name + ".part")
     vectors.save(temporary)
     temporary.replace(file)
+    vectors = _read_vectors(file)  # large tables stay there
     return vectors, {"cf": round((datetime.datetime.now() - start).total_seconds(), 1)}
 
 

@@ -63,13 +63,19 @@ def test_a_year_beyond_those_of_the_train_rows_counts_as_their_last(data):
     assert torch.equal(found[0].items, found[1].items)
 
 
-def test_the_blend_beats_the_model_and_the_means_alone(data, blended):
-    rows = np.flatnonzero((data.split == 2) & (data.user < 135))
-    alone = replace(blended, blend=None)
-    means = ctr_scores(data, rows)["item_user_mean"]
-    ours = auc(scored(blended, data, rows), data.label[rows])
-    assert ours > auc(scored(alone, data, rows), data.label[rows])
-    assert ours > auc(means, data.label[rows])
+def test_the_blend_beats_the_model_and_the_means_alone():
+    """On average: one sample of 1,080 rows has a standard error of .015."""
+    found = []
+    for seed in range(4):
+        data = made(seed=seed)
+        rows = np.flatnonzero((data.split == 2) & (data.user < 135))
+        blended = fit_cf(CFConfig(**SMALL), data, quiet)
+        alone = scored(replace(blended, blend=None), data, rows)
+        means = ctr_scores(data, rows)["item_user_mean"]
+        scores = (scored(blended, data, rows), alone, means)
+        found.append([auc(each, data.label[rows]) for each in scores])
+    ours, alone, means = np.mean(found, 0)
+    assert ours > alone + 0.002 and ours > means + 0.01
 
 
 @pytest.mark.parametrize("titles", [0, 3])
@@ -81,16 +87,18 @@ def test_a_train_rows_own_label_does_not_raise_its_score(data, titles):
     rows = np.flatnonzero((data.split == 0) & (data.label == 0))[::97]
     config = CFConfig(**SMALL, titles=titles)
     states = torch.randn(data.n_items, 4, generator=torch.Generator().manual_seed(0))
-    before = scored(fit_cf(config, data, quiet, states), data, rows)
+    before = fit_cf(config, data, quiet, states)
     label = data.label.copy()
     label[rows] = 1
     changed = fit_cf(config, replace(data, label=label), quiet, states)
-    own = scored(changed, data, rows) - before
-    knowing = scored(
-        replace(changed, blend=replace(changed.blend, pairs=torch.empty(0))), data, rows
+    own = scored(changed, data, rows) - scored(before, data, rows)
+    new, old = (
+        scored(replace(v, blend=replace(v.blend, pairs=torch.empty(0))), data, rows)
+        for v in (changed, before)
     )
-    assert knowing.mean() - before.mean() > 0.2
-    assert abs(own.mean()) < (knowing.mean() - before.mean()) / 4
+    knowing = (new - old).mean()
+    assert knowing > 0.1
+    assert abs(own.mean()) < knowing / 4
 
 
 def test_a_pair_that_repeats_does_not_tell_its_label():

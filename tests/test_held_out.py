@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from ckf.batches import VectorLookup
+from ckf.batches import Collator, RowBatcher, VectorLookup
 from ckf.cf import CFConfig, CFVectors, fit_cf, fold_in_users
-from ckf.cf.held_out import HeldOut, fit_folds, train_rows
+from ckf.cf.folds import fit_folds, train_rows
+from ckf.cf.held_out import HeldOut
 from ckf.cf.tables import MappedTable
 from ckf.match import MatchScores
 from ckf.metrics import auc
@@ -66,13 +67,16 @@ def test_held_out_vectors_do_not_tell_a_train_rows_label(data, kind):
     assert 0.4 < auc(held_out.numpy(), data.label[rows]) < 0.52
 
 
-def test_a_folds_labels_do_not_change_what_its_rows_are_shown(data, vectors):
+def test_a_folds_labels_do_not_change_what_its_rows_are_shown(data):
+    """Without valid rows, which choose the number of epochs by what the whole fit says of them."""
+    data = replace(data, split=np.where(data.split == 1, 2, data.split))
     rows, users, items = train_of(data)
+    vectors = fit_cf(CFConfig(**SMALL), data, quiet)
     folds = vectors.folds(users, items)
-    label = data.label.copy()
-    label[rows[folds == 0]] = 1 - label[rows[folds == 0]]
-    other = fit_cf(CFConfig(**SMALL), replace(data, label=label), quiet)
     first = folds == 0
+    label = data.label.copy()
+    label[rows[first]] = 1 - label[rows[first]]
+    other = fit_cf(CFConfig(**SMALL), replace(data, label=label), quiet)
     before, after = (scores(v, users[first], items[first], folds[first]) for v in (vectors, other))
     # the same model, turned onto another whole fit: float32 products of values up to about 1
     torch.testing.assert_close(before, after, rtol=1e-5, atol=1e-5)
@@ -86,8 +90,7 @@ def test_every_train_pair_has_its_fold_and_no_other(data, vectors):
     others = np.flatnonzero(data.split != 0)
     assert (vectors.folds(data.user[others], data.item[others]) == -1).all()
     assert (vectors.folds(np.full(4, -1), np.arange(4)) == -1).all()
-    last = data.n_users - 1, data.n_items - 1
-    assert len(vectors.folds(*(np.array([n]) for n in last))) == 1  # beyond the last pair
+    assert vectors.folds([data.n_users], [data.n_items]).tolist() == [-1]  # beyond the last pair
 
 
 def test_rows_of_a_pair_share_a_fold():
@@ -132,16 +135,84 @@ def test_standardised_with_the_scale_of_the_whole_fit(data, vectors):
     assert torch.equal(found.folds(users, items), folds)
 
 
+def test_the_folds_have_the_spread_of_the_whole_fit():
+    """Fits that stop by themselves have factors of any size: these began small and grow."""
+    rng = np.random.default_rng(2)
+    p, q = rng.normal(size=(120, 2)), rng.normal(size=(80, 2))
+    user, item = np.repeat(np.arange(120), 40), np.tile(np.arange(80), 60)
+    logit = (p[user] * q[item]).sum(1)
+    split = np.where(rng.random(len(user)) < 0.15, 1, 0)
+    planted = prepared(user, item, rng.random(len(user)) < 1 / (1 + np.exp(-logit)), split)
+    found = fit_cf(CFConfig(**SMALL, weight_decay=0.01), planted, quiet).standardised()
+    known = found.held_out.user_known.view(5, -1)
+    for users, there in zip(found.held_out.users.view(5, 120, -1), known, strict=True):
+        spread = users[there].square().mean().sqrt()
+        assert 0.5 < spread < 1.5
+
+
+def shown_as_new(vectors, data, rows, items):
+    """Scores of items (n, c) beside the held-out ones of rows (n,)."""
+    users, history = np.repeat(data.user[rows], items.shape[1]), None
+    if vectors.takes_history:
+        history = np.repeat(data.history[rows], items.shape[1], 0)
+    folds = vectors.folds(data.user[rows], data.item[rows]).repeat_interleave(items.shape[1])
+    own = vectors.score(users, items.flatten(), history)
+    return own.view(items.shape), vectors.score(users, items.flatten(), history, folds).view(
+        items.shape
+    )
+
+
+@pytest.mark.parametrize("history", [False, True])
+def test_a_blend_scores_a_whole_list_without_its_row(history):
+    """Noise labels: an item of the user's is no better than any other, though the row says so.
+
+    The row's own item has a score from without it in any case; the others' users know the row.
+    """
+    data = noise(per_user=20)
+    past = np.tile([-1, -1, -1], (len(data), 1))
+    past[:, 2] = np.r_[-1, data.item[:-1]]
+    data = replace(data, history=past.astype(np.int32))
+    vectors = fit_cf(CFConfig(**SMALL, blend=5, history=history), data, quiet)
+    assert len(vectors.held_out.blends) == 5
+    rows = np.flatnonzero((data.split == 0) & (data.label == 1))
+    seen = np.zeros((data.n_users, data.n_items), bool)
+    seen[data.user, data.item] = True
+    rng = np.random.default_rng(3)
+    other = np.array([rng.choice(np.flatnonzero(~seen[u])) for u in data.user[rows]])
+    own, held_out = shown_as_new(vectors, data, rows, np.stack([data.item[rows], other], 1))
+    # the pair's own score is the same either way, where the user has rows outside the fold
+    torch.testing.assert_close(own[:, 0], held_out[:, 0], rtol=1e-4, atol=1e-4)
+    better = [float((s[:, 0] > s[:, 1]).float().mean()) for s in (own, held_out)]
+    # standard error .013 over 1,300 rows: left out, a like lowers its item's mean a little
+    assert history or better[0] < better[1] - 0.02
+    assert abs(better[1] - 0.5) < 0.06
+
+
+def test_folded_and_shuffled_users_are_scored_without_the_row_too(data):
+    vectors = fit_cf(CFConfig(**SMALL, blend=5), data, quiet)
+    rows, users, items = train_of(data)
+    folds = vectors.folds(users, items)
+    for shown in (torch.full_like(users, -1), users.roll(29)):
+        own = auc(vectors.score(shown, items).numpy(), data.label[rows])
+        held_out = auc(vectors.score(shown, items, folds=folds).numpy(), data.label[rows])
+        assert own > 0.53 and held_out < 0.52
+
+
 def test_batches_show_train_rows_held_out_vectors(small_run):
     made = small_run.assembly
+    tasks, old = made.tasks, made.batcher.collator
+    lookup = VectorLookup(CFVectors.load(small_run.folder / "cf.safetensors"))
+    batcher = RowBatcher(
+        made.maker, made.batcher.encoder, Collator(tasks, lookup, old.filler, True)
+    )
     examples = made.maker.examples("topk", "train")[:3] + made.maker.examples("topk", "test")[:3]
     rows = [example.row for example in examples]
-    data, table = made.data, made.batcher.collator.lookup.vectors
+    data, table = made.data, lookup.vectors
     prompts = [
         made.batcher.encode(e, s, True)
         for e, s in zip(examples, ["train"] * 3 + ["test"] * 3, strict=True)
     ]
-    batch = made.batcher.batch(examples, prompts)
+    batch = batcher.batch(examples, prompts)
     folds = table.folds(data.user[rows], data.item[rows])
     assert (folds[:3] >= 0).all() and (folds[3:] == -1).all()
     users = torch.from_numpy(data.user[rows]).long()
@@ -244,13 +315,17 @@ def test_fewer_pairs_than_folds(pairs):
 
 @pytest.mark.parametrize("label", [1, -1])
 def test_likes_only_and_ratings_only(data, label):
-    """Each of the first a like; of the others a rating, and no label."""
+    """Every row a like; or ratings, and no label."""
     rating = np.random.default_rng(0).integers(1, 6, len(data)).astype(np.float32)
     changed = replace(data, label=np.full_like(data.label, label), rating=rating)
     vectors = fit_cf(CFConfig(**SMALL), changed, quiet)
     _, users, items = train_of(changed)
     assert (vectors.folds(users, items) >= 0).all()
-    assert vectors.held_out.users.isfinite().all()
+    whole, parts = vectors.users[:, -1], vectors.held_out.users[:, -1].view(5, -1)
+    for part in parts:
+        assert part.isfinite().all() and part.any()
+        if label < 0:  # biases of the same users, of four fifths of the rows
+            assert np.corrcoef(whole, part)[0, 1] > 0.5
 
 
 def test_the_whole_fit_is_as_it_was(data, vectors):

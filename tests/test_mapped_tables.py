@@ -92,7 +92,7 @@ def test_mapped_vectors_are_saved_in_chunks_and_load_either_way(raw, tmp_path):
 
 
 def test_many_users_shape_the_fold_in_by_an_even_part(raw, tmp_path, monkeypatch):
-    monkeypatch.setattr("ckf.cf.vectors._FOLD_IN_USERS", 10)
+    monkeypatch.setattr("ckf.cf.fold_in._MOST_USERS", 10)
     held, mapped = both(raw, tmp_path)
     assert torch.equal(held.fold_in, mapped.fold_in) and held.fold_in.isfinite().all()
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ckf.baselines import release_years
 from ckf.cf.effects import Effects, ItemSide, Observations, fit_effects
-from ckf.cf.held_out import Folds, without
+from ckf.cf.folds import Folds, without
 from ckf.cf.history import HistoryTerm, Sides, fit_weights, points_of, scored
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ckf.data.prepared import PreparedData
 
 _KNOWN_AXIS = 0.35  # length of the axes of year and popularity; a title's have 1 together
-REGRESSION = 2  # the regression's version: scores of another are not these
+REGRESSION = 3  # the regression's version: scores of another are not these
 _STATES_AT_ONCE = 65_536
 _HISTORY = "history."  # begins the names of its tensors in a file
 
@@ -140,13 +140,12 @@ def fit_blend(
     Raises:
         ValueError: with history, where the train rows are not of two users.
     """
-    train, fold = folds.rows, folds.fold
+    train, fold = folds.rows, torch.from_numpy(folds.fold)
     labels = data.label[train].astype(np.float64)
-    dots, points = np.zeros(len(train)), []
+    dots = np.zeros(len(train))
     for number, model in enumerate(folds.models):
-        new = fold == number
+        new = folds.fold == number
         dots[new] = _dots(model, data, train[new])
-        points.append(points_of(model) if history else None)
     centre, scale = dots.mean(), float(spread(dots.std()))
     seen = Observations(
         users=torch.from_numpy(data.user[train].astype(np.int64)),
@@ -155,28 +154,52 @@ def fit_blend(
         labels=torch.from_numpy(labels),
     )
     rows = _TrainRows(data, train, seen, titles)
-    pair_scores, terms = rows.held_out(fold, points)
-    found, side = rows.fit(seen)
-    term = None
+    fits = [rows.fit(fold != n, m if history else None) for n, m in enumerate(folds.models)]
+    pair_scores, terms = rows.held_out(fold, fits)
+    whole = rows.fit(torch.ones_like(fold, dtype=torch.bool), vectors if history else None)
+    strangers = None
     if history:
         strangers = _as_strangers(rows, refit, len(folds.models), seed, -centre / scale)
-        weights = fit_weights(pair_scores, terms, seen.labels), fit_weights(*strangers, seen.labels)
-        term = Sides.of(points_of(vectors), side, seen, data.n_users).with_weights(*weights)
-        pair_scores = _cross_fitted(pair_scores, terms, seen.labels, fold)
+    scores, blends = pair_scores.clone(), []
+    for number, fit in enumerate([*fits, whole]):
+        weights, others = None, fold != number  # of the whole fit: all
+        if history:
+            weights = [
+                fit_weights(found[others], its_terms[others], seen.labels[others])
+                for found, its_terms in ((pair_scores, terms), strangers)
+            ]
+            scores[~others] = scored(pair_scores[~others], terms[~others], weights[0])
+        blends.append(fit.blend(centre, scale, weights))
     keys = seen.users * data.n_items + seen.items
     order = torch.argsort(keys, stable=True)
-    weight, bias = found.scalars
-    blend = Blend(
-        users=found.users.float(),
-        items=found.items.float(),
-        tastes=found.tastes.float(),
-        axes=side.axes.float(),
-        pairs=keys[order],
-        pair_scores=pair_scores[order].float(),
-        scalars=torch.stack([weight / scale, bias - weight * centre / scale]).float(),
-        history=term,
-    )
-    return replace(vectors, blend=blend)
+    blend = replace(blends.pop(), pairs=keys[order], pair_scores=scores[order].float())
+    held_out = vectors.held_out
+    if held_out is not None:
+        held_out = replace(held_out, blends=tuple(blends))
+    return replace(vectors, blend=blend, held_out=held_out)
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """The regression on some of the rows; sides: the tables of their history's terms, or None."""
+
+    effects: Effects
+    side: ItemSide
+    sides: Sides | None
+
+    def blend(self, centre: float, scale: float, weights: Sequence[Tensor] | None) -> Blend:
+        """Without pairs. weights: of the history, for users with train rows and for others."""
+        weight, bias = self.effects.scalars
+        return Blend(
+            users=self.effects.users.float(),
+            items=self.effects.items.float(),
+            tastes=self.effects.tastes.float(),
+            axes=self.side.axes.float(),
+            pairs=torch.empty(0, dtype=torch.int64),
+            pair_scores=torch.empty(0),
+            scalars=torch.stack([weight / scale, bias - weight * centre / scale]).float(),
+            history=None if weights is None else self.sides.with_weights(*weights),
+        )
 
 
 class _TrainRows:
@@ -190,30 +213,32 @@ class _TrainRows:
         self.titles = (torch.zeros(data.n_items, 0) if titles is None else titles).double()
         self.years = torch.from_numpy(release_years(data)).double()
 
-    def fit(self, rows: Observations) -> tuple[Effects, ItemSide]:
+    def fit(self, some: Tensor, model: CFVectors | None) -> _Fit:
+        """On some (L,) bool of the rows. model: of the same rows, for the history's terms."""
+        rows = _chosen(self.seen, some)
         side = _item_side(rows, self.years, self.titles)
-        return fit_effects(rows, side, self.data.n_users), side
+        sides = None
+        if model is not None:
+            sides = Sides.of(points_of(model), side, rows, self.data.n_users)
+        return _Fit(fit_effects(rows, side, self.data.n_users), side, sides)
 
     def held_out(
-        self, fold: np.ndarray, points: Sequence[tuple[Tensor, Tensor] | None], dot=None
+        self, fold: Tensor, fits: Sequence[_Fit], dot: float | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Scores (L,) and terms of the history (L, t) of all rows, fitted without their fold (L,).
+        """Scores (L,) and terms of the history (L, t) of all rows, by the fit without their fold.
 
-        points: of each fold, from a model without it; None leaves the terms out. dot: of every
-        row, in place of its own.
+        fold: (L,). dot: of every row, in place of its own. Without a history the terms are None.
         """
         scores, terms = torch.zeros(len(self.train), dtype=torch.float64), None
-        for number, own in enumerate(points):
-            new = torch.from_numpy(fold == number)
-            others, rows = _chosen(self.seen, ~new), _chosen(self.seen, new)
+        for number, fit in enumerate(fits):
+            new = fold == number
+            rows = _chosen(self.seen, new)
             if dot is not None:
                 rows = replace(rows, dots=torch.full_like(rows.dots, dot))
-            found, side = self.fit(others)
-            scores[new] = found.logits(rows, side)
-            if own is None:
+            scores[new] = fit.effects.logits(rows, fit.side)
+            if fit.sides is None:
                 continue
-            made = Sides.of(own, side, others, self.data.n_users)
-            made = made.terms(rows.items, self.history[new])
+            made = fit.sides.terms(rows.items, self.history[new])
             terms = made.new_zeros(len(scores), made.shape[1]) if terms is None else terms
             terms[new] = made
         return scores, terms
@@ -233,21 +258,11 @@ def _as_strangers(
             "new users are fitted on users left out: set cf.history to false"
         )
     fold = np.random.default_rng([seed, 0x57A46E]).permutation(len(users))[place] % folds
-    points = [
-        points_of(refit(without(rows.data, rows.train[fold == number])))
-        for number in range(min(folds, len(users)))
-    ]
-    return rows.held_out(fold, points, dot)
-
-
-def _cross_fitted(scores: Tensor, terms: Tensor, labels: Tensor, fold: np.ndarray) -> Tensor:
-    """Scores (L,) with the terms (L, t), by weights that do not know the row's fold either."""
-    found = torch.zeros_like(scores)
-    for number in np.unique(fold):
-        new = torch.from_numpy(fold == number)
-        weights = fit_weights(scores[~new], terms[~new], labels[~new])
-        found[new] = scored(scores[new], terms[new], weights)
-    return found
+    fits = []
+    for number in range(min(folds, len(users))):
+        model = refit(without(rows.data, rows.train[fold == number]))
+        fits.append(rows.fit(torch.from_numpy(fold != number), model))
+    return rows.held_out(torch.from_numpy(fold), fits, dot)
 
 
 def _width(tensors: dict[str, Tensor], name: str) -> int:

@@ -1,4 +1,4 @@
-"""Train a CF model on the train rows of prepared data: mini-batch Adam, early stopping on valid."""
+"""Fit a CF model to the train rows of prepared data, and what stands beside its vectors."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ckf import metrics
 from ckf.cf.blend import fit_blend, principal_components
-from ckf.cf.held_out import HeldOut, fit_folds, train_rows
+from ckf.cf.fold_in import fit_fold_in
+from ckf.cf.folds import fit_folds, train_rows
+from ckf.cf.held_out import HeldOut
 from ckf.cf.models import LightGCNWithBiases, MatrixFactorisation
-from ckf.cf.vectors import CFVectors, fit_fold_in, load_vectors
+from ckf.cf.training import Problem, Training, part_of, problem_of, rows_of
+from ckf.cf.vectors import CFVectors, load_vectors
 
 if TYPE_CHECKING:
     from ckf.data.prepared import PreparedData
@@ -122,38 +124,6 @@ class CFConfig:
         return [(dim, decay) for dim in dims for decay in decays]
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """users, items (L,) int64 and targets (L,) float32: labels 0/1 or ratings."""
-
-    users: Tensor
-    items: Tensor
-    targets: Tensor
-
-
-@dataclass(frozen=True)
-class _Problem:
-    """What a model is trained on and chosen on. ``on_labels``: BCE and AUC, else MSE and RMSE."""
-
-    n_users: int
-    n_items: int
-    train: _Rows
-    valid: _Rows
-    on_labels: bool
-    implicit: bool  # every label is 1: zeros are drawn from the items without a train row
-    bias: float
-
-    def known(self) -> tuple[Tensor, Tensor]:
-        """user_known (U,), item_known (I,): has a train row."""
-        users = torch.bincount(self.train.users, minlength=self.n_users) > 0
-        return users, torch.bincount(self.train.items, minlength=self.n_items) > 0
-
-    def edges(self) -> tuple[Tensor, Tensor]:
-        """Users and items of the train rows that say "liked" (above the mean, where only rated)."""
-        liked = self.train.targets > (0.5 if self.on_labels else self.bias)
-        return self.train.users[liked], self.train.items[liked]
-
-
 def fit_cf(
     config: CFConfig, data: PreparedData, log: Log = print, titles: Tensor | None = None
 ) -> CFVectors:
@@ -179,7 +149,7 @@ def fit_mf(
 ) -> CFVectors:
     """Matrix factorisation with biases: BCE on labels, MSE on ratings where there are no labels."""
 
-    def build(problem: _Problem, dim: int, generator: torch.Generator):
+    def build(problem: Problem, dim: int, generator: torch.Generator):
         return MatrixFactorisation(problem.n_users, problem.n_items, dim, generator)
 
     return _fit("mf", config, data, build, log, titles)
@@ -190,7 +160,7 @@ def fit_lightgcn(
 ) -> CFVectors:
     """LightGCN over the liked train rows, with biases appended; needs torch_geometric."""
 
-    def build(problem: _Problem, dim: int, generator: torch.Generator):
+    def build(problem: Problem, dim: int, generator: torch.Generator):
         edges = problem.edges()
         sizes = problem.n_users, problem.n_items
         return LightGCNWithBiases(*sizes, dim, config.layers, *edges, generator)
@@ -211,26 +181,43 @@ def _fit(
             f"cf.titles is {config.titles}, so fit_cf needs titles ({data.n_items}, width), as "
             "ckf.titles.read_titles gives them, or set cf.titles to 0"
         )
-    problem = _problem(data, config.seed)
+    problem = problem_of(data, config.seed)
+    if config.blend:
+        _check_labels(config, data)
     trials = config.trials()
     if len(trials) > 1 and len(problem.valid.users) == 0:
         raise ValueError(
             f"cf.dim is {config.dim} and cf.weight_decay {config.weight_decay}, but there are no "
             "valid rows to choose on: give one value each, or set split.valid above 0"
         )
-    best, chosen, tables = -float("inf"), trials[0], None
+    best, chosen, tables = -float("inf"), None, None
     for dim, weight_decay in trials:
-        generator = torch.Generator().manual_seed(config.seed)
-        model = build(problem, dim, generator)
-        quality, found = _train(model, problem, config, weight_decay, generator)
+        training = Training(problem, build, config, dim, weight_decay)
+        quality, epochs, found = training.best()
         measure = "AUC" if problem.on_labels else "minus RMSE"
         log(f"cf {kind} dim {dim} weight_decay {weight_decay}: valid {measure} {quality:.4f}")
         if tables is None or quality > best:
-            best, chosen, tables = quality, (dim, weight_decay), found
+            best, chosen, tables = quality, (dim, weight_decay, epochs), found
+    dim, weight_decay, epochs = chosen
     if len(trials) > 1:
-        log(f"cf {kind}: chose dim {chosen[0]} and weight_decay {chosen[1]} on valid")
-    users, items = tables
-    user_known, item_known = problem.known()
+        log(f"cf {kind}: chose dim {dim} and weight_decay {weight_decay} on valid")
+    vectors = _vectors(kind, problem, tables, data)
+    if not (config.blend or config.held_out):
+        return vectors
+
+    def refit(part: PreparedData) -> CFVectors:
+        """As long as the whole fit: stopped by itself, each would have a length of its own."""
+        own = part_of(problem, rows_of(part, train_rows(part), problem.on_labels))
+        training = Training(own, build, config, dim, weight_decay)
+        return _vectors(kind, own, training.after(epochs), part)
+
+    return _with_folds(vectors, config, data, refit, log, titles)
+
+
+def _vectors(
+    kind: str, problem: Problem, tables: tuple[Tensor, Tensor], data: PreparedData
+) -> CFVectors:
+    (users, items), (user_known, item_known) = tables, problem.known()
     vectors = CFVectors(
         users=users,
         items=items,
@@ -239,16 +226,7 @@ def _fit(
         kind=kind,
         bias=problem.bias,
     )
-    vectors = _with_fold_in(vectors, data)
-    if not (config.blend or config.held_out):
-        return vectors
-    plain = {"blend": 0, "titles": 0, "history": False, "held_out": False}
-    alone = replace(config, dim=chosen[0], weight_decay=chosen[1], **plain)
-
-    def refit(part: PreparedData) -> CFVectors:
-        return _fit(kind, alone, part, build, lambda line: None)
-
-    return _with_folds(vectors, config, data, refit, log, titles)
+    return _with_fold_in(vectors, data)
 
 
 def _with_folds(
@@ -260,8 +238,6 @@ def _with_folds(
     titles: Tensor | None,
 ) -> CFVectors:
     """The vectors with what needs fits that leave train rows out."""
-    if config.blend:
-        _check_labels(config, data)
     folds = fit_folds(data, refit, config.blend or _FOLDS, config.seed, log)
     if config.held_out and folds.models:
         vectors = replace(vectors, held_out=HeldOut.of_models(folds, data, vectors))
@@ -287,102 +263,6 @@ def _log_blend(vectors: CFVectors, data: PreparedData, log: Log) -> None:
         scores = vectors.score(data.user[valid], data.item[valid], history)
         quality = metrics.auc(scores.numpy(), data.label[valid])
         log(f"cf {vectors.kind} in the blend: valid AUC {quality:.4f}")
-
-
-def _train(model, problem: _Problem, config: CFConfig, weight_decay: float, generator):
-    """Quality on valid and the tables of the best epoch (the last epoch without valid rows)."""
-    # A row without train rows keeps its random start, which says nothing: it counts as zero.
-    known = [known[:, None] for known in problem.known()]
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
-    best, best_tables, waited = -float("inf"), None, 0
-    for _ in range(config.epochs):
-        rows = (
-            _with_negatives(problem, problem.train, generator)
-            if problem.implicit
-            else problem.train
-        )
-        order = torch.randperm(len(rows.users), generator=generator)
-        for batch in order.split(config.batch_size):
-            p, q, penalty = model.rows(rows.users[batch], rows.items[batch])
-            scores = _scores(p, q, problem.bias)
-            if problem.on_labels:
-                loss = F.binary_cross_entropy_with_logits(scores, rows.targets[batch])
-            else:
-                loss = F.mse_loss(scores, rows.targets[batch])
-            optimizer.zero_grad()
-            (loss + weight_decay * penalty.mean()).backward()
-            optimizer.step()
-        with torch.no_grad():
-            tables = tuple(table * mask for table, mask in zip(model.tables(), known, strict=True))
-        quality = _quality(tables, problem)
-        if best_tables is None or quality > best or not np.isfinite(quality):
-            best, best_tables, waited = quality, tables, 0
-        else:
-            waited += 1
-            if waited >= config.patience:
-                break
-    return best, best_tables
-
-
-def _quality(tables: tuple[Tensor, Tensor], problem: _Problem) -> float:
-    """AUC or minus RMSE on valid; NaN without valid rows or with one class."""
-    users, items = tables
-    rows = problem.valid
-    if len(rows.users) == 0:
-        return float("nan")
-    scores = _scores(users[rows.users], items[rows.items], problem.bias)
-    if problem.on_labels:
-        return metrics.auc(scores.numpy(), rows.targets.numpy())
-    return -metrics.rmse(scores.numpy(), rows.targets.numpy())
-
-
-def _scores(p: Tensor, q: Tensor, bias: float) -> Tensor:
-    return (p[:, :-1] * q[:, :-1]).sum(-1) + p[:, -1] + q[:, -1] + bias
-
-
-def _problem(data: PreparedData, seed: int) -> _Problem:
-    train = train_rows(data)
-    on_labels = bool((data.label[train] >= 0).any())
-    usable = data.label >= 0 if on_labels else np.isfinite(data.rating)
-    values = data.label if on_labels else data.rating
-
-    def rows(chosen: np.ndarray) -> _Rows:
-        return _Rows(
-            torch.as_tensor(data.user[chosen]).long(),
-            torch.as_tensor(data.item[chosen]).long(),
-            torch.as_tensor(values[chosen]).float(),
-        )
-
-    train, valid = rows(train), rows(np.flatnonzero((data.split == 1) & usable))
-    if len(train.users) == 0:
-        raise ValueError(
-            "the train split has 0 rows with a label or a rating, expected some: check the columns "
-            "and the split of the data config"
-        )
-    implicit = on_labels and bool((train.targets == 1).all())
-    mean = float(train.targets.double().mean())
-    bias = (
-        (0.0 if implicit else float(np.log(mean / (1 - mean)))) if on_labels and mean > 0 else mean
-    )
-    problem = _Problem(data.n_users, data.n_items, train, valid, on_labels, implicit, bias)
-    if implicit and len(valid.users):
-        generator = torch.Generator().manual_seed(seed + 1)
-        problem = replace(problem, valid=_with_negatives(problem, valid, generator))
-    return problem
-
-
-def _with_negatives(problem: _Problem, rows: _Rows, generator: torch.Generator) -> _Rows:
-    """The rows and, for each, the same user with a random item without a train row by that user."""
-    pool = torch.unique(problem.train.items)
-    items = pool[torch.randint(len(pool), (len(rows.users),), generator=generator)]
-    seen = torch.unique(problem.train.users * problem.n_items + problem.train.items)
-    new = ~torch.isin(rows.users * problem.n_items + items, seen)
-    zeros = torch.zeros(int(new.sum()))
-    return _Rows(
-        torch.cat([rows.users, rows.users[new]]),
-        torch.cat([rows.items, items[new]]),
-        torch.cat([rows.targets, zeros]),
-    )
 
 
 def _with_fold_in(vectors: CFVectors, data: PreparedData) -> CFVectors:

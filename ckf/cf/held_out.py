@@ -12,7 +12,6 @@ factors are turned onto those of the whole fit (Schoenemann 1966), biases stay.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -20,60 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ckf.baselines import pair_numbers
-from ckf.cf.tables import MappedTable, Scale, scaled_rows
+from ckf.cf.blend import Blend
+from ckf.cf.folds import Folds
+from ckf.cf.tables import MappedTable, Scale, chunks_of, scaled_rows
 
 if TYPE_CHECKING:
     from ckf.cf.vectors import CFVectors
     from ckf.data.prepared import PreparedData
 
-_LEFT_OUT = 3  # a split that no model reads
-
-
-@dataclass(frozen=True)
-class Folds:
-    """rows (L,): the train rows that shape the vectors; fold (L,): which model did not see them."""
-
-    rows: np.ndarray
-    fold: np.ndarray
-    models: list[CFVectors]
-
-
-def fit_folds(
-    data: PreparedData,
-    refit: Callable[[PreparedData], CFVectors],
-    count: int,
-    seed: int,
-    log: Callable[[str], None] = lambda line: None,
-) -> Folds:
-    """count models, or one a pair of user and item where there are fewer; none of a single pair.
-
-    Args:
-        refit: the model of the whole data, fitted on other data.
-    """
-    rows = train_rows(data)
-    pair = pair_numbers(data, rows)
-    pairs = int(pair.max()) + 1
-    fold = np.random.default_rng([seed, 0xB1E2D]).permutation(pairs)[pair] % count
-    models = []
-    for number in range(min(count, pairs)) if pairs > 1 else ():
-        log(f"cf: fitting without fold {number + 1} of {min(count, pairs)} of the train rows")
-        models.append(refit(without(data, rows[fold == number])))
-    return Folds(rows, fold, models)
-
-
-def train_rows(data: PreparedData) -> np.ndarray:
-    """Rows (L,) that shape CF vectors: with a label, or with a rating where no row has a label."""
-    train = data.split == 0
-    labelled = train & (data.label >= 0)
-    return np.flatnonzero(labelled if labelled.any() else train & np.isfinite(data.rating))
-
-
-def without(data: PreparedData, rows: np.ndarray) -> PreparedData:
-    """The data with these rows in a split that no model reads."""
-    split = data.split.copy()
-    split[rows] = _LEFT_OUT
-    return replace(data, split=split)
+_BLEND = "blend."  # begins the names of the blends' tensors in a file
 
 
 @dataclass(frozen=True)
@@ -82,7 +36,8 @@ class HeldOut:
 
     users (F * U, d) and items (F * I, d), in the space of the whole fit; user_known (F * U,) and
     item_known (F * I,) bool: has a train row outside the fold. pairs (L,): user * I + item of the
-    train rows, ascending, each once; folds (L,): their model.
+    train rows, ascending, each once; folds (L,): their model. blends: of F, the model's score
+    joined with what else is known without the fold, or none.
     """
 
     users: Tensor | MappedTable
@@ -91,16 +46,27 @@ class HeldOut:
     item_known: Tensor
     pairs: Tensor
     folds: Tensor
+    blends: tuple[Blend, ...] = ()
 
     @classmethod
     def of_models(cls, folds: Folds, data: PreparedData, whole: CFVectors) -> HeldOut:
         """whole: the vectors of the fit on all train rows."""
-        turned = [_turned(model, whole) for model in folds.models]
+        count = len(folds.models)
+        users, items = (
+            torch.empty(count * len(table), whole.dim) for table in (whole.users, whole.items)
+        )
+        for model, own, its in zip(
+            folds.models, users.chunk(count), items.chunk(count), strict=True
+        ):
+            turn = _turn(model, whole)
+            for table, into in ((model.users, own), (model.items, its)):
+                torch.mm(table[:, :-1], turn, out=into[:, :-1])
+                into[:, -1] = table[:, -1]
         keys = data.user[folds.rows].astype(np.int64) * data.n_items + data.item[folds.rows]
         pairs, first = np.unique(keys, return_index=True)
         return cls(
-            users=torch.cat([users for users, _ in turned]),
-            items=torch.cat([items for _, items in turned]),
+            users=users,
+            items=items,
             user_known=torch.cat([model.user_known for model in folds.models]),
             item_known=torch.cat([model.item_known for model in folds.models]),
             pairs=torch.from_numpy(pairs),
@@ -114,6 +80,10 @@ class HeldOut:
         """From a file's tensors, None without any; ValueError where they do not fit."""
         if not tensors:
             return None
+        blends: dict[str, dict[str, Tensor]] = {}
+        for name in [name for name in tensors if name.startswith(_BLEND)]:
+            _, number, part = name.split(".", 2)
+            blends.setdefault(number, {})[part] = tensors.pop(name)
         count, pairs = len(tensors.get("items", ())) // n_items, len(tensors.get("pairs", ()))
         expected = {"users": (count * n_users, dim), "items": (count * n_items, dim)}
         expected |= {"user_known": expected["users"][:1], "item_known": expected["items"][:1]}
@@ -130,7 +100,20 @@ class HeldOut:
                 f"held-out vectors of {count} folds, but pairs of {int(folds.min())} to "
                 f"{int(folds.max())}: fit the vectors anew"
             )
-        return cls(**tensors)
+        if blends and sorted(blends) != sorted(map(str, range(count))):
+            raise ValueError(
+                f"held-out vectors of {count} folds with blends of {sorted(blends)}: fit the "
+                "vectors anew"
+            )
+        made = (Blend.of(blends[str(number)], n_users, n_items) for number in range(len(blends)))
+        return cls(**tensors, blends=tuple(made))
+
+    def tensors(self) -> dict[str, Tensor | MappedTable]:
+        """What `of` reads."""
+        found = {name: value for name, value in vars(self).items() if name != "blends"}
+        for number, blend in enumerate(self.blends):
+            found |= {f"{_BLEND}{number}.{name}": t for name, t in blend.tensors().items()}
+        return found
 
     def folds_of(self, users: Tensor, items: Tensor, n_items: int) -> Tensor:
         """The model (n,) that pairs of users (n,), -1 for strangers, and items (n,) are shown; -1
@@ -151,14 +134,12 @@ class HeldOut:
         )
 
 
-def _turned(model: CFVectors, whole: CFVectors) -> tuple[Tensor, Tensor]:
-    """Users (U, d) and items (I, d) of a model, turned onto those of the whole fit."""
+def _turn(model: CFVectors, whole: CFVectors) -> Tensor:
+    """(d - 1, d - 1): what turns a model's factors onto those of the whole fit."""
     product = torch.zeros(model.dim - 1, model.dim - 1, dtype=torch.float64)
     for name in ("users", "items"):
-        own, other = (getattr(vectors, name)[:, :-1].double() for vectors in (model, whole))
-        product += own.T @ other  # unknown rows are zero
+        own, other = (getattr(vectors, name)[:, :-1] for vectors in (model, whole))
+        for some, same in zip(chunks_of(own), chunks_of(other), strict=True):
+            product += some.double().T @ same.double()  # unknown rows are zero
     left, _, right = torch.linalg.svd(product)
-    turn = (left @ right).float()
-    return tuple(
-        torch.cat([table[:, :-1] @ turn, table[:, -1:]], 1) for table in (model.users, model.items)
-    )
+    return (left @ right).float()

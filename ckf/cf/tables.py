@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 MAPPED_BYTES = 2**30  # files above this size are mapped
@@ -100,6 +101,13 @@ class MappedTable:
         if self.dtype == "<u2":
             return torch.from_numpy(rows.view(np.int16)).view(torch.bfloat16).float()
         return torch.from_numpy(rows).float()
+
+
+def as_index(values: ArrayLike | Tensor) -> Tensor:
+    """int64; arrays are copied, since torch warns of those that cannot be written to."""
+    if isinstance(values, Tensor):
+        return values.long()
+    return torch.from_numpy(np.array(values, dtype=np.int64))
 
 
 def chunks_of(table: Tensor | MappedTable) -> Iterator[Tensor]:

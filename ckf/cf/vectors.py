@@ -1,4 +1,4 @@
-"""User and item vectors of a collaborative-filtering (CF) model: keep, score, standardise, fold in.
+"""User and item vectors of a collaborative-filtering (CF) model: keep, score, standardise.
 
 The biases of the model are the last vector dimension: users = [p_u, b_u], items = [q_i, b_i], and
 the model's own score is ``bias + p_u . q_i + b_u + b_i``. Whoever reads the vectors alone then
@@ -19,11 +19,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ckf.cf.blend import Blend
+from ckf.cf.fold_in import fold_in_users
 from ckf.cf.held_out import HeldOut
 from ckf.cf.tables import (
     MAPPED_BYTES,
     MappedTable,
     Scale,
+    as_index,
     chunks_of,
     moments,
     save_tables,
@@ -31,10 +33,6 @@ from ckf.cf.tables import (
 )
 
 SCORE_FORMS = ("biased_dot", "dot", "none")
-# Lengths of the histories on which the fold-in is fitted, so that short ones are met there too.
-_FOLD_IN_WINDOWS = (1, 3, 10)
-_RIDGE_GRID = (1e-2, 1e-1, 1.0, 1e1, 1e2)
-_FOLD_IN_USERS = 500_000  # at most so many shape the fold-in, evenly spread
 _FORMAT = "ckf-cf-1"
 _BLEND, _HELD_OUT = "blend.", "held_out."  # begin the names of their tensors in a file
 
@@ -93,7 +91,7 @@ class CFVectors:
         """
         if self.held_out is None:
             return None
-        return self.held_out.folds_of(_index(user_idx), _index(item_idx), len(self.items))
+        return self.held_out.folds_of(as_index(user_idx), as_index(item_idx), len(self.items))
 
     def user_rows(self, user_idx: Tensor, folds: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Vectors (n, d) of users (n,), -1 for strangers, and whether they are known (n,).
@@ -101,11 +99,14 @@ class CFVectors:
         folds: (n,) as `folds` gives them; None shows those of the whole fit.
         """
         index = user_idx.clamp(min=0)
-        found, known = self.users[index], self.user_known[index]
-        if folds is not None:
-            new = folds >= 0
-            place = folds[new] * len(self.users) + index[new]
-            found[new], known[new] = self.held_out.users[place], self.held_out.user_known[place]
+        if folds is None:
+            return self.users[index], self.user_known[index] & (user_idx >= 0)
+        new, place = folds >= 0, folds * len(self.users) + index
+        found = torch.empty(len(index), self.dim)
+        found[new], found[~new] = self.held_out.users[place[new]], self.users[index[~new]]
+        known = torch.empty(len(index), dtype=torch.bool)
+        known[new] = self.held_out.user_known[place[new]]
+        known[~new] = self.user_known[index[~new]]
         return found, known & (user_idx >= 0)
 
     def item_rows(self, item_idx: Tensor, folds: Tensor | None = None) -> Tensor:
@@ -122,6 +123,7 @@ class CFVectors:
         user_idx: ArrayLike | Tensor,
         item_idx: ArrayLike | Tensor,
         history: ArrayLike | Tensor | None = None,
+        folds: Tensor | None = None,
     ) -> Tensor:
         """The CF model's own score of user-item pairs, float32, in the broadcast shape of both.
 
@@ -129,29 +131,30 @@ class CFVectors:
         With ``history``, item indices padded with -1, of shape user_idx.shape + (H,), users without
         train rows are folded in. Trained on labels, the score is a logit; on ratings, a rating.
         A blend leaves such users, and strangers (-1), at the items' part; with ``cf.history`` it
-        needs the history, for all users. Raises ValueError for standardised vectors, whose products
-        mean nothing, and for a blend with a history that it does not read or without one it does.
+        needs the history, for all users. With ``folds`` (n,), as `folds` gives them, and indices
+        (n,) the scores are those of held-out models. Raises ValueError for standardised vectors,
+        whose products mean nothing, and for a blend with a history that it does not read or without
+        one that it does.
         """
         if self.score_form == "none":
             raise ValueError(
                 "these vectors are standardised and have no score: call score() on the vectors "
                 "before standardised()"
             )
-        user_idx, item_idx = _index(user_idx), _index(item_idx)
+        user_idx, item_idx = as_index(user_idx), as_index(item_idx)
         if self.blend is not None:
-            return self._blended(user_idx, item_idx, history)
-        users = self.users[user_idx]  # (..., d)
+            return self._blended(user_idx, item_idx, history, folds)
+        users, known = self.user_rows(user_idx, folds)  # (..., d)
         if history is not None:
-            unknown = ~self.user_known[user_idx]
-            folded = fold_in_users(self, _index(history)[unknown])
-            users = users.index_put((unknown,), folded)
-        items = self.items[item_idx]
+            folded = fold_in_users(self, as_index(history)[~known])
+            users = users.index_put((~known,), folded)
+        items = self.item_rows(item_idx, folds)
         if self.score_form == "dot":
             return (users * items).sum(-1)
         dot = (users[..., :-1] * items[..., :-1]).sum(-1)
         return dot + users[..., -1] + items[..., -1] + self.bias
 
-    def _blended(self, user_idx: Tensor, item_idx: Tensor, history) -> Tensor:
+    def _blended(self, user_idx: Tensor, item_idx: Tensor, history, folds: Tensor | None) -> Tensor:
         if history is None and self.takes_history:
             raise ValueError(
                 "these vectors have a blend with cf.history, which scores no row without its "
@@ -162,12 +165,17 @@ class CFVectors:
                 "these vectors have a blend, whose score folds nobody in: call score() without "
                 "history; users without train rows get the items' part"
             )
-        index = user_idx.clamp(min=0)
-        known = (user_idx >= 0) & self.user_known[index]
-        users = torch.where(known.unsqueeze(-1), self.users[index], 0.0)
-        dots = (users[..., :-1] * self.items[item_idx][..., :-1]).sum(-1)
-        past = None if history is None else _index(history)
-        return self.blend.score(user_idx, item_idx, dots, known, past)
+        users, known = self.user_rows(user_idx, folds)
+        users = torch.where(known.unsqueeze(-1), users, 0.0)
+        dots = (users[..., :-1] * self.item_rows(item_idx, folds)[..., :-1]).sum(-1)
+        past = None if history is None else as_index(history)
+        scores = self.blend.score(user_idx, item_idx, dots, known, past)
+        blends = () if folds is None else self.held_out.blends
+        for number, blend in enumerate(blends):
+            own = folds == number
+            rows = (user_idx, item_idx, dots, known) + (() if past is None else (past,))
+            scores[own] = blend.score(*(values[own] for values in rows))
+        return scores
 
     def standardised(self) -> CFVectors:
         """Zero mean and unit deviation per column over the known rows; unknown rows stay zero.
@@ -205,7 +213,8 @@ class CFVectors:
         if self.blend is not None:
             tensors |= {_BLEND + name: value for name, value in self.blend.tensors().items()}
         if self.held_out is not None:
-            tensors |= {_HELD_OUT + name: value for name, value in vars(self.held_out).items()}
+            parts = self.held_out.tensors()
+            tensors |= {_HELD_OUT + name: value for name, value in parts.items()}
         about = {
             "format": _FORMAT,
             "kind": self.kind,
@@ -247,63 +256,6 @@ class CFVectors:
             score_form=about["score_form"],
             bias=json.loads(about["bias"]),
         )
-
-
-def fold_in_users(vectors: CFVectors, history: np.ndarray | Tensor) -> Tensor:
-    """Vectors (N, d) of users who have no train rows, from their histories (N, H), padded with -1.
-
-    Each item of a history stands for a point in the space of the users (a ridge regression, see
-    `fit_fold_in`), and the points are averaged. Items without a vector count as absent; without any
-    item the result is zero.
-    """
-    if vectors.fold_in is None:
-        raise ValueError(
-            "these CF vectors have no fold-in: call fit_fold_in(vectors, users, items) with the "
-            "liked train rows first (fit_cf does)"
-        )
-    history = _index(history)
-    known = (history >= 0) & vectors.item_known[history.clamp(min=0)]  # (N, H)
-    points = vectors.fold_in[history.clamp(min=0)] * known.unsqueeze(-1)  # (N, H, d)
-    count = known.sum(-1, keepdim=True)  # (N, 1)
-    folded = points.sum(-2) / count.clamp(min=1) + vectors.fold_in_offset
-    return torch.where(count > 0, folded, 0.0)
-
-
-def fit_fold_in(vectors: CFVectors, users: np.ndarray, items: np.ndarray) -> CFVectors:
-    """Fit the fold-in on users with train rows and return the vectors with it.
-
-    users, items (L,): the LIKED TRAIN rows, each user's in order of time. A ridge regression maps
-    the mean vector of a user's last 1, 3 and 10 liked items to the user's vector; its penalty is
-    chosen on a fixed fifth of the users. Without liked rows every fold-in is zero.
-    """
-    users, items = _index(users), _index(items)
-    keep = vectors.user_known[users] & vectors.item_known[items]
-    users, items = users[keep], items[keep]
-    if len(users) == 0:
-        return replace(
-            vectors,
-            fold_in=torch.zeros_like(vectors.items),
-            fold_in_offset=torch.zeros(vectors.dim),
-        )
-    present, users = torch.unique(users, return_inverse=True)
-    if len(present) > _FOLD_IN_USERS:
-        step = -(-len(present) // _FOLD_IN_USERS)
-        keep = users % step == 0
-        present, users, items = present[::step], users[keep] // step, items[keep]
-    owner, means = _window_means(users, vectors.items[items].double(), len(present))
-    owner = present[owner]
-    targets = vectors.users[owner].double()
-    held_out = owner % 5 == 0
-    best, lowest = _RIDGE_GRID[-1], float("inf")
-    if held_out.any() and not held_out.all():
-        for penalty in _RIDGE_GRID:
-            weight, offset = _ridge(means[~held_out], targets[~held_out], penalty)
-            error = (means[held_out] @ weight + offset - targets[held_out]).square().mean().item()
-            if error < lowest:
-                best, lowest = penalty, error
-    weight, offset = _ridge(means, targets, best)
-    fold_in = (vectors.items.double() @ weight).float()
-    return replace(vectors, fold_in=fold_in, fold_in_offset=offset.float())
 
 
 def load_vectors(
@@ -388,13 +340,6 @@ def _known_rows(table: Tensor | MappedTable, path: str | Path) -> Tensor:
     return known
 
 
-def _index(values: ArrayLike | Tensor) -> Tensor:
-    """int64; arrays are copied, since torch warns of those that cannot be written to."""
-    if isinstance(values, Tensor):
-        return values.long()
-    return torch.from_numpy(np.array(values, dtype=np.int64))
-
-
 def _scale_of(table: Tensor | MappedTable, known: Tensor) -> Scale:
     """What standardises the table over its known rows."""
     if isinstance(table, MappedTable):
@@ -406,33 +351,3 @@ def _scale_of(table: Tensor | MappedTable, known: Tensor) -> Scale:
         mean = std = torch.zeros(table.shape[1], dtype=torch.float64)
     flat = std <= 1e-6 * mean.abs().clamp(min=1e-6)
     return Scale(mean, torch.where(flat, 1.0, std), flat, known)
-
-
-def _window_means(users: Tensor, points: Tensor, n_users: int) -> tuple[Tensor, Tensor]:
-    """Owners (K,) and means (K, d) of each user's last 1, 3 and 10 points."""
-    order = torch.argsort(users, stable=True)
-    users, points = users[order], points[order]
-    count = torch.bincount(users, minlength=n_users)
-    age = count.cumsum(0)[users] - 1 - torch.arange(len(users))  # 0: the user's latest
-    owners, means = [], []
-    for shorter, window in zip((0, *_FOLD_IN_WINDOWS), _FOLD_IN_WINDOWS, strict=False):
-        recent = age < window
-        total = points.new_zeros(n_users, points.shape[1]).index_add(
-            0, users[recent], points[recent]
-        )
-        size = torch.bincount(users[recent], minlength=n_users)
-        chosen = size > shorter  # else the window is the same as the shorter one
-        owners.append(chosen.nonzero().squeeze(1))
-        means.append(total[chosen] / size[chosen].unsqueeze(1))
-    return torch.cat(owners), torch.cat(means)
-
-
-def _ridge(x: Tensor, y: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
-    """Weight (d, d) and offset (d,); the penalty is relative to the mean variance of x."""
-    x_mean, y_mean = x.mean(0), y.mean(0)
-    x, y = x - x_mean, y - y_mean
-    gram = x.T @ x
-    scale = (gram.diagonal().mean() / max(len(x), 1)).clamp(min=1e-12)
-    damped = gram + penalty * scale * torch.eye(x.shape[1], dtype=x.dtype)
-    weight = torch.linalg.solve(damped, x.T @ y)
-    return weight, y_mean - x_mean @ weight

@@ -199,8 +199,8 @@ class _Runner:
         configs += cf_alone(self.experiment.config)
         files: dict[str, Path] = {}
         for number, config in enumerate(configs):
-            if config.cf in [c.cf for c in configs[:number]]:
-                continue
+            if config.cf in [replace(c.cf, held_out=config.cf.held_out) for c in configs[:number]]:
+                continue  # held-out vectors make no other score
             try:
                 self._add_vectors(files, config)
             except ImportError as error:
