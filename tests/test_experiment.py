@@ -260,6 +260,10 @@ def test_cf_models_stand_beside_by_themselves(small_model, raw_data, tmp_path):
     assert set(found["cf"]) == {"mf-blend", "mf", "lightgcn"}
     own, alone = (found["baselines"][n]["figures"]["ctr"]["auc"]["value"] for n in ("cf", "cf-mf"))
     assert own != alone
+    plain = replace(config, cf=replace(config.cf, blend=0, beside=["mf"]))
+    experiment = make_experiment(plain, tmp_path / "plain", "ckf", 1)
+    data = load_prepared(tmp_path / "out" / "data")
+    assert list(_Runner(experiment, data, data, None, quiet).vector_files()) == ["mf"]
 
 
 def test_the_cf_row_is_the_configs_own_model(finished, small_model, tmp_path, monkeypatch):

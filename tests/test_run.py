@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import ckf
-from ckf.run import Run, load_run, train_run
+from ckf.run import Run, load_run, opened_config, train_run
 from tests.ckf_fixtures import STEPS, quiet, read_log, settings, small_config
 
 # ---- predict
@@ -163,6 +164,21 @@ def test_a_finished_run_is_not_trained_again(small_model, run_copy):
     train_run(small_config(small_model), run_copy, device="cpu", log=lines.append)
     assert any("trained already" in line for line in lines)
     assert len(read_log(run_copy)) == STEPS
+
+
+def test_a_run_of_before_held_out_vectors_stays_as_it_was(small_model, run_copy):
+    file = run_copy / "config.yaml"
+    lines = file.read_text().splitlines()
+    assert sum("held_out" in line for line in lines) == 1
+    file.write_text("\n".join(line for line in lines if "held_out" not in line) + "\n")
+    assert opened_config(run_copy).cf.held_out is False
+    with pytest.raises(ValueError, match=r"other settings \(cf\.held_out\)"):
+        train_run(small_config(small_model), run_copy, log=quiet)
+    config = small_config(small_model)
+    config = replace(config, cf=replace(config.cf, held_out=False))
+    lines = []
+    train_run(config, run_copy, device="cpu", log=lines.append)
+    assert any("trained already" in line for line in lines)
 
 
 def test_a_run_with_other_settings_is_refused(small_model, run_copy):

@@ -198,9 +198,10 @@ class _Runner:
         configs += [cell_config(self.experiment.config, c, 0) for c in self.experiment.cells]
         configs += cf_alone(self.experiment.config)
         files: dict[str, Path] = {}
+        scored = [replace(c.cf, held_out=False, beside=[]) for c in configs]  # these change none
         for number, config in enumerate(configs):
-            if config.cf in [replace(c.cf, held_out=config.cf.held_out) for c in configs[:number]]:
-                continue  # held-out vectors make no other score
+            if scored[number] in scored[:number]:
+                continue
             try:
                 self._add_vectors(files, config)
             except ImportError as error:
