@@ -22,6 +22,7 @@ from ckf.data.prepared import MANIFEST, PreparedData, file_sha256, load_prepared
 
 Log = Callable[[str], None]
 SHARED_FOLDERS = ("data", "cf", "prompts")
+_LATER = ("titles", "history", "held_out")  # files from before these settings keep their names
 
 
 def shared_data(
@@ -99,11 +100,7 @@ def shared_vectors(config: RunConfig, out: Path, data: PreparedData, base: Base,
     own = asdict(config.cf) | {"beside": [], "seed": config.seed}  # other models change nothing
     if config.cf.blend:
         own["regression"] = REGRESSION
-    for later in (
-        "titles",
-        "history",
-        "held_out",
-    ):  # files from before these settings keep their names
+    for later in _LATER:
         if not own[later]:
             del own[later]
     settings = json.dumps(own, sort_keys=True)
