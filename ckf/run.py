@@ -197,14 +197,14 @@ def opened_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def _differences(there: dict, here: dict, name: str = "") -> list[str]:
-    """The keys whose values differ, with dots between the levels."""
+    """What differs, with dots between the levels: "cf.dim: 8, not 16"."""
     found = []
     for key in sorted(there.keys() | here.keys()):
         one, two = there.get(key), here.get(key)
         if isinstance(one, dict) and isinstance(two, dict):
             found += _differences(one, two, f"{name}{key}.")
         elif one != two:
-            found.append(f"{name}{key}")
+            found.append(f"{name}{key}: {one!r}, not {two!r}")
     return found
 
 
@@ -316,10 +316,10 @@ def start_run(config: RunConfig, folder: Path) -> bool:
     if file.exists():
         there = opened_config(folder)
         if there != config or list(there.tasks) != list(config.tasks):  # the order gives the ids
-            other = ", ".join(_differences(asdict(there), asdict(config))) or "tasks"
+            other = "; ".join(_differences(asdict(there), asdict(config))) or "the tasks' order"
             raise ValueError(
-                f"{folder} holds a run with other settings ({other}); give another --out, or "
-                "--overwrite to remove it"
+                f"{folder} holds a run with other settings ({other}); set them, give another "
+                "--out, or --overwrite to remove it"
             )
         return False
     if folder.exists() and any(folder.iterdir()):

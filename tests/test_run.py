@@ -172,7 +172,7 @@ def test_a_run_of_before_held_out_vectors_stays_as_it_was(small_model, run_copy)
     assert sum("held_out" in line for line in lines) == 1
     file.write_text("\n".join(line for line in lines if "held_out" not in line) + "\n")
     assert opened_config(run_copy).cf.held_out is False
-    with pytest.raises(ValueError, match=r"other settings \(cf\.held_out\)"):
+    with pytest.raises(ValueError, match=r"other settings \(cf\.held_out: False, not True\)"):
         train_run(small_config(small_model), run_copy, log=quiet)
     config = small_config(small_model)
     config = replace(config, cf=replace(config.cf, held_out=False))
