@@ -15,10 +15,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from ckf.cf import CFVectors, fold_in_users
+from ckf.cf import CFVectors
 from ckf.cf.blend import spread
 
 if TYPE_CHECKING:
@@ -62,16 +61,6 @@ class MatchScores:
     def _raw(
         self, users: np.ndarray, history: np.ndarray, items: np.ndarray, folds: Tensor | None
     ) -> Tensor:
-        """Scores (p,) float64, the global bias left out."""
-        index = torch.as_tensor(np.array(users, np.int64))
-        if self.vectors.blend is not None:
-            past = history if self.vectors.takes_history else None
-            return self.vectors.score(index, items, past, folds).double()
-        own, known = self.vectors.user_rows(index, folds)
-        folded = fold_in_users(self.vectors, np.asarray(history))
-        u = torch.where(known.unsqueeze(1), own, folded)
-        i = self.vectors.item_rows(torch.as_tensor(np.array(items, np.int64)), folds)
-        u, i = u.double(), i.double()
-        if self.vectors.score_form == "biased_dot":  # the last dimensions are biases, they add up
-            return (u[:, :-1] * i[:, :-1]).sum(1) + u[:, -1] + i[:, -1]
-        return (u * i).sum(1)
+        """Scores (p,) float64."""
+        past = history if self.vectors.takes_history else None
+        return self.vectors.score(users, items, past, folds).double()

@@ -183,7 +183,7 @@ def _fit(
         )
     problem = problem_of(data, config.seed)
     if config.blend:
-        _check_labels(config, data)
+        _check_labels(config, problem)
     trials = config.trials()
     if len(trials) > 1 and len(problem.valid.users) == 0:
         raise ValueError(
@@ -248,8 +248,8 @@ def _with_folds(
     return vectors
 
 
-def _check_labels(config: CFConfig, data: PreparedData) -> None:
-    if len(np.unique(data.label[train_rows(data)])) < 2:
+def _check_labels(config: CFConfig, problem: Problem) -> None:
+    if not problem.on_labels or len(problem.train.targets.unique()) < 2:
         raise ValueError(
             f"cf.blend is {config.blend}, but the train rows have not both labels, which its "
             "regression needs: set cf.blend to 0"

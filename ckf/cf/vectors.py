@@ -49,7 +49,7 @@ class CFVectors:
     fold_in_offset (d,) place a user without train rows by the items in the history (see
     `fold_in_users`); None until `fit_fold_in` ran. blend: what the score has beside p . q in place
     of the biases, see ckf.cf.blend; the vectors keep their own. held_out: what train rows are shown
-    in place of users and items, see ckf.cf.held_out; `score` knows nothing of it.
+    in place of users and items, see ckf.cf.held_out.
     """
 
     users: Tensor | MappedTable
@@ -169,11 +169,13 @@ class CFVectors:
         users = torch.where(known.unsqueeze(-1), users, 0.0)
         dots = (users[..., :-1] * self.item_rows(item_idx, folds)[..., :-1]).sum(-1)
         past = None if history is None else as_index(history)
-        scores = self.blend.score(user_idx, item_idx, dots, known, past)
+        rows = (user_idx, item_idx, dots, known) + (() if past is None else (past,))
         blends = () if folds is None else self.held_out.blends
-        for number, blend in enumerate(blends):
+        if not blends:
+            return self.blend.score(*rows)
+        scores = torch.empty(len(folds))
+        for number, blend in enumerate((self.blend, *blends), -1):
             own = folds == number
-            rows = (user_idx, item_idx, dots, known) + (() if past is None else (past,))
             scores[own] = blend.score(*(values[own] for values in rows))
         return scores
 
