@@ -185,7 +185,6 @@ def test_matches_have_the_spread_of_held_out_scores(data, blended):
     ("settings", "words"),
     [
         ({"blend": 1}, "cf.blend is 1"),
-        ({"blend": 3, "kind": "file", "users": "u.npy", "items": "i.npy"}, "fitted again"),
         ({"blend": -1}, "cf.blend is -1"),
         ({"beside": ["svd"]}, "cf.beside names 'svd'"),
     ],

@@ -378,29 +378,38 @@ def test_vectors_of_a_sequence_model_train_as_documented(
     shutil.copytree(finished.out / "data", tmp_path / "bundle" / "data")
     text = (DOCS / "experiments.md").read_text()
     code = text.split("```python\n")[1].split("```")[0]
+    files = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])["cf"]
     data = load_run(finished.folder(finished.cells[0], 0), "cpu").assembly.data
+    train = np.flatnonzero((data.split == 0) & (data.label == 1))
     table = np.random.default_rng(0).normal(size=(data.n_items, 5)).astype(np.float32)
-    seen = []
+    seen, left_out = [], []
 
-    def encode(items):
+    def fit(rows):
         """A state that the last item sways the most, as a sequence model's."""
-        seen.append(items)
-        weights = 0.5 ** np.arange(len(items))[::-1]
-        return weights @ table[items]
+        left_out.append(set(train) - set(rows))
 
-    exec(compile(code, "docs/experiments.md", "exec"), {"encode": encode, "item_table": table})
-    train = (data.split == 0) & (data.label == 1)
-    assert np.concatenate(seen).tolist() == data.item[train].tolist()  # train rows only, in order
-    files = {"kind": "file", "users": "users.npy", "items": "items.npy"}
-    config = quick(small_model, cf=files, metanet__match="score")
-    experiment = make_experiment(config, tmp_path / "out", "ckf,ckf-match", 1)
+        def encode(items):
+            seen.append(items)
+            return 0.5 ** np.arange(len(items))[::-1] @ table[items]
+
+        return encode, table
+
+    exec(compile(code, "docs/experiments.md", "exec"), {"fit": fit})
+    whole = np.concatenate(seen)[: len(train)]
+    assert whole.tolist() == data.item[train].tolist()  # train rows only, in order
+    assert left_out[0] == set() and set().union(*left_out) == set(train)
+    assert sum(map(len, left_out)) == len(train)
+    changes = {"metanet__match": "score", "train__schedule": "joint"}
+    experiment = make_experiment(
+        quick(small_model, cf=files, **changes), tmp_path / "out", "ckf,ckf-match,ckf-prior", 1
+    )
     run_experiment(experiment, prepared="bundle/data", device="cpu", log=quiet)
     found = read_experiment(experiment.out)
-    assert found["runs_done"] == 2 and found["cf"]["file"]["sha256"]
-    run = load_run(experiment.folder(experiment.cells[1], 0), "cpu")
-    user = int(data.user[np.flatnonzero(train)[0]])
-    own = run.assembly.vectors.score([user], [int(data.item[0])])
-    by_hand = np.load("users.npy")[user] @ np.load("items.npy")[data.item[0]]
+    assert found["runs_done"] == 3 and found["cf"]["file-blend"]["sha256"]
+    plain = {name: files[name] for name in ("kind", "users", "items")}
+    user, item = int(data.user[train[0]]), int(data.item[0])
+    own = fit_cf(CFConfig(**plain), data, quiet).score([user], [item])
+    by_hand = np.load("users.npy")[user] @ np.load("items.npy")[item]
     assert float(own[0]) == pytest.approx(float(by_hand), rel=1e-5)
 
 

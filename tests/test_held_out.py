@@ -16,6 +16,8 @@ from ckf.metrics import auc
 from tests.prepared_data import prepared
 
 SMALL = {"dim": 4, "epochs": 20, "batch_size": 256}
+FILES = {"kind": "file", "users": "u.npy", "items": "i.npy"}
+FOLD_FILES = {"fold_users": ["a.npy", "b.npy"], "fold_items": ["c.npy", "d.npy"]}
 
 
 def quiet(_line):
@@ -338,10 +340,12 @@ def test_the_whole_fit_is_as_it_was(data, vectors):
     ("settings", "message"),
     [
         ({"held_out": 5}, "cf.held_out is 5, expected true or false"),
-        (
-            {"held_out": True, "kind": "file", "users": "u.npy", "items": "i.npy"},
-            "cannot be fitted again",
-        ),
+        (FILES | {"held_out": True}, "cannot fit again without a row: give cf.fold_users"),
+        (FILES | {"blend": 2}, "cannot fit again without a row: give cf.fold_users"),
+        (FILES | {"fold_users": ["a.npy", "b.npy"]}, "names 2 files and cf.fold_items 0"),
+        (FILES | {"fold_users": ["a.npy"], "fold_items": ["b.npy"]}, "two each or more"),
+        (FILES | FOLD_FILES | {"blend": 5}, "names 2 files: set cf.blend to 2"),
+        (FILES | FOLD_FILES | {"blend": 2, "history": True}, "set cf.history to false"),
     ],
 )
 def test_wrong_settings_are_named(settings, message):
@@ -350,5 +354,6 @@ def test_wrong_settings_are_named(settings, message):
 
 
 def test_files_of_vectors_have_none():
-    assert CFConfig(kind="file", users="u.npy", items="i.npy").held_out is False
+    assert CFConfig(**FILES).held_out is False
+    assert CFConfig(**FILES, **FOLD_FILES).held_out is True
     assert CFConfig().held_out is True

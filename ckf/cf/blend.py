@@ -123,7 +123,7 @@ class Blend:
 def fit_blend(
     vectors: CFVectors,
     data: PreparedData,
-    refit: Callable[[PreparedData], CFVectors],
+    refit: Callable[[PreparedData], CFVectors] | None,
     folds: Folds,
     seed: int,
     titles: Tensor | None = None,
@@ -132,7 +132,7 @@ def fit_blend(
     """The vectors with a blend.
 
     Args:
-        refit: the same model, fitted on other data.
+        refit: the same model, fitted on other data; only a history needs it.
         folds: models that leave train rows out, as ``fit_folds`` gives them.
         titles: (I, c) principal components of the items' titles.
         history: let the last liked items count; vectors, and what refit gives, have a fold-in.
@@ -289,7 +289,7 @@ def _chosen(rows: Observations, mask: Tensor) -> Observations:
 def _dots(vectors: CFVectors, data: PreparedData, rows: np.ndarray) -> np.ndarray:
     users = vectors.users[torch.from_numpy(data.user[rows].astype(np.int64))]
     items = vectors.items[torch.from_numpy(data.item[rows].astype(np.int64))]
-    return (users[:, :-1] * items[:, :-1]).sum(1).double().numpy()
+    return (users * items)[:, vectors.factors].sum(1).double().numpy()
 
 
 def principal_components(states: Tensor, count: int) -> Tensor:

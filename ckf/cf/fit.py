@@ -12,12 +12,13 @@ from torch import Tensor
 
 from ckf import metrics
 from ckf.cf.blend import fit_blend, principal_components
+from ckf.cf.files import centred, load_folds, load_vectors
 from ckf.cf.fold_in import fit_fold_in
-from ckf.cf.folds import fit_folds, train_rows
+from ckf.cf.folds import Folds, fit_folds, train_rows
 from ckf.cf.held_out import HeldOut
 from ckf.cf.models import LightGCNWithBiases, MatrixFactorisation
 from ckf.cf.training import Problem, Training, part_of, problem_of, rows_of
-from ckf.cf.vectors import CFVectors, load_vectors
+from ckf.cf.vectors import CFVectors
 
 if TYPE_CHECKING:
     from ckf.data.prepared import PreparedData
@@ -34,13 +35,15 @@ class CFConfig:
     dim: factors per vector, the bias not counted. weight_decay: on the squared norms of the vectors
     of each row. Where either is a list, every pair is tried and the best on valid kept.
     patience: epochs without a gain on valid before the best is taken. layers: propagation steps of
-    LightGCN. users, items: files of vectors for kind "file". blend: folds, 2 or more, of the
+    LightGCN. users, items: files of vectors for kind "file"; fold_users, fold_items: a file each
+    per fold, of models trained without the rows of that fold (ckf.cf.fold_numbers), which held_out
+    and blend need of such vectors. blend: folds, 2 or more, of the
     regression that joins the model's score with what else is known of user and item
     (ckf.cf.blend); 0 leaves the score alone. titles: principal components of the items' titles, as
     the language model reads them, that the blend knows too; 0 for none. history: let a row's last
     liked items count in the blend (ckf.cf.history). held_out: show train rows vectors of models
     that did not see them (ckf.cf.held_out), in as many folds as the blend has, or five; None: yes,
-    for a model that can be fitted again. beside: models ("mf",
+    but for files without fold_users. beside: models ("mf",
     "lightgcn") that an experiment fits as rows of their own, without blend. weight_decay and
     batch_size None: what suits the kind, 0.03 and 1024 for "mf", 0.005 and 4096 for "lightgcn".
     """
@@ -56,6 +59,8 @@ class CFConfig:
     layers: int = 2
     users: str | None = None
     items: str | None = None
+    fold_users: list[str] = field(default_factory=list)
+    fold_items: list[str] = field(default_factory=list)
     blend: int = 0
     titles: int = 0
     history: bool = False
@@ -80,11 +85,8 @@ class CFConfig:
         for name in ("epochs", "batch_size", "patience", "layers"):
             _check(name, getattr(self, name), isinstance(getattr(self, name), int), 1)
         _check("blend", self.blend, isinstance(self.blend, int), 0)
-        if self.blend == 1 or (self.blend and self.kind == "file"):
-            raise ValueError(
-                f"cf.blend is {self.blend} and cf.kind {self.kind!r}; expected 2 folds or more of "
-                "a model that can be fitted again (mf, lightgcn), or 0"
-            )
+        if self.blend == 1:
+            raise ValueError("cf.blend is 1, expected 2 folds or more, or 0")
         _check("titles", self.titles, isinstance(self.titles, int), 0)
         if self.titles and not self.blend:
             raise ValueError(
@@ -99,14 +101,11 @@ class CFConfig:
                 "cf.history to false"
             )
         if self.held_out is None:
-            self.held_out = self.kind != "file"
+            self.held_out = self.kind != "file" or bool(self.fold_users)
         if not isinstance(self.held_out, bool):
             raise ValueError(f"cf.held_out is {self.held_out!r}, expected true or false")
-        if self.held_out and self.kind == "file":
-            raise ValueError(
-                "cf.held_out is true and cf.kind 'file', whose vectors cannot be fitted again "
-                "without a row: leave cf.held_out out"
-            )
+        if self.kind == "file":
+            self._check_fold_files()
         _check("lr", self.lr, isinstance(self.lr, (int, float)), 1e-12)
         for name in ("dim", "weight_decay"):
             if getattr(self, name) in ([], ()):
@@ -114,6 +113,31 @@ class CFConfig:
         for dim, weight_decay in self.trials():
             _check("dim", dim, isinstance(dim, int), 1)
             _check("weight_decay", weight_decay, isinstance(weight_decay, (int, float)), 0.0)
+
+    def _check_fold_files(self) -> None:
+        count = len(self.fold_users)
+        if count != len(self.fold_items) or count == 1:
+            raise ValueError(
+                f"cf.fold_users names {count} files and cf.fold_items {len(self.fold_items)}: give "
+                "two each or more, one per fold, or none"
+            )
+        for name in ("held_out", "blend"):
+            if getattr(self, name) and not count:
+                raise ValueError(
+                    f"cf.{name} is {getattr(self, name)} and cf.kind 'file', whose vectors ckf "
+                    "cannot fit again without a row: give cf.fold_users and cf.fold_items, or "
+                    f"leave cf.{name} out"
+                )
+        if self.blend and self.blend != count:
+            raise ValueError(
+                f"cf.blend is {self.blend}, but cf.fold_users names {count} files: set cf.blend to "
+                f"{count}"
+            )
+        if self.history:
+            raise ValueError(
+                "cf.history is true and cf.kind 'file': its weights for new users are fitted on "
+                "models without a user, so set cf.history to false"
+            )
 
     def trials(self) -> list[tuple[int, float]]:
         """The pairs of dim and weight_decay to try."""
@@ -139,9 +163,25 @@ def fit_cf(
         return fit_mf(config, data, log, titles)
     if config.kind == "lightgcn":
         return fit_lightgcn(config, data, log, titles)
-    vectors = load_vectors(config.users, config.items, data.n_users, data.n_items)
+    return _read_files(config, data, log, titles)
+
+
+def _read_files(config: CFConfig, data: PreparedData, log: Log, titles: Tensor | None) -> CFVectors:
+    sizes = data.n_users, data.n_items
+    if not config.fold_users:
+        vectors = load_vectors(config.users, config.items, *sizes)
+    else:
+        _check_before_folds(config, problem_of(data, config.seed), titles)
+        vectors = load_vectors(config.users, config.items, *sizes, mapped_above=float("inf"))
     log(f"cf file: {vectors.dim} dimensions, {int(vectors.user_known.sum())} users with a vector")
-    return _with_fold_in(vectors, data)
+    if not config.fold_users:
+        return _with_fold_in(vectors, data)
+    folds = load_folds(config.fold_users, config.fold_items, data, vectors.dim)
+    if config.blend:
+        vectors = centred(vectors)
+        folds = replace(folds, models=[centred(model) for model in folds.models])
+    vectors = _with_fold_in(vectors, data)
+    return _with_folds(vectors, config, data, folds, None, log, titles)
 
 
 def fit_mf(
@@ -176,14 +216,8 @@ def _fit(
     log: Log,
     titles: Tensor | None = None,
 ) -> CFVectors:
-    if config.titles and (titles is None or titles.ndim != 2 or len(titles) != data.n_items):
-        raise ValueError(
-            f"cf.titles is {config.titles}, so fit_cf needs titles ({data.n_items}, width), as "
-            "ckf.titles.read_titles gives them, or set cf.titles to 0"
-        )
     problem = problem_of(data, config.seed)
-    if config.blend:
-        _check_labels(config, problem)
+    _check_before_folds(config, problem, titles)
     trials = config.trials()
     if len(trials) > 1 and len(problem.valid.users) == 0:
         raise ValueError(
@@ -211,7 +245,8 @@ def _fit(
         training = Training(own, build, config, dim, weight_decay)
         return _vectors(kind, own, training.after(epochs), part)
 
-    return _with_folds(vectors, config, data, refit, log, titles)
+    folds = fit_folds(data, refit, config.blend or _FOLDS, config.seed, log)
+    return _with_folds(vectors, config, data, folds, refit, log, titles)
 
 
 def _vectors(
@@ -233,12 +268,12 @@ def _with_folds(
     vectors: CFVectors,
     config: CFConfig,
     data: PreparedData,
-    refit: Callable[[PreparedData], CFVectors],
+    folds: Folds,
+    refit: Callable[[PreparedData], CFVectors] | None,
     log: Log,
     titles: Tensor | None,
 ) -> CFVectors:
-    """The vectors with what needs fits that leave train rows out."""
-    folds = fit_folds(data, refit, config.blend or _FOLDS, config.seed, log)
+    """The vectors with what needs models that did not see some train rows."""
     if config.held_out and folds.models:
         vectors = replace(vectors, held_out=HeldOut.of_models(folds, data, vectors))
     if config.blend:
@@ -248,8 +283,13 @@ def _with_folds(
     return vectors
 
 
-def _check_labels(config: CFConfig, problem: Problem) -> None:
-    if not problem.on_labels or len(problem.train.targets.unique()) < 2:
+def _check_before_folds(config: CFConfig, problem: Problem, titles: Tensor | None) -> None:
+    if config.titles and (titles is None or titles.ndim != 2 or len(titles) != problem.n_items):
+        raise ValueError(
+            f"cf.titles is {config.titles}, so fit_cf needs titles ({problem.n_items}, width), as "
+            "ckf.titles.read_titles gives them, or set cf.titles to 0"
+        )
+    if config.blend and (not problem.on_labels or len(problem.train.targets.unique()) < 2):
         raise ValueError(
             f"cf.blend is {config.blend}, but the train rows have not both labels, which its "
             "regression needs: set cf.blend to 0"

@@ -38,15 +38,40 @@ def fit_folds(
     Args:
         refit: the model of the whole data, fitted on other data.
     """
-    rows = train_rows(data)
-    pair = pair_numbers(data, rows)
-    pairs = int(pair.max()) + 1
-    fold = np.random.default_rng([seed, 0xB1E2D]).permutation(pairs)[pair] % count
+    rows, fold = _dealt(data, count, seed)
+    pairs = int(pair_numbers(data, rows).max()) + 1
     models = []
     for number in range(min(count, pairs)) if pairs > 1 else ():
         log(f"cf: fitting without fold {number + 1} of {min(count, pairs)} of the train rows")
         models.append(refit(without(data, rows[fold == number])))
     return Folds(rows, fold, models)
+
+
+def fold_numbers(data: PreparedData, count: int) -> np.ndarray:
+    """The fold of each row of the data, for vectors of one's own (``cf.fold_users``).
+
+    The same data and count give the same folds. Rows of a pair of user and item share one.
+
+    Returns:
+        (rows,) int64: 0 to count - 1, and -1 for rows that no CF model may be fitted on.
+    """
+    found = np.full(len(data.user), -1)
+    rows, fold = _dealt(data, count)
+    found[rows] = fold
+    return found
+
+
+def files_of_folds(data: PreparedData, models: list[CFVectors]) -> Folds:
+    """Models that were fitted elsewhere, each without its fold of ``fold_numbers``."""
+    return Folds(*_dealt(data, len(models)), models)
+
+
+def _dealt(data: PreparedData, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """The train rows (L,) and their folds (L,)."""
+    rows = train_rows(data)
+    pair = pair_numbers(data, rows)
+    order = np.random.default_rng([seed, 0xB1E2D]).permutation(int(pair.max()) + 1)
+    return rows, order[pair] % count
 
 
 def train_rows(data: PreparedData) -> np.ndarray:

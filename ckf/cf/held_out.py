@@ -60,8 +60,8 @@ class HeldOut:
         ):
             turn = _turn(model, whole)
             for table, into in ((model.users, own), (model.items, its)):
-                torch.mm(table[:, :-1], turn, out=into[:, :-1])
-                into[:, -1] = table[:, -1]
+                into.copy_(table)
+                torch.mm(table[:, whole.factors], turn, out=into[:, whole.factors])
         keys = data.user[folds.rows].astype(np.int64) * data.n_items + data.item[folds.rows]
         pairs, first = np.unique(keys, return_index=True)
         return cls(
@@ -135,11 +135,12 @@ class HeldOut:
 
 
 def _turn(model: CFVectors, whole: CFVectors) -> Tensor:
-    """(d - 1, d - 1): what turns a model's factors onto those of the whole fit."""
-    product = torch.zeros(model.dim - 1, model.dim - 1, dtype=torch.float64)
+    """(f, f): what turns a model's f factors onto those of the whole fit."""
+    factors = whole.factors
+    product = 0.0
     for name in ("users", "items"):
-        own, other = (getattr(vectors, name)[:, :-1] for vectors in (model, whole))
-        for some, same in zip(chunks_of(own), chunks_of(other), strict=True):
-            product += some.double().T @ same.double()  # unknown rows are zero
+        tables = (chunks_of(getattr(vectors, name)) for vectors in (model, whole))
+        for own, other in zip(*tables, strict=True):  # unknown rows are zero
+            product = product + own[:, factors].double().T @ other[:, factors].double()
     left, _, right = torch.linalg.svd(product)
     return (left @ right).float()

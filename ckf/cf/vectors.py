@@ -11,11 +11,9 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ckf.cf.blend import Blend
@@ -26,7 +24,6 @@ from ckf.cf.tables import (
     MappedTable,
     Scale,
     as_index,
-    chunks_of,
     moments,
     save_tables,
     scaled_rows,
@@ -75,6 +72,11 @@ class CFVectors:
     def dim(self) -> int:
         """Width d of the vectors, biases included."""
         return self.users.shape[1]
+
+    @property
+    def factors(self) -> slice:
+        """The columns whose product is p . q: all but the biases, which vectors of files lack."""
+        return slice(None) if self.score_form == "dot" else slice(-1)
 
     @property
     def takes_history(self) -> bool:
@@ -167,7 +169,8 @@ class CFVectors:
             )
         users, known = self.user_rows(user_idx, folds)
         users = torch.where(known.unsqueeze(-1), users, 0.0)
-        dots = (users[..., :-1] * self.item_rows(item_idx, folds)[..., :-1]).sum(-1)
+        items = self.item_rows(item_idx, folds)
+        dots = (users[..., self.factors] * items[..., self.factors]).sum(-1)
         past = None if history is None else as_index(history)
         rows = (user_idx, item_idx, dots, known) + (() if past is None else (past,))
         blends = () if folds is None else self.held_out.blends
@@ -258,88 +261,6 @@ class CFVectors:
             score_form=about["score_form"],
             bias=json.loads(about["bias"]),
         )
-
-
-def load_vectors(
-    users: str | Path,
-    items: str | Path,
-    n_users: int | None = None,
-    n_items: int | None = None,
-    mapped_above: int = MAPPED_BYTES,
-) -> CFVectors:
-    """The user's own vectors, one .npy or .safetensors file each for users and items.
-
-    Row r belongs to user or item index r of the prepared data. A safetensors file holds one tensor,
-    or one named "users" / "items" (both may lie in one file). An all-zero row means "no vector".
-    A users file of more than ``mapped_above`` bytes stays on disk; it is read once here, in chunks.
-    Raises ValueError for wrong row counts (where n_users, n_items are given), shapes or values.
-    """
-    user_table = _read_table(users, "users", mapped_above)
-    item_table = _read_table(items, "items")
-    for table, path, name, expected in (
-        (user_table, users, "users", n_users),
-        (item_table, items, "items", n_items),
-    ):
-        if expected is not None and len(table) != expected:
-            raise ValueError(
-                f"{path}: {len(table)} rows, expected {expected} (one per {name[:-1]} of the "
-                f"prepared data): write the vectors in the order of {name!r} in the prepared "
-                "folder's names.json, a row of zeros for each one without a vector"
-            )
-    user_known, item_known = _known_rows(user_table, users), _known_rows(item_table, items)
-    if user_table.shape[1] != item_table.shape[1]:
-        raise ValueError(
-            f"{users} has vectors of width {user_table.shape[1]}, {items} of width "
-            f"{item_table.shape[1]}: both must have the same width, so pad the narrower with zeros"
-        )
-    return CFVectors(
-        users=user_table,
-        items=item_table,
-        user_known=user_known,
-        item_known=item_known,
-        kind="file",
-        score_form="dot",
-    )
-
-
-def _read_table(
-    path: str | Path, name: str, mapped_above: float = float("inf")
-) -> Tensor | MappedTable:
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(
-            f"no file of CF vectors at {path}: set cf.{name} to a .npy or .safetensors file"
-        )
-    if path.stat().st_size > mapped_above or path.suffix not in (".npy", ".safetensors"):
-        return MappedTable.open(path, name)
-    if path.suffix == ".npy":
-        table = torch.from_numpy(np.load(path, allow_pickle=False))
-    else:
-        tensors = load_file(str(path))
-        if len(tensors) != 1 and name not in tensors:
-            raise ValueError(
-                f"{path}: tensors {sorted(tensors)}, expected one tensor or one named {name!r}: "
-                "rename the tensor"
-            )
-        table = tensors[name] if name in tensors else next(iter(tensors.values()))
-    if table.ndim != 2 or 0 in table.shape:
-        raise ValueError(f"{path}: shape {tuple(table.shape)}, expected (rows, width): reshape it")
-    return table.float()
-
-
-def _known_rows(table: Tensor | MappedTable, path: str | Path) -> Tensor:
-    """Rows that are not zero, (rows,) bool; ValueError for values that are not finite."""
-    # One tensor from the start: small ones kept between the chunks would break up the memory.
-    known, start = torch.empty(len(table), dtype=torch.bool), 0
-    for rows in chunks_of(table):
-        if not rows.isfinite().all():
-            row = start + int((~rows.isfinite().all(1)).nonzero()[0])
-            raise ValueError(
-                f"{path}: row {row} has NaN or infinite values, expected finite ones: fix it"
-            )
-        known[start : start + len(rows)] = (rows != 0).any(1)
-        start += len(rows)
-    return known
 
 
 def _scale_of(table: Tensor | MappedTable, known: Tensor) -> Scale:

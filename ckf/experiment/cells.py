@@ -89,7 +89,7 @@ def _lightgcn(config: RunConfig) -> RunConfig:
     """LightGCN's vectors, its width and weight decay chosen on valid."""
     dims, decays = [8, 16, 32, 64, 128, 256], [0.005, 0.01]
     cf = replace(config.cf, kind="lightgcn", dim=dims, weight_decay=decays, batch_size=4096)
-    if config.cf.kind == "file":  # which has none to hold out
+    if config.cf.kind == "file":  # which may have none to hold out
         cf = replace(cf, held_out=None)
     return replace(config, cf=cf)
 

@@ -22,7 +22,8 @@ from ckf.data.prepared import MANIFEST, PreparedData, file_sha256, load_prepared
 
 Log = Callable[[str], None]
 SHARED_FOLDERS = ("data", "cf", "prompts")
-_LATER = ("titles", "history", "held_out")  # files from before these settings keep their names
+# files from before these settings keep their names
+_LATER = ("titles", "history", "held_out", "fold_users", "fold_items")
 
 
 def shared_data(
@@ -161,8 +162,11 @@ def link(target: Path, at: Path) -> None:
 
 def _sources(config: RunConfig) -> dict[str, str]:
     """sha256 of the user's own vector files, where they are at hand."""
-    paths = [Path(p) for p in (config.cf.users, config.cf.items) if p and config.cf.kind == "file"]
-    return {path.name: file_sha256(path) for path in paths if path.is_file()}
+    cf = config.cf
+    if cf.kind != "file":
+        return {}
+    paths = [Path(path) for path in (cf.users, cf.items, *cf.fold_users, *cf.fold_items)]
+    return {str(path): file_sha256(path) for path in paths if path.is_file()}
 
 
 def _whole(file: Path, about: Path, sources: dict[str, str]) -> bool:
