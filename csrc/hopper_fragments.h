@@ -183,42 +183,69 @@ __device__ __forceinline__ void store_fragment(const GemmArgs<T>& p, const Place
 template <typename T, bool kDx, int kColumns>
 __device__ __forceinline__ void store_shrunk(const ShrinkArgs<T>& s, int m, int tile,
                                              const Place& at, float (&acc)[kFragment]) {
+    constexpr int kAtOnce = 4;  // blocks of 32 columns whose loads are all in flight before a store
     const int lane = threadIdx.x % kLanes;
     const uint32_t nan = pack<T>(NAN, NAN);
+    int64_t id[2];
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        const int row = at.row + 8 * h;
-        const int64_t id = row < m ? s.ids[row] : -1;
-        const bool valid = id >= 0 && id < s.tasks, wrong = !valid && id != -1;
-        const float* gates = s.gates + (valid ? id : 0) * s.gates_stride;
-        const int32_t* slots = s.slots + (valid ? id : 0) * s.slots_stride;
+    for (int h = 0; h < 2; ++h) id[h] = at.row + 8 * h < m ? s.ids[at.row + 8 * h] : -1;
 #pragma unroll
-        for (int j = 0; j < kColumns / 8; j += 4) {
-            const int column = 8 * (j + at.quad);
-            const bool inside = row < m && column < s.columns;
-            float gate = wrong ? NAN : 0.0f;
-            int slot = -1;
-            if (inside && valid) {
-                gate = gates[column];
-                if (s.compact != nullptr) slot = slots[column];
+    for (int first = 0; first < kColumns / 8; first += 4 * kAtOnce) {
+        float gate[2][kAtOnce];
+        int slot[2][kAtOnce];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const bool valid = id[h] >= 0 && id[h] < s.tasks, wrong = !valid && id[h] != -1;
+            const float* gates = s.gates + (valid ? id[h] : 0) * s.gates_stride;
+            const int32_t* slots = s.slots + (valid ? id[h] : 0) * s.slots_stride;
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                const int column = 8 * (first + 4 * i + at.quad);
+                gate[h][i] = wrong ? NAN : 0.0f;
+                slot[h][i] = -1;
+                if (valid && at.row + 8 * h < m && column < s.columns) {
+                    gate[h][i] = gates[column];
+                    if (s.compact != nullptr) slot[h][i] = slots[column];
+                }
             }
-            Words out;
+        }
+        Words back[2][kAtOnce];
+        if constexpr (kDx) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float g = __shfl_sync(kFull, gate, lane / 4 * 4 + i);
-                const float low = acc[4 * (j + i) + 2 * h], high = acc[4 * (j + i) + 2 * h + 1];
-                out.word[i] = g != 0.0f ? pack<T>(low * g, high * g) : 0;
+            for (int h = 0; h < 2; ++h) {
+                const bool valid = id[h] >= 0 && id[h] < s.tasks, wrong = !valid && id[h] != -1;
+                const uint32_t none = wrong ? nan : 0;
+#pragma unroll
+                for (int i = 0; i < kAtOnce; ++i) {
+                    back[h][i] = Words{{none, none, none, none}};
+                    if (s.restored != nullptr && slot[h][i] >= 0)
+                        back[h][i] = *reinterpret_cast<const Words*>(
+                            s.compact + (at.row + 8 * h) * s.compact_stride + slot[h][i]);
+                }
             }
-            transpose_quad(out.word, at.quad);
-            if (!inside) continue;
-            store_words(s.gated + row * s.gated_stride + column, out.word);
-            if constexpr (kDx) {
-                if (s.restored == nullptr) continue;
-                Words back{{wrong ? nan : 0, wrong ? nan : 0, wrong ? nan : 0, wrong ? nan : 0}};
-                if (slot >= 0) memcpy(&back, s.compact + row * s.compact_stride + slot, 16);
-                store_words(s.restored + row * s.restored_stride + column, back.word);
-            } else if (slot >= 0) {
-                store_words(s.compact + row * s.compact_stride + slot, out.word);
+        }
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const int row = at.row + 8 * h;
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                const int j = first + 4 * i, column = 8 * (j + at.quad);
+                Words out;
+#pragma unroll
+                for (int w = 0; w < 4; ++w) {
+                    const float g = __shfl_sync(kFull, gate[h][i], lane / 4 * 4 + w);
+                    const float low = acc[4 * (j + w) + 2 * h], high = acc[4 * (j + w) + 2 * h + 1];
+                    out.word[w] = g != 0.0f ? pack<T>(low * g, high * g) : 0;
+                }
+                transpose_quad(out.word, at.quad);
+                if (row >= m || column >= s.columns) continue;
+                store_words(s.gated + row * s.gated_stride + column, out.word);
+                if constexpr (kDx) {
+                    if (s.restored != nullptr)
+                        store_words(s.restored + row * s.restored_stride + column, back[h][i].word);
+                } else if (slot[h][i] >= 0) {
+                    store_words(s.compact + row * s.compact_stride + slot[h][i], out.word);
+                }
             }
         }
     }

@@ -14,7 +14,7 @@ import torch
 MULTIPROCESSORS = 132  # an H200's
 PROGRAMS = 2 * MULTIPROCESSORS  # wanted in flight
 DENSE_RANK = 128  # up to here all rank columns of a tile are one block; past it tiles gather theirs
-STACK_EXPERTS = 32  # up to so many one kernel stacks them; 0: always torch's cat
+STACK_EXPERTS = 32  # that one launch stacks at most; 0: torch's cat
 FEWEST_CHUNK_ROWS = 256
 FEWEST_SPLIT_COLUMNS = 256
 MOST_SPLIT = 4  # beyond, writing and adding the sums costs more than the programs save

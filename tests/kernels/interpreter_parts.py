@@ -46,7 +46,12 @@ HALF = torch.float16
         ([[0]], [5], 300, 40),
     ],
 )
-def test_one_launch_stacks_what_torch_stacks(ranks, widths, k, tasks, adapters, dtype):
+@pytest.mark.parametrize("most", [1, 2, 32])
+def test_launches_stack_what_torch_stacks(
+    ranks, widths, k, tasks, adapters, dtype, most, monkeypatch
+):
+    """A launch for every ``most`` experts, also where it ends within a linear."""
+    monkeypatch.setattr(launch, "STACK_EXPERTS", most)
     shape = GroupShape(tuple(map(tuple, ranks)), 0.0)
     a = [torch.randn(r, k).to(adapters) for own in ranks for r in own]
     b = [torch.randn(n, r).to(adapters) for own, n in zip(ranks, widths, strict=True) for r in own]
@@ -61,7 +66,7 @@ def test_one_launch_stacks_what_torch_stacks(ranks, widths, k, tasks, adapters, 
         assert torch.equal(one, other) and one.dtype == other.dtype
 
 
-def test_many_strided_or_unlike_experts_are_stacked_by_torch(monkeypatch):
+def test_strided_or_unlike_experts_are_stacked_by_torch(monkeypatch):
     shape = GroupShape(((2, 3),), 0.0)
     a, b = [torch.randn(2, 8), torch.randn(3, 8)], [torch.randn(5, 2), torch.randn(5, 3)]
     gates = [torch.randn(4, 2)]
@@ -72,7 +77,7 @@ def test_many_strided_or_unlike_experts_are_stacked_by_torch(monkeypatch):
         for other in (strided, unlike):
             assert torch.equal(stack(shape, gates, other, b, torch.float32).a, plain.a)
     assert by_torch.call_count == 2
-    monkeypatch.setattr(launch, "STACK_EXPERTS", 1)
+    monkeypatch.setattr(launch, "STACK_EXPERTS", 0)
     with patch.object(Stacks, "of", wraps=Stacks.of) as by_torch:
         assert torch.equal(stack(shape, gates, a, b, torch.float32).b[0], plain.b[0])
     assert by_torch.called

@@ -223,8 +223,8 @@ def test_dense_products_draw_their_mask_by_a_kernel(dtype):
 
 
 @pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("ranks", [[[16] * 5] * 3, [[3, 8, 1], [0, 5, 17, 128]]])
-def test_one_launch_stacks_what_torch_stacks(ranks, adapters):
+@pytest.mark.parametrize("ranks", [[[16] * 5] * 3, [[3, 8, 1], [0, 5, 17, 128]], [[16] * 65] * 2])
+def test_launches_stack_what_torch_stacks(ranks, adapters):
     from ckf.kernels.triton_stack import stack
 
     shape = GroupShape(tuple(map(tuple, ranks)), 0.0)

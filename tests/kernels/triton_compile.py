@@ -189,13 +189,13 @@ def launches(arch: int, tf32: bool = False):
 
 
 def small_calls():
-    """Stacking experts, alone and for three linears, and the mask of the dense-gated products."""
+    """Stacking experts (of few and of many tasks, three linears), the mask of dense products."""
     bf16, fp32 = torch.bfloat16, torch.float32
-    for linears, rank, adapters in ((3, 16, fp32), (1, 20, bf16)):
-        a = [meta(rank, 4096, dtype=adapters) for _ in range(5 * linears)]
-        b = [meta(4096, rank, dtype=adapters) for _ in range(5 * linears)]
-        gates = [meta(4, 5, dtype=fp32) for _ in range(linears)]
-        yield partial(stack, GroupShape(((rank,) * 5,) * linears, 0.0), gates, a, b, bf16)
+    for linears, rank, own, adapters in ((3, 16, 5, fp32), (1, 20, 5, bf16), (3, 16, 65, fp32)):
+        a = [meta(rank, 4096, dtype=adapters) for _ in range(own * linears)]
+        b = [meta(4096, rank, dtype=adapters) for _ in range(own * linears)]
+        gates = [meta(own - 1, own, dtype=fp32) for _ in range(linears)]
+        yield partial(stack, GroupShape(((rank,) * own,) * linears, 0.0), gates, a, b, bf16)
     for dtype, k in ((bf16, 4096), (fp32, 4095)):
         yield partial(drop, meta(8192, k, dtype=dtype), meta(1, dtype=torch.int64), 0.1)
 
