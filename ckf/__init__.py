@@ -1,49 +1,39 @@
 """ckf: Multi-LoRA kernels, a model patcher, and Collaborative Knowledge Fusion for LLMs."""
 
-from ckf.adapters import load_adapters, load_patched, save_adapters
-from ckf.collate import TaskCollator
-from ckf.export import export_peft, import_peft, merge_task
-from ckf.layer_graphs import LayerGraphs
-from ckf.patch import (
-    is_patched,
-    patch_model,
-    reset_adapters,
-    task_ids,
-    unpatch_model,
-    use_task,
-)
-from ckf.presence import TaskPresence
+from importlib import import_module
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "LayerGraphs",
-    "MultiLoRATrainer",
-    "TaskCollator",
-    "TaskPresence",
-    "export_peft",
-    "import_peft",
-    "is_patched",
-    "load_adapters",
-    "load_patched",
-    "load_run",
-    "merge_task",
-    "patch_model",
-    "reset_adapters",
-    "save_adapters",
-    "task_ids",
-    "unpatch_model",
-    "use_task",
-]
+# Read when they are asked for: ckf.kernels needs torch alone, the patcher transformers as well, the
+# trainer accelerate, and load_run the [recsys] extra.
+_MODULES = {
+    "LayerGraphs": "layer_graphs",
+    "MultiLoRATrainer": "trainer",
+    "TaskCollator": "collate",
+    "TaskPresence": "presence",
+    "export_peft": "export",
+    "import_peft": "export",
+    "is_patched": "patch",
+    "load_adapters": "adapters",
+    "load_patched": "adapters",
+    "load_run": "run",
+    "merge_task": "export",
+    "patch_model": "patch",
+    "reset_adapters": "patch",
+    "save_adapters": "adapters",
+    "task_ids": "patch",
+    "unpatch_model": "patch",
+    "use_task": "patch",
+}
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str):
-    if name == "load_run":  # needs the [recsys] extra; the kernels and the patcher do not
-        from ckf.run import load_run
+    if name not in _MODULES:
+        raise AttributeError(f"module 'ckf' has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(f"ckf.{_MODULES[name]}"), name)
+    return found
 
-        return load_run
-    if name == "MultiLoRATrainer":  # transformers' Trainer takes long to import
-        from ckf.trainer import MultiLoRATrainer
 
-        return MultiLoRATrainer
-    raise AttributeError(f"module 'ckf' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -126,9 +126,9 @@ __device__ __forceinline__ void load_tile_for(unsigned blocks, uint32_t to, cons
 }
 
 // A warp has written rows to global memory that tile copies of other blocks will read: counts it.
-// Ordinary stores and copies go through different proxies, hence the fence on either side.
+// Ordinary stores and copies go through different proxies, hence the fence on either side. The
+// release covers the stores of all lanes, which the barrier of the warp has put before it.
 __device__ __forceinline__ void publish(unsigned* count) {
-    __threadfence();
     asm volatile("fence.proxy.async.global;" ::: "memory");
     __syncwarp();
     if (threadIdx.x % kLanes == 0)

@@ -1,4 +1,4 @@
-"""The README's paragraph is made from the record: the same figures, the same verdicts."""
+"""The page is made from the records: the same figures, the same verdicts."""
 
 import json
 import re
@@ -89,17 +89,15 @@ def test_the_command_prints_it(record, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == summary(record, str(file))
 
 
-# Records of other backbones than the README's stand on the page about them.
-PAGES = {"ml-1m-collm-reduced-gemma3-270m.json": "docs/experiments.md"}
+PAGE = "docs/experiments.md"
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "benchmarks" / "results").glob("*-collm*.json")))
 def test_a_page_says_what_its_record_says(file):
-    path, page = file.relative_to(ROOT).as_posix(), PAGES.get(file.name, "README.md")
-    expected = summary(json.loads(file.read_text()), path, page)
-    said = (ROOT / page).read_text()
-    assert expected in said, (
-        f"put the output of python -m ckf.experiment.summary {path} {page} there"
+    path = file.relative_to(ROOT).as_posix()
+    expected = summary(json.loads(file.read_text()), path, PAGE)
+    assert expected in (ROOT / PAGE).read_text(), (
+        f"put the output of python -m ckf.experiment.summary {path} {PAGE} there"
     )
     (link,) = set(re.findall(r"\]\(([^)]*\.json)\)", expected))
-    assert (ROOT / page).parent.joinpath(link).resolve() == file
+    assert (ROOT / PAGE).parent.joinpath(link).resolve() == file

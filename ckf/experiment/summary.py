@@ -1,8 +1,8 @@
-"""What a record of an experiment says, as the paragraph and table that a README shows.
+"""What a record of an experiment says, as the paragraph and table that a page shows.
 
     python -m ckf.experiment.summary benchmarks/results/ml-1m-collm.json [PAGE]
 
-PAGE: the page it will stand on, for its link to the record; README.md unless told.
+PAGE: the page it will stand on, for its link to the record; docs/experiments.md unless told.
 Every figure and every claim comes from the record, so the text can be made again and tested.
 """
 
@@ -20,7 +20,7 @@ from ckf.report_metrics import metric, number
 _COLUMNS = (("ctr", "auc"), ("ctr", "uauc"), ("topk", "mrr"), ("rating", "rmse"))
 
 
-def summary(record: Mapping, path: str, page: str = "README.md") -> str:
+def summary(record: Mapping, path: str, page: str = "docs/experiments.md") -> str:
     """Markdown: what was run, the table of cells and baselines, what is better and what is open.
 
     record: as ``ckf report --record`` writes it; path: where it lies, page: where the text will
