@@ -13,7 +13,7 @@ import numpy as np
 
 from ckf.assembly import Assembly
 from ckf.baselines import evaluate_baselines, slice_masks
-from ckf.batches import Example, expected_stars, star
+from ckf.batches import Example, expected_stars, stars
 from ckf.metrics import (
     bootstrap_over_users,
     ctr_metrics,
@@ -111,8 +111,7 @@ class Evaluator:
         answers = self._answers(examples)
         users, ratings = self.data.user[rows], self.data.rating[rows].astype(np.float64)
         expected = expected_stars(answers.logits)
-        stars = np.array([star(r) for r in ratings], np.int64)
-        loss, mean = self._loss(answers.losses(stars - 1), rows)
+        loss, mean = self._loss(answers.losses(stars(ratings, rows) - 1), rows)
         metrics = rating_metrics(expected, ratings, users, self.samples, self.seed) | loss
         metrics |= self._greedy_rating(answers.greedy, ratings, users)
         frame = self._frame(rows) | {

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ckf.baselines import ITEM_PRIOR_OF_SUM, USER_PRIOR
-from ckf.batches import QuestionMaker, star
+from ckf.batches import QuestionMaker, stars
 from ckf.cf.blend import spread
 from ckf.data.prepared import PreparedData
 from ckf.match import MatchScores
@@ -130,7 +130,7 @@ class AnswerPrior:
             known = (data.rating >= 0.5) & (data.rating < 5.5)  # NaN: False
         rows = _evenly(np.flatnonzero((data.split == 0) & known), _MOST_CHOICES // count)
         if task in _STARS:
-            words = np.array([star(r) - 1 for r in data.rating[rows]], np.int64)
+            words = stars(data.rating[rows], rows) - 1
         else:
             words = np.where(data.label[rows] == 1, 0, 1)
         users, items = data.user[rows], data.item[rows]

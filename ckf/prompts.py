@@ -7,8 +7,8 @@ vector and, where matches are shown, by the place that says how user and item fi
 is too long, the oldest history titles go first, then the review and titles are cut; a placeholder,
 the candidate and the answer never are.
 
-No prompt shows the length of the history or the position in the user's stream: it shows a fixed
-number of last liked titles, fewer only where there are fewer.
+No prompt shows the position in the user's stream: it shows a fixed number of last liked titles,
+fewer only where there are fewer.
 """
 
 import re

@@ -30,8 +30,7 @@ class Names:
         if task not in self.tasks:
             raise ValueError(f"{where}: task is {task!r}; this run knows {', '.join(self.tasks)}")
         user = self.users.get(str(self._field(request, "user", where)), -1)
-        history = self._history(request, user, where)
-        question = Question(task, [int(i) for i in history if i >= 0])
+        question = Question(task, [])
         if task == "topk":
             names = self._field(request, "candidates", where)
             question.candidates = [self._item(n, where) for n in names]
@@ -43,9 +42,12 @@ class Names:
             question.item = self._item(self._field(request, "item", where), where)
         if task == "review_rating":
             question.review = str(self._field(request, "review", where))
+        asked = question.candidates if task == "topk" else [question.item]
+        history = self._history(request, user, asked, where)
+        question.history = [int(i) for i in history if i >= 0]
         return question, user, history
 
-    def _history(self, request: dict, user: int, where: str) -> np.ndarray:
+    def _history(self, request: dict, user: int, asked: list[int], where: str) -> np.ndarray:
         width = self.data.history.shape[1]
         if "history" in request:
             items = [self._item(n, where) for n in request["history"]][-width:]
@@ -56,9 +58,18 @@ class Names:
             )
         else:
             ends = np.array([user, user + 1], self.data.user.dtype)  # else all would be converted
-            own = slice(*np.searchsorted(self.data.user, ends))  # rows lie sorted by user
-            items = self.data.item[own][self.data.label[own] == 1][-width:].tolist()
+            own = slice(*np.searchsorted(self.data.user, ends))  # rows lie sorted by user, time
+            liked = (self.data.label[own] == 1) & ~np.isin(self.data.item[own], asked)
+            if "time" in request:
+                liked &= self.data.time[own] < self._time(request["time"], where)
+            items = self.data.item[own][liked][-width:].tolist()
         return np.array([-1] * (width - len(items)) + list(items), np.int64)
+
+    @staticmethod
+    def _time(value, where: str) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{where}: time is {value!r}, expected seconds as in the data")
+        return value
 
     def _item(self, name, where: str) -> int:
         if str(name) not in self.items:

@@ -74,7 +74,9 @@ class Run:
         A request is ``{"task": .., "user": raw id, "item": raw id}``; topk takes ``"candidates":
         [raw ids]`` instead of an item, review_rating a ``"review"``. ``"history"``, raw ids of last
         liked items, oldest first, replaces what the data knows of the user, and is needed for
-        users it does not know.
+        users it does not know. Without it the history is the user's last liked items in the data,
+        of all splits, without those that are asked about; with ``"time"``, seconds, it is of
+        earlier rows alone, as evaluation shows it.
 
         Returns:
             per request: ctr ``{"score", "probability"}``, rating and review_rating ``{"rating"}``,

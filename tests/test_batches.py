@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ckf.batches import Collator, Example, VectorLookup, is_drawn, star
+from ckf.batches import Collator, Example, VectorLookup, is_drawn, stars
 from ckf.cf import fold_in_users
 from ckf.prompts import ANSWERS, USER_SLOT, Encoded
 from tests.ckf_fixtures import TASKS
@@ -118,10 +118,14 @@ def test_questions_say_what_the_data_say(small_run, task, split):
         assert maker.question(example, split, answered=False).answer is None
 
 
-def test_stars_are_whole_and_halves_go_up():
-    assert [star(r) for r in (0.5, 1, 1.4, 1.5, 2.5, 4.49, 4.5, 5, 5.4)] == [
-        1, 1, 1, 2, 3, 4, 5, 5, 5,
-    ]  # fmt: skip
+def test_stars_are_whole_and_keep_the_mean():
+    rows = np.arange(10_000)
+    for rating in (1, 1.4, 2.5, 4.49, 4.5, 5):
+        found = stars(np.full(len(rows), rating), rows)
+        assert set(found) <= {int(rating), int(rating) + 1}
+        assert found.mean() == pytest.approx(rating, abs=1e-3)
+    assert stars([0.5, 5.4, 4], [3, 2, 2**40]).tolist() == [1, 5, 4]
+    assert stars(np.float32(3.0), 7) == 3
 
 
 def test_draws_depend_on_seed_and_position_alone():

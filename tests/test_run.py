@@ -58,26 +58,35 @@ def test_replies_have_their_shape(small_run):
 
 
 def test_answers_are_those_of_the_evaluation(small_run):
-    """A test row asked with its own history gets the score that evaluation gave it."""
+    """A test row asked with its own history, or its time, has the score of the evaluation."""
     data = small_run.assembly.data
     frame = pl.read_parquet(small_run.folder / "predictions" / "ctr.parquet")
     for place in range(5):
         row = int(frame["row"][place])
         history = [data.item_ids[i] for i in data.history[row] if i >= 0]
-        request = {"user": frame["user"][place], "item": frame["item"][place]}
-        reply = small_run.predict([request | {"task": "ctr", "history": history}])[0]
-        assert reply["score"] == pytest.approx(frame["score"][place], abs=1e-4)
+        request = {"task": "ctr", "user": frame["user"][place], "item": frame["item"][place]}
+        asked = [request | {"history": history}, request | {"time": int(data.time[row])}]
+        for reply in small_run.predict(asked):
+            assert reply["score"] == pytest.approx(frame["score"][place], abs=1e-4)
 
 
-def test_a_known_user_is_asked_with_all_liked_items(small_run):
+def test_a_known_user_is_asked_with_all_liked_items_but_those_asked_about(small_run):
+    """Else a liked item is told by its own place in the history."""
     data = small_run.assembly.data
     user = data.user_ids.index("u3")
-    liked = np.flatnonzero((data.user == user) & (data.label == 1))[-6:]
-    history = [data.item_ids[i] for i in data.item[liked]]
-    plain = small_run.predict([REQUESTS[0]])[0]
-    assert_same_reply(plain, small_run.predict([REQUESTS[0] | {"history": history}])[0])
-    other = small_run.predict([REQUESTS[0] | {"history": history[:1]}])[0]
-    assert abs(other["score"] - plain["score"]) > 1e-4
+    liked = data.item[np.flatnonzero((data.user == user) & (data.label == 1))]
+    own, two = data.item_ids[liked[-1]], [data.item_ids[i] for i in liked[-2:]]
+    for request, asked in (
+        (REQUESTS[0], [REQUESTS[0]["item"]]),
+        (REQUESTS[0] | {"item": own}, [own]),
+        ({"task": "topk", "user": "u3", "candidates": two}, two),
+    ):
+        history = [name for name in (data.item_ids[i] for i in liked) if name not in asked][-6:]
+        plain = small_run.predict([request | {"user": "u3"}])[0]
+        given = request | {"user": "u3", "history": history}
+        assert_same_reply(plain, small_run.predict([given])[0])
+    other = small_run.predict([given | {"history": history[:1]}])[0]
+    assert other["scores"] != plain["scores"]
 
 
 def test_a_request_looks_at_the_rows_of_its_user_alone(small_run, monkeypatch):
@@ -117,6 +126,7 @@ def test_no_request_keeps_logits_over_the_vocabulary(small_run, monkeypatch):
         ({"task": "click"}, ("'click'", "ctr")),
         ({"item": "i999"}, ("'i999'", "40 items")),
         ({"history": ["i1", "zz"]}, ("'zz'",)),
+        ({"time": "now"}, ("time is 'now'", "seconds")),
         ({"user": "nobody"}, ("'nobody'", "history")),
         ({"item": None}, ("item",)),
         ({"task": "topk"}, ("candidates",)),
