@@ -26,8 +26,9 @@ PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def key(layer: str, side: str) -> str:
-    """PEFT's name of one matrix; ``side`` is "lora_A" or "lora_B"."""
-    return f"{PREFIX}{layer}.{side}.weight"
+    """PEFT's name of one matrix; ``side`` is "lora_A" or "lora_B". Compiled modules count as what
+    they wrap."""
+    return f"{PREFIX}{layer.replace('_orig_mod.', '')}.{side}.weight"
 
 
 def matrices(layers: dict[str, MultiLoRALinear], expert: str) -> dict[str, nn.Parameter]:

@@ -95,11 +95,13 @@ def load_adapters(model: nn.Module, path: str | Path) -> None:
     device and dtype of the model's own adapters, whatever device saved them.
 
     Raises:
-        ValueError: a missing or unreadable file, tasks that differ, keys, shapes or dtypes that do
-            not fit, a name or a link that leads out of ``path``.
+        ValueError: a missing or unreadable file, tasks, scaling or gates that differ, keys, shapes
+            or dtypes that do not fit, a name or a link that leads out of ``path``.
     """
     settings, layers, path = patch_state(model).settings, patched_layers(model), Path(path)
-    _check_tasks(path, list(read_settings(path)["tasks"]), list(settings.tasks))
+    saved = read_settings(path)
+    _check_tasks(path, list(saved["tasks"]), list(settings.tasks))
+    _check_alike(path, saved, settings)
     copies: list[tuple[Tensor, Tensor]] = []
     for expert in settings.experts:
         file = path / expert / files.WEIGHTS_FILE
@@ -113,6 +115,8 @@ def load_adapters(model: nn.Module, path: str | Path) -> None:
         file = path / GATE_FILE
         tensors = files.read_tensors(file, path)
         copies += [(own, files.take(tensors, name, own, file)) for name, own in gates.items()]
+        if tensors:
+            raise ValueError(f"{file} has {min(tensors)}, which the patched model lacks")
     files.copy_all(copies)
     for layer in layers.values():  # a sharded model gathers adapters without counting
         layer.forget_decoding()
@@ -224,6 +228,17 @@ def _check_tasks(path: Path, saved: list[str], own: list[str]) -> None:
         "same tasks in this order, or use ckf.load_patched; ckf.import_peft reads one adapter into "
         "a task of another name"
     )
+
+
+def _check_alike(path: Path, saved: dict, settings: PatchSettings) -> None:
+    """ValueError where the same matrices would say something else."""
+    for name in ("lora_alpha", "use_rslora", "gate", "gate_per_layer"):
+        value, own = saved[name], getattr(settings, name)
+        if value != own:
+            raise ValueError(
+                f"{path} holds adapters with {name} {value!r}; the model is patched with {own!r}: "
+                f"patch it with {name}={value!r}, or use ckf.load_patched"
+            )
 
 
 def _warn_of_others(model: nn.Module, layers: dict[str, MultiLoRALinear]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from ckf import adapter_files as files
@@ -178,6 +179,11 @@ def _folded(layer: MultiLoRALinear, row: int, experts) -> tuple[Tensor, Tensor]:
 
 def _check_mergeable(name: str, layer: MultiLoRALinear, owners: dict[int, list[str]]) -> None:
     weight = getattr(layer.base_layer, "weight", None)
+    if is_parametrized(layer.base_layer):
+        raise ValueError(
+            f"{name} makes its weight anew at every call (torch.nn.utils.parametrize); remove that "
+            "before a merge, or use ckf.export_peft"
+        )
     if weight is None or hasattr(weight, "__tensor_flatten__") or weight.dim() != 2:
         raise ValueError(
             f"{name} has a quantized or sharded weight; a merge would lose precision: load the "

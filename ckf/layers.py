@@ -284,9 +284,10 @@ class MultiLoRALinear(nn.Module):
 
     def _gate_constant(self) -> Tensor:
         """Scaling (E,); with the hard gate, the whole matrix (T, E)."""
-        scaling = torch.tensor([self.scaling[e] for e in self.experts])
+        scaling = torch.tensor([self.scaling[e] for e in self.experts], dtype=torch.float32)
         if self._gate[0] is None:
-            scaling = torch.tensor(_hard_gate(self.router.tasks, self.experts)) * scaling
+            hard = _hard_gate(self.router.tasks, self.experts)
+            scaling = torch.tensor(hard, dtype=torch.float32) * scaling
         return scaling
 
     def fuses(self) -> bool:

@@ -322,7 +322,8 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _device(model: nn.Module) -> torch.device:
-    parameter = next(model.parameters(), None)
+    """Of the first parameter that is not offloaded."""
+    parameter = next((p for p in model.parameters() if not p.is_meta), None)
     return torch.device("cpu") if parameter is None else parameter.device
 
 

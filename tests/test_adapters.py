@@ -32,6 +32,44 @@ def test_round_trip(options, tmp_path):
     assert all(torch.equal(expected[n], values[n]) for n in expected)
 
 
+@pytest.mark.parametrize(
+    "saved, own, words",
+    [
+        ({"lora_alpha": 32}, {"lora_alpha": 16}, "lora_alpha 32; .* patched with 16"),
+        ({}, {"use_rslora": True}, "use_rslora False; .* patched with True"),
+        ({"gate": "learned"}, {}, "gate 'learned'; .* patched with 'hard'"),
+    ],
+)
+def test_other_scaling_or_gates_are_named(saved, own, words, tmp_path):
+    """The same matrices would say something else."""
+    ckf.save_adapters(patched(**saved), tmp_path / "a")
+    model = patched(**own)
+    before = adapter_values(model)
+    with pytest.raises(ValueError, match=words):
+        ckf.load_adapters(model, tmp_path / "a")
+    assert all(torch.equal(before[n], v) for n, v in adapter_values(model).items())
+
+
+def test_gates_that_the_model_lacks_are_named(tmp_path):
+    model = patched(gate="learned")
+    ckf.save_adapters(model, tmp_path / "a")
+    file = tmp_path / "a" / "ckf_gate.safetensors"
+    save_file(load_file(file) | {"other": torch.ones(1)}, file)
+    with pytest.raises(ValueError, match="has other, which the patched model lacks"):
+        ckf.load_adapters(model, tmp_path / "a")
+
+
+def test_compiled_layers_are_saved_under_their_own_names(tmp_path):
+    model = patched()
+    randomise_adapters(model)
+    expected = logits(model, tokens(), task_ids=[0, 1, 2, -1])
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+    ckf.save_adapters(model, tmp_path / "a")
+    loaded = ckf.load_patched(tiny_model(), tmp_path / "a")
+    torch.testing.assert_close(logits(loaded, tokens(), task_ids=[0, 1, 2, -1]), expected)
+    ckf.load_adapters(model, tmp_path / "a")
+
+
 def test_saving_again_replaces_and_leaves_nothing_behind(tmp_path):
     model = patched()
     ckf.save_adapters(model, tmp_path / "a")
@@ -296,7 +334,7 @@ def test_the_card_says_what_lies_there(tmp_path):
 def test_adapters_without_values_are_refused(tmp_path):
     with torch.device("meta"):
         empty = tiny_model()
-    ckf.patch_model(empty, TASKS, r=4)
+    ckf.patch_model(empty, TASKS, r=4, lora_alpha=8)
     with pytest.raises(ValueError, match="meta device and have no values"):
         ckf.save_adapters(empty, tmp_path / "a")
     assert not (tmp_path / "a").exists()

@@ -107,6 +107,7 @@ def test_offloaded_layers_equal_loaded_ones(order, device, tmp_path):
             other = dispatch_model(other, **options)
     weight = other.model.layers[1].self_attn.q_proj.base_layer.weight
     assert weight.is_meta
+    assert not ckf.task_ids(other, TASKS).is_meta
     torch.testing.assert_close(logits(other, tokens(), task_ids=rows), expected)
 
 

@@ -297,6 +297,14 @@ def test_merge_refuses_and_changes_nothing(kind):
     assert ckf.is_patched(model) and torch.equal(attention.q_proj.base_layer.weight, before)
 
 
+def test_merge_refuses_a_weight_made_anew_at_every_call():
+    model = tiny_model()
+    torch.nn.utils.parametrizations.weight_norm(model.model.layers[0].self_attn.q_proj)
+    ckf.patch_model(model, TASKS, r=4)
+    with pytest.raises(ValueError, match="q_proj makes its weight anew at every call"):
+        ckf.merge_task(model, "ctr")
+
+
 def test_merge_refuses_the_tied_output_layer():
     base = tiny_model("gpt2")
     assert base.lm_head.weight is base.transformer.wte.weight

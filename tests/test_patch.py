@@ -20,7 +20,7 @@ TASKS = ["ctr", "topk", "rating"]
 
 
 def patched(family="llama", tasks=TASKS, **options):
-    return ckf.patch_model(tiny_model(family), tasks, r=4, lora_alpha=8, **options)
+    return ckf.patch_model(tiny_model(family), tasks, **({"r": 4, "lora_alpha": 8} | options))
 
 
 def logits(model, ids, **kwargs):
@@ -281,6 +281,31 @@ def test_siblings_share_one_dropout_mask():
     assert by_name[attention + "o_proj"] != by_name[attention + "q_proj"]
     assert by_name["model.layers.0.mlp.gate_proj"] == by_name["model.layers.0.mlp.up_proj"]
     assert len(set(by_name.values())) == 8  # four inputs in each of two layers
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_outputs_may_be_changed_in_place(backend):
+    layers = [torch.nn.Linear(8, 16), torch.nn.ReLU(inplace=True), torch.nn.Linear(16, 4)]
+    model = torch.nn.Sequential(*layers)
+    x = torch.randn(2, 3, 8)
+    plain = model(x)
+    ckf.patch_model(model, ["a", "b"], target_modules=["0", "2"], r=4, backend=backend)
+    with ckf.use_task(model, "a"):
+        y = model(x)
+        assert torch.equal(y, plain)
+        y.sum().backward()
+    assert model[2].lora_B["a"].grad.abs().sum() > 0
+
+
+def test_scaling_is_float32_whatever_the_default_dtype():
+    plain = patched(r=3, lora_alpha=4)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        other = patched(r=3, lora_alpha=4)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    gates = [m.model.layers[0].self_attn.q_proj.gates(torch.device("cpu")) for m in (plain, other)]
+    assert torch.equal(*gates) and gates[0].max() == torch.tensor(4 / 3)
 
 
 def test_sequential_models_and_conv1d_features():

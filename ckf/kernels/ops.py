@@ -211,6 +211,7 @@ class _MultiLoRA(torch.autograd.Function):
     @staticmethod
     def forward(ctx, static: _Static, x, task_ids, seed, slots, *tensors):
         *outputs, saved = _forward_op(static, x, task_ids, seed, slots, tensors)
+        outputs = [_no_view(y) for y in outputs]
         ctx.static = static
         ctx.save_for_backward(x, saved, task_ids, seed, slots, *tensors)
         return tuple(outputs)
@@ -234,6 +235,14 @@ class _MultiLoRA(torch.autograd.Function):
         *_, gates, a, b = _lists(ctx.static, tensors)
         dx, *rest = _by_input(_shape(gates, a, 0.0), b, found, needs)
         return None, dx, None, None, None, *rest
+
+
+def _no_view(y: Tensor) -> Tensor:
+    """y in the same memory, as no view: a model may change an output in place, which autograd
+    refuses for views; F.linear's output is one where x has three dimensions."""
+    if torch.compiler.is_compiling() or type(y) is not Tensor or not y._is_view():
+        return y
+    return y.new_empty(0).set_(y)
 
 
 def _by_input(shape: GroupShape, inputs_b, found, needs: list[bool]) -> list[Tensor | None]:
