@@ -14,7 +14,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"ckf: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        print(f"ckf: {error}; pip install 'ckf[recsys]'", file=sys.stderr)
+        print(f"ckf: {error}; pip install -e '.[recsys]' in its folder", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         kept = getattr(options, "kept", "the same command goes on from the last checkpoint")
@@ -133,7 +133,8 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
 def _train(options) -> None:
     from ckf.config import load_config
     from ckf.processes import is_main_process
-    from ckf.run import CONFIG, train_run
+    from ckf.run import train_run
+    from ckf.run_folder import CONFIG
 
     config = load_config(options.config, options.set)
     file = Path(options.config)
@@ -181,7 +182,7 @@ def _print_baselines(folder: Path, overrides: list[str]) -> None:
     from ckf.baselines import evaluate_baselines
     from ckf.cf import CFVectors
     from ckf.data.prepared import load_prepared
-    from ckf.run import VECTORS, opened_config
+    from ckf.run_folder import VECTORS, opened_config
 
     config = opened_config(folder, overrides)
     vectors = folder / VECTORS
@@ -243,7 +244,14 @@ def _export(options) -> None:
         folders[task] = out / task
         rank = max(rank, export_peft(backbone, run.assembly.lora_of(task), out / task))
         print(out / task)
-    print(f"serve: {serving_command(base_name(backbone), folders, rank)}")
+    layers = run.config.model.layers
+    if layers is None:
+        print(f"serve: {serving_command(base_name(backbone), folders, rank)}")
+    else:
+        print(
+            f"note: trained on the first {layers} decoder layers (model.layers); under the whole "
+            "model these LoRAs mean nothing, so no server has their base"
+        )
     if run.assembly.uses_vectors:
         with_prior = " and without the CF model's prior" * (run.config.metanet.match == "prior")
         print(

@@ -2,6 +2,7 @@
 
 import math
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -82,9 +83,9 @@ def serving_command(base: str | None, adapters: dict[str, Path], rank: int) -> s
     room = next((r for r in SERVED_RANKS if r >= rank), None)
     if room is None:
         return f"rank {rank} is above what vLLM serves ({SERVED_RANKS[-1]}); use ckf.merge_task"
-    modules = " ".join(f"{task}={folder}" for task, folder in adapters.items())
+    modules = " ".join(shlex.quote(f"{task}={folder}") for task, folder in adapters.items())
     return (
-        f"vllm serve {base or 'BASE'} --enable-lora --max-lora-rank {room} "
+        f"vllm serve {shlex.quote(base or 'BASE')} --enable-lora --max-lora-rank {room} "
         f"--max-loras {len(adapters)} --lora-modules {modules}"
     )
 

@@ -1,11 +1,14 @@
 """Requests in raw ids, as ``Run.predict`` takes them, to questions in indices."""
 
+import difflib
 from collections.abc import Sequence
 
 import numpy as np
 
 from ckf.data.prepared import PreparedData
 from ckf.prompts import ANSWERS, Question
+
+_FIELDS = {"task", "user", "item", "candidates", "review", "history", "time"}
 
 
 class Names:
@@ -27,13 +30,20 @@ class Names:
         Raises ValueError that begins with ``where``.
         """
         task = self._field(request, "task", where)
+        unknown = sorted(request.keys() - _FIELDS)
+        if unknown:
+            near = difflib.get_close_matches(str(unknown[0]), _FIELDS, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(_FIELDS))}"
+            raise ValueError(f"{where} has the field {unknown[0]!r}; {hint}")
         if task not in self.tasks:
             raise ValueError(f"{where}: task is {task!r}; this run knows {', '.join(self.tasks)}")
         user = self.users.get(str(self._field(request, "user", where)), -1)
         question = Question(task, [])
         if task == "topk":
-            names = self._field(request, "candidates", where)
+            names = self._names(request, "candidates", where)
             question.candidates = [self._item(n, where) for n in names]
+            if len(set(question.candidates)) < len(names):
+                raise ValueError(f"{where}: candidates {names!r} name an item twice")
             if not 2 <= len(names) <= len(ANSWERS["topk"]):
                 raise ValueError(
                     f"{where}: {len(names)} candidates; expected 2 to {len(ANSWERS['topk'])}"
@@ -50,7 +60,8 @@ class Names:
     def _history(self, request: dict, user: int, asked: list[int], where: str) -> np.ndarray:
         width = self.data.history.shape[1]
         if "history" in request:
-            items = [self._item(n, where) for n in request["history"]][-width:]
+            items = [self._item(n, where) for n in self._names(request, "history", where)]
+            items = items[-width:]
         elif user < 0:
             raise ValueError(
                 f'{where}: user {request["user"]!r} is not in the data; give "history", a list '
@@ -64,6 +75,12 @@ class Names:
                 liked &= self.data.time[own] < self._time(request["time"], where)
             items = self.data.item[own][liked][-width:].tolist()
         return np.array([-1] * (width - len(items)) + list(items), np.int64)
+
+    def _names(self, request: dict, name: str, where: str) -> list:
+        value = self._field(request, name, where)
+        if not isinstance(value, list | tuple | np.ndarray):
+            raise ValueError(f"{where}: {name} is {value!r}, expected a list of item ids")
+        return list(value)
 
     @staticmethod
     def _time(value, where: str) -> float:

@@ -15,14 +15,13 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
-import yaml
 from safetensors import SafetensorError
 from transformers import set_seed
 
@@ -31,24 +30,27 @@ from ckf.backbone import locate_model, pick_device
 from ckf.base_model import Base
 from ckf.batches import expected_stars
 from ckf.cf import CFVectors, fit_cf
-from ckf.config import RunConfig, load_config, write_config
+from ckf.config import RunConfig
 from ckf.data.prepared import PreparedData, load_prepared
 from ckf.evaluate import evaluate_run, write_json
 from ckf.processes import is_main_process, main_process_first
 from ckf.prompts import Encoded, Question
 from ckf.requests import Names
 from ckf.run_checks import check_prompts, check_rows
+from ckf.run_folder import (
+    ABOUT,
+    CONFIG,
+    VECTORS,
+    alone_in,
+    opened_config,
+    remove_run,
+    run_folder,
+    start_run,
+)
 from ckf.scoring import Scorer
-from ckf.train import METANET_FILE, load_trained, train
+from ckf.train import load_trained, train
 from ckf.weighing import check_weights, fit_weights
 
-CONFIG, VECTORS, ABOUT, METRICS = "config.yaml", "cf.safetensors", "run.json", "metrics.json"
-_OWN_NAMES = {CONFIG, VECTORS, ABOUT, METRICS, METANET_FILE, "data", "adapters", "checkpoints"} | {
-    "train_log.jsonl",
-    "predictions",
-    "report.html",
-    "export",
-}
 Log = Callable[[str], None]
 
 
@@ -157,7 +159,7 @@ def load_run(
         ValueError: no run there, files that are missing or do not fit, or a setting that a finished
             run has for good.
     """
-    folder = _run_folder(folder)
+    folder = run_folder(folder)
     if not (folder / ABOUT).is_file():
         raise ValueError(
             f"{folder} was not trained to the end; go on with: ckf train {folder}/{CONFIG}"
@@ -181,33 +183,6 @@ def load_run(
     assembly.forget_held_out()
     assembly.model.eval()
     return Run(folder, assembly)
-
-
-def opened_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """A run's settings with ``evaluate.key=value`` in place of its own; ValueError for others."""
-    for override in overrides:
-        if not override.startswith("evaluate."):
-            raise ValueError(
-                f"--set {override!r}: of a finished run only evaluate.* may change, for example "
-                "evaluate.batch_tokens=1024; train another run for the rest"
-            )
-    file = folder / CONFIG
-    config = load_config(file, list(overrides))
-    if "held_out" not in (yaml.safe_load(file.read_text("utf-8")).get("cf") or {}):
-        config = replace(config, cf=replace(config.cf, held_out=False))  # a run of before it
-    return config
-
-
-def _differences(there: dict, here: dict, name: str = "") -> list[str]:
-    """What differs, with dots between the levels: "cf.dim: 8, not 16"."""
-    found = []
-    for key in sorted(there.keys() | here.keys()):
-        one, two = there.get(key), here.get(key)
-        if isinstance(one, dict) and isinstance(two, dict):
-            found += _differences(one, two, f"{name}{key}.")
-        elif one != two:
-            found.append(f"{name}{key}: {one!r}, not {two!r}")
-    return found
 
 
 # Random numbers, and what transformers and accelerate keep, belong to the process: two trainings at
@@ -243,9 +218,9 @@ def train_run(
         config = with_absolute_model(config)
         locate_model(config.model.name)  # a wrong name shall not wait for the data
         if overwrite and is_main_process():
-            _remove_run(folder)
+            remove_run(folder)
         with main_process_first(chosen):
-            made = start_run(config, folder)
+            made = start_run(config, folder, log)
             set_seed(config.seed)
             try:
                 data = _data_of(config, folder, data_path, prepared, log)
@@ -271,7 +246,8 @@ def train_or_load(
         load_trained(assembly, folder)
     else:
         check_prompts(assembly)
-        seconds["train"] = train(assembly, folder, device)["seconds"]
+        with alone_in(folder):
+            seconds["train"] = train(assembly, folder, device)["seconds"]
         with main_process_first(device):  # the others read what it writes
             if is_main_process():
                 weights = _fit_weights(assembly, seconds, log)
@@ -308,51 +284,6 @@ def with_absolute_model(config: RunConfig) -> RunConfig:
     if not path.exists():
         return config
     return replace(config, model=replace(config.model, name=str(path.resolve())))
-
-
-def start_run(config: RunConfig, folder: Path) -> bool:
-    """Make the run's folder, True, or check that it holds a run with these very settings, False."""
-    file = folder / CONFIG
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; give the run a folder by another --out")
-    if file.exists():
-        there = opened_config(folder)
-        if there != config or list(there.tasks) != list(config.tasks):  # the order gives the ids
-            other = "; ".join(_differences(asdict(there), asdict(config))) or "the tasks' order"
-            raise ValueError(
-                f"{folder} holds a run with other settings ({other}); set them, give another "
-                "--out, or --overwrite to remove it"
-            )
-        return False
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} exists and holds other files; give another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ".part")
-    write_config(config, temporary)
-    temporary.replace(file)
-    return True
-
-
-def _remove_run(folder: Path) -> None:
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    if not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder} is not a run (no {CONFIG}), so --overwrite leaves it alone")
-    names = {p.name for p in folder.iterdir() if p.suffix != ".part" and p.name[0] != "."}
-    foreign = sorted(names - _OWN_NAMES)
-    if foreign:
-        raise ValueError(
-            f"{folder} also holds {', '.join(foreign[:5])}, which no run writes, so --overwrite "
-            "leaves it alone; give another --out, or move them away"
-        )
-    shutil.rmtree(folder)
-
-
-def _run_folder(folder: str | Path) -> Path:
-    folder = Path(folder)
-    if not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder} is not a run: it has no {CONFIG}; make one with: ckf train")
-    return folder
 
 
 def _data_of(config: RunConfig, folder: Path, path, prepared, log: Log) -> PreparedData:

@@ -24,6 +24,6 @@ def _write_with_pyarrow(columns: dict, path: Path) -> None:
     except ImportError as error:
         raise ValueError(
             "predictions are written as Parquet, which needs polars or pyarrow; "
-            "pip install 'ckf[recsys]'"
+            "pip install -e '.[recsys]' in ckf's folder"
         ) from error
     pyarrow.parquet.write_table(pyarrow.table(columns), path)

@@ -37,6 +37,8 @@ def make_nothing(folder: Path, log):
 if __name__ == "__main__":  # for the test that interrupts a command
     import sys
 
+    import polars  # noqa: F401  (every experiment on raw data has it; it takes over SIGINT)
+
     from ckf.experiment.jobs import Run, run_side_by_side
 
     out = Path(sys.argv[1])

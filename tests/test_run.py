@@ -2,6 +2,9 @@
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +13,9 @@ import pytest
 import torch
 
 import ckf
-from ckf.run import Run, load_run, opened_config, train_run
+from ckf.config import write_config
+from ckf.run import Run, load_run, train_run
+from ckf.run_folder import alone_in, opened_config, start_run
 from tests.ckf_fixtures import STEPS, quiet, read_log, settings, small_config
 
 # ---- predict
@@ -127,6 +132,10 @@ def test_no_request_keeps_logits_over_the_vocabulary(small_run, monkeypatch):
         ({"item": "i999"}, ("'i999'", "40 items")),
         ({"history": ["i1", "zz"]}, ("'zz'",)),
         ({"time": "now"}, ("time is 'now'", "seconds")),
+        ({"history": "172"}, ("history is '172'", "list of item ids")),
+        ({"histroy": ["i1"]}, ("'histroy'", "did you mean 'history'")),
+        ({"task": "topk", "candidates": ["i1", "i2", "i1"]}, ("name an item twice",)),
+        ({"task": "topk", "candidates": "i1"}, ("candidates is 'i1'",)),
         ({"user": "nobody"}, ("'nobody'", "history")),
         ({"item": None}, ("item",)),
         ({"task": "topk"}, ("candidates",)),
@@ -201,6 +210,60 @@ def test_a_run_with_other_settings_is_refused(small_model, run_copy):
     with pytest.raises(ValueError, match="other settings"):
         train_run(ckf.config.config_from_dict(values), run_copy, log=quiet)
     assert sorted(p.name for p in run_copy.iterdir()) == before
+
+
+def test_a_run_that_was_not_trained_takes_mended_settings(small_model, raw_data, tmp_path):
+    """A wrong setting that shows after the data are prepared costs neither them nor the CF fit."""
+    wrong = small_config(small_model, lora__target_modules=["q_prj"])
+    with pytest.raises(ValueError, match="match no linear"):
+        train_run(wrong, tmp_path / "run", str(raw_data), device="cpu", log=quiet)
+    made = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*.safetensors")}
+    assert any(p.name == "cf.safetensors" for p in made) and len(made) > 3
+    lines = []
+    config = small_config(small_model, train__steps=1)
+    train_run(config, tmp_path / "run", device="cpu", log=lines.append)
+    assert any("takes new settings (lora.target_modules" in line for line in lines)
+    assert all(p.stat().st_mtime_ns == time for p, time in made.items())
+    with pytest.raises(ValueError, match="holds a run with other settings"):  # trained now
+        train_run(small_config(small_model), tmp_path / "run", log=quiet)
+
+
+def test_an_untrained_run_keeps_its_data_and_refits_other_vectors(small_model, run_copy):
+    shutil.rmtree(run_copy / "checkpoints", ignore_errors=True)
+    (run_copy / "run.json").unlink()
+    config = small_config(small_model)
+    start_run(replace(config, cf=replace(config.cf, dim=3)), run_copy, quiet)
+    assert not (run_copy / "cf.safetensors").exists()
+    with pytest.raises(ValueError, match="other settings"):
+        start_run(replace(config, seed=5), run_copy, quiet)
+
+
+def test_a_model_that_moved_is_found_at_its_new_place(small_model, run_copy, tmp_path):
+    config = small_config(small_model)
+    gone = replace(config, model=replace(config.model, name=str(tmp_path / "gone")))
+    write_config(gone, run_copy / "config.yaml")
+    lines = []
+    train_run(config, run_copy, device="cpu", log=lines.append)
+    assert any("takes new settings (model.name" in line for line in lines)
+
+
+def test_one_process_trains_in_a_folder(small_model, raw_data, tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from ckf.run_folder import alone_in\n"
+        "with alone_in(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    )
+    folder = tmp_path / "run"
+    folder.mkdir()
+    other = subprocess.Popen([sys.executable, "-c", code, folder], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match="another process is training in"), alone_in(folder):
+            pass
+    finally:
+        other.kill()
+        other.wait()
+    with alone_in(folder):  # the lock ends with the process
+        pass
 
 
 def test_overwriting_trains_anew(small_model, raw_data, run_copy):

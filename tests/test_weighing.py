@@ -9,8 +9,9 @@ import pytest
 import ckf
 from ckf.evaluate import Evaluator
 from ckf.report import write_report
-from ckf.run import ABOUT, load_run, train_run
+from ckf.run import load_run, train_run
 from ckf.run_checks import check_rows
+from ckf.run_folder import ABOUT
 from ckf.scoring import Scorer
 from ckf.weighing import LARGEST, fit_weights, likeliest_weight, weigh
 from tests.ckf_fixtures import quiet, small_config

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -112,10 +113,17 @@ def _read_table(
         )
     if path.stat().st_size > mapped_above or path.suffix not in (".npy", ".safetensors"):
         return MappedTable.open(path, name)
-    if path.suffix == ".npy":
-        table = torch.from_numpy(np.load(path, allow_pickle=False))
-    else:
-        tensors = load_file(str(path))
+    try:
+        if path.suffix == ".npy":
+            table = torch.from_numpy(np.load(path, allow_pickle=False))
+        else:
+            tensors = load_file(str(path))
+    except (ValueError, TypeError, OSError, EOFError, SafetensorError) as error:
+        raise ValueError(
+            f"{path} cannot be read as {path.suffix} ({error}): write it with "
+            "np.save(path, table.astype(np.float32)) or safetensors"
+        ) from error
+    if path.suffix == ".safetensors":
         if len(tensors) != 1 and name not in tensors:
             raise ValueError(
                 f"{path}: tensors {sorted(tensors)}, expected one tensor or one named {name!r}: "

@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -28,6 +28,7 @@ Log = Callable[[str], None]
 OUTPUT = "output.log"  # in a run's folder: what its process has printed
 SECONDS_BETWEEN_LINES = 60.0
 SECONDS_TO_END = 10.0
+SECONDS_TO_WAKE = 0.5  # polars has a handler of SIGINT that ends no wait without a limit
 
 
 class Run(NamedTuple):
@@ -78,6 +79,8 @@ def run_side_by_side(
     pool = ThreadPoolExecutor(max(jobs, 1))
     try:
         for future in [pool.submit(work_off, team) for team in teams]:
+            while not wait([future], SECONDS_TO_WAKE).done:
+                pass
             future.result()
     finally:  # also when interrupted
         while not todo.empty():

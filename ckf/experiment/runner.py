@@ -44,8 +44,9 @@ from ckf.experiment.parts import (
 )
 from ckf.experiment.prompt_cache import PromptCache
 from ckf.experiment.scores import write_scores
-from ckf.run import read_about, start_run, train_or_load, with_absolute_model
+from ckf.run import read_about, train_or_load, with_absolute_model
 from ckf.run_checks import check_rows
+from ckf.run_folder import start_run
 
 Log = Callable[[str], None]
 SPLITS = ("test", "valid")

@@ -116,8 +116,12 @@ def test_hopper_gemm_on_its_chip(build, nvcc, tmp_path):
         assert Counter(op for op in ops if op.startswith("STG"))["STG.E.128"] == 64
         assert sum(op.startswith("USETMAXREG") for op in ops) == 2
         assert kernel.count("tnspB") == (6 if dx else 1)
-        # a fence of the whole GPU belongs to the cluster barriers, and to where H is counted
-        assert ops.count("UCGABAR_ARV") == 2 and ops.count("MEMBAR.SC.GPU") == 2
+        fences = [op for op in ops if op.startswith("MEMBAR")]
+        # of the whole GPU: one a cluster barrier, one where a warp counts its rows of H
+        assert ops.count("UCGABAR_ARV") == 2 and fences.count("MEMBAR.ALL.GPU") == 4
+        assert "MEMBAR.SC.GPU" not in fences
+        # what H's tile reads of the forward comes in whole words
+        assert not [op for op in ops if op.startswith("LDG") and ".U8" in op]
         for stage in (wide[:4], narrow, wide[-5:-1]):
             between = ops[stage[0] : stage[-1]]
             assert len(between) < 40

@@ -194,9 +194,9 @@ DEFECTS = {
         "wait_published(p.shrink.done + own.row_tile(tile.pair), kConsumers * kGroupWarps);",
         "{}",
     ),
-    "gates of another block of columns": (FRAGMENTS, "lane / 4 * 4 + i", "lane / 4 * 4"),
+    "gates of another block of columns": (FRAGMENTS, "lane / 4 * 4 + w", "lane / 4 * 4"),
     "gates multiplied": (FRAGMENTS, "g != 0.0f ? pack", "true ? pack"),
-    "slots of another task": (FRAGMENTS, "s.slots + (valid ? id : 0) * s.slots_stride", "s.slots"),
+    "slots of another task": (FRAGMENTS, "(valid ? id[h] : 0) * s.slots_stride", "0"),
     "shared rows of A": (KERNEL, "rank * (kColumns / kPair);", "rank * (kColumns / 2 / kPair);"),
     "a sum that goes on": (KERNEL, "products.add = false;\n            if (is_wide", "if (is_wide"),
 }  # fmt: skip
