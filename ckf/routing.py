@@ -28,22 +28,30 @@ class Route:
     seed.
 
     The seed is an int; a one-element tensor where torch.compile traces, so that the compiled code
-    draws afresh at every call.
+    draws afresh at every call. None is drawn at its first use: by layers that train in a model
+    that does not.
     """
 
     def __init__(
-        self, ids: Tensor, shape: tuple[int, int], base_only: bool, seed: int | Tensor
+        self, ids: Tensor, shape: tuple[int, int], base_only: bool, seed: int | Tensor | None
     ) -> None:
         self.rows, self.tokens_per_row = shape
         self.one = ids if ids.dim() == 0 else None  # one task for all: any rows in any order
         self.ids = ids.expand(shape).reshape(-1)  # (rows * tokens_per_row,)
         self.base_only = base_only
-        self.seed = seed
+        self._seed = seed
         self._last_input: tuple[weakref.ref, int, int] | None = None
         self._ready: dict[int, tuple[weakref.ref, int, Tensor]] = {}
         self._views: dict[tuple[torch.Size, torch.device], Tensor] = {}
         self.may_hold = True  # outputs of siblings, while torch.compile traces
         self._traced: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def seed(self) -> int | Tensor:
+        """The pass's own, the same at every use."""
+        if self._seed is None:
+            self._seed = _draw_seed(self.ids.device)
+        return self._seed
 
     def ids_for(self, x: Tensor, layer: str = "a patched layer") -> Tensor:
         """Ids of x's leading shape; x may be (batch, seq, k), flattened, or one vector a row.
@@ -85,13 +93,14 @@ class Route:
 
     def seed_for(self, x: Tensor, layer: int) -> int | Tensor:
         """One dropout seed per input tensor: siblings (q, k, v) fed the same tensor share it."""
-        if isinstance(self.seed, Tensor):
-            return self.seed + _signed(_SEED_STEP * (layer + 1))
+        drawn = self.seed
+        if isinstance(drawn, Tensor):
+            return drawn + _signed(_SEED_STEP * (layer + 1))
         if self._last_input is not None:
             reference, version, seed = self._last_input
             if reference() is x and version == _version(x):
                 return seed
-        seed = _signed(self.seed + _SEED_STEP * (layer + 1))
+        seed = _signed(drawn + _SEED_STEP * (layer + 1))
         self._last_input = (weakref.ref(x), _version(x), seed)
         return seed
 
@@ -112,6 +121,12 @@ class Route:
             return y if held is x else None
         reference, version, y = self._ready.pop(layer, (lambda: None, -1, None))
         return y if reference() is x and version == _version(x) else None
+
+
+def _draw_seed(device: torch.device) -> int | Tensor:
+    if torch.compiler.is_compiling():
+        return torch.randint(_SEED_RANGE, (1,), device=device)
+    return int(torch.randint(_SEED_RANGE, ()))
 
 
 def _signed(word: int) -> int:
@@ -251,7 +266,7 @@ class Router:
         ids = self.tensor(task_ids)
         base_only = ids.device.type == "cpu" and bool((ids == BASE_ONLY).all())
         tokens = _token_ids(ids, shape, past, self._growing).to(device, non_blocking=True)
-        seed = int(torch.randint(_SEED_RANGE, ())) if training else 0
+        seed = _draw_seed(device) if training else None
         return Route(tokens, shape, base_only, seed)
 
     def _growing(self) -> bool:
@@ -266,7 +281,7 @@ class Router:
                 "would make a graph for each mix of tasks: pass ckf.task_ids(model, [...])"
             )
         tokens = _token_ids(task_ids.long(), shape, past, self._growing).to(device)
-        seed = torch.randint(_SEED_RANGE, (1,), device=device) if training else 0
+        seed = _draw_seed(device) if training else None
         return Route(tokens, shape, False, seed)
 
 
@@ -335,8 +350,10 @@ class RoutedCheckpoint:
         self.router, self.checkpoint = router, checkpoint
 
     def __call__(self, function, *args, **kwargs):
+        route = self.router.route
+        if route is not None:
+            _ = route.seed  # drawn here: a recomputation would not draw it, and drop otherwise
         if torch.compiler.is_compiling():  # the compiler recomputes; nothing runs later
-            route = self.router.traced
             route.may_hold = False
             result = self.checkpoint(function, *args, **kwargs)
             route.may_hold = True

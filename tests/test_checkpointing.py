@@ -111,3 +111,22 @@ def test_switching_it_on_and_off_and_unpatching_leaves_no_trace():
     model(input_ids=tokens(), labels=tokens()).loss.backward()
     functions = [m.__dict__.get("_gradient_checkpointing_func") for m in model.modules()]
     assert not any(isinstance(f, RoutedCheckpoint) for f in functions)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layers_that_train_in_a_model_that_does_not_recompute_their_dropout(reentrant):
+    """Their seed is drawn late, yet before what the checkpoint draws again."""
+    found = []
+    for checkpointed in (False, True):
+        model = ckf.patch_model(tiny_model("gpt2"), TASKS, r=4, lora_dropout=0.3)
+        randomise_adapters(model)
+        if checkpointed:
+            enable(model, reentrant)
+        model.transformer.train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.3
+        torch.manual_seed(5)
+        model(input_ids=tokens(), labels=tokens(), task_ids=[0, 1, 2, -1]).loss.backward()
+        found.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

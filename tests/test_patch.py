@@ -429,6 +429,22 @@ def test_layers_fed_the_same_tensor_form_groups(family, groups):
     assert sorted(map(sorted, found)) == sorted(sorted(g) for g in groups * 2)  # two layers
 
 
+def test_layers_that_train_in_a_model_that_does_not_drop_afresh():
+    """Monte Carlo dropout; in eval nothing is drawn, so that sampling goes as in the base."""
+    model = patched(lora_dropout=0.5)
+    randomise_adapters(model)
+    ids = {"task_ids": [0, 1, 2, 0]}
+    before = torch.get_rng_state()
+    logits(model, tokens(), **ids)
+    assert torch.equal(torch.get_rng_state(), before)
+    for layer in patched_layers(model).values():
+        layer.train()
+    first, second = logits(model, tokens(), **ids), logits(model, tokens(), **ids)
+    assert not torch.equal(first, second)
+    torch.set_rng_state(before)
+    assert torch.equal(logits(model, tokens(), **ids), first)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_groups_change_nothing(dropout):
     def gradients(grouped):
