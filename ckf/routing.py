@@ -41,10 +41,10 @@ class Route:
         self.base_only = base_only
         self._seed = seed
         self._last_input: tuple[weakref.ref, int, int] | None = None
-        self._ready: dict[int, tuple[weakref.ref, int, Tensor]] = {}
+        self._ready: dict[int, tuple[weakref.ref, int, tuple, Tensor]] = {}
         self._views: dict[tuple[torch.Size, torch.device], Tensor] = {}
         self.may_hold = True  # outputs of siblings, while torch.compile traces
-        self._traced: dict[int, tuple[Tensor, Tensor]] = {}
+        self._traced: dict[int, tuple[Tensor, tuple, Tensor]] = {}
 
     @property
     def seed(self) -> int | Tensor:
@@ -108,19 +108,21 @@ class Route:
         """Hold the output y of a layer for x, computed together with a sibling's."""
         if torch.compiler.is_compiling():  # no weak references and versions in a traced graph
             if self.may_hold:
-                self._traced[layer] = (x, y)
+                self._traced[layer] = (x, _modes(x), y)
         else:
-            self._ready[layer] = (weakref.ref(x), _version(x), y)
+            self._ready[layer] = (weakref.ref(x), _version(x), _modes(x), y)
 
     def take(self, x: Tensor, layer: int) -> Tensor | None:
-        """The output held for a layer, if it was computed from this very tensor, unchanged."""
+        """The output held for a layer, if it was computed from this very tensor, unchanged, and
+        as this call would: with gradients or without, under the same autocast."""
         if torch.compiler.is_compiling():
             if not self.may_hold:
                 return None
-            held, y = self._traced.pop(layer, (None, None))
-            return y if held is x else None
-        reference, version, y = self._ready.pop(layer, (lambda: None, -1, None))
-        return y if reference() is x and version == _version(x) else None
+            held, modes, y = self._traced.pop(layer, (None, (), None))
+            return y if held is x and modes == _modes(x) else None
+        reference, version, modes, y = self._ready.pop(layer, (lambda: None, -1, (), None))
+        same = reference() is x and version == _version(x) and modes == _modes(x)
+        return y if same else None
 
 
 def _draw_seed(device: torch.device) -> int | Tensor:
@@ -137,6 +139,13 @@ def _signed(word: int) -> int:
 def _version(x: Tensor) -> int:
     """Counts in-place changes; tensors made in inference mode do not count theirs."""
     return 0 if x.is_inference() else x._version
+
+
+def _modes(x: Tensor) -> tuple[bool, bool, torch.dtype | None]:
+    """Of gradients, of inference, and what autocast makes of x (None: nothing)."""
+    kind = x.device.type
+    cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), cast
 
 
 class Router:

@@ -429,6 +429,51 @@ def test_layers_fed_the_same_tensor_form_groups(family, groups):
     assert sorted(map(sorted, found)) == sorted(sorted(g) for g in groups * 2)  # two layers
 
 
+class Under(torch.nn.Module):
+    """A layer called under a context of its own."""
+
+    def __init__(self, layer, context):
+        super().__init__()
+        self.layer, self.context = layer, context
+
+    def forward(self, x):
+        with self.context():
+            return self.layer(x)
+
+
+@pytest.mark.parametrize(
+    "context", [torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)], ids=["grad", "cast"]
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_siblings_of_a_layer_under_another_mode_compute_their_own(context, compiled):
+    def outputs(grouped):
+        model = patched()
+        randomise_adapters(model)
+        attention = model.model.layers[0].self_attn
+        attention.q_proj = Under(attention.q_proj, context)
+        if not grouped:
+            attention.q_proj.layer.join([])
+        x = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(3))
+
+        def run(x, ids):
+            with model._ckf.router.following(
+                model._ckf.router.make_route(ids, (2, 3), "cpu", True)
+            ):
+                q, k = attention.q_proj(x), attention.k_proj(x)
+            return q, k
+
+        torch._dynamo.reset()
+        run = torch.compile(run, fullgraph=True, backend="eager") if compiled else run
+        q, k = run(x, torch.tensor([0, 1]))
+        k.float().pow(2).sum().backward()
+        return q, k, *(p.grad for p in attention.k_proj.parameters() if p.requires_grad)
+
+    for ours, alone in zip(outputs(True), outputs(False), strict=True):
+        assert (ours is None) == (alone is None)
+        if ours is not None:
+            assert ours.dtype == alone.dtype and torch.equal(ours, alone)
+
+
 def test_layers_that_train_in_a_model_that_does_not_drop_afresh():
     """Monte Carlo dropout; in eval nothing is drawn, so that sampling goes as in the base."""
     model = patched(lora_dropout=0.5)
