@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ckf.packing import PackingCheck, given_cache
-from ckf.routing import BASE_ONLY, RoutedCheckpoint, Router, TaskIds
+from ckf.routing import BASE_ONLY, OneTask, RoutedCheckpoint, Router, TaskIds
 
 ADAPTERS_FOLDER = "adapters"  # inside what save_pretrained and Trainer write
 
@@ -132,17 +132,19 @@ class RoutedGenerate(_Wrapped):
         draft = kwargs.get("assistant_model")
         with self.router.generating():
             if draft is None:
-                return self.original(*args, **kwargs, task_ids=ids)
+                return self.original(
+                    *args, **kwargs, task_ids=OneTask(ids) if ids.dim() == 0 else ids
+                )
             # transformers hands all arguments on to the draft, which may know no task_ids
             with self.router.defaulting_to(ids), _draft_follows(draft, self.router.tasks, ids):
                 return self.original(*args, **kwargs)
 
 
 def _ids_of_prompts(ids: Tensor, inputs: Tensor, continued: bool) -> Tensor:
-    """Ids, one a row at least; ValueError before beams multiply the rows."""
+    """Ids that fit the prompts; ValueError before beams multiply the rows."""
     batch, length = inputs.shape[:2]
     if ids.dim() == 0:
-        return ids.expand(batch).clone()
+        return ids
     per_token = ids.dim() == 2 and (ids.shape[1] == length or (continued and ids.shape[1] > 0))
     if ids.shape[0] != batch or not (ids.dim() == 1 or per_token):
         raise ValueError(
@@ -158,7 +160,7 @@ def _draft_follows(draft: nn.Module, tasks: tuple[str, ...], ids: Tensor):
     if router is None:
         return nullcontext()
     known = [router.tasks.index(t) if t in router.tasks else BASE_ONLY for t in tasks]
-    last = ids if ids.dim() == 1 else ids[:, -1]
+    last = ids[:, -1] if ids.dim() == 2 else ids
     return router.defaulting_to(torch.tensor([*known, BASE_ONLY], device=ids.device)[last])
 
 

@@ -10,6 +10,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,12 +21,19 @@ BASE_ONLY = -1
 _SEED_STEP = 0x9E3779B97F4A7C15
 _SEED_RANGE = 2**63 - 1
 
+
+class OneTask(NamedTuple):
+    """One id for all rows, (), in a tuple: ``generate`` multiplies the rows of tensors alone."""
+
+    id: Tensor
+
+
 TaskIds = Tensor | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | str | int
 
 
 class Route:
-    """What the layers of one forward pass need: an id per token, or one for all, and the dropout
-    seed.
+    """What the layers of one forward pass need: an id per token or row, or one for all, and the
+    dropout seed.
 
     The seed is an int; a one-element tensor where torch.compile traces, so that the compiled code
     draws afresh at every call. None is drawn at its first use: by layers that train in a model
@@ -37,7 +45,9 @@ class Route:
     ) -> None:
         self.rows, self.tokens_per_row = shape
         self.one = ids if ids.dim() == 0 else None  # one task for all: any rows in any order
-        self.ids = ids.expand(shape).reshape(-1)  # (rows * tokens_per_row,)
+        self.by_row = ids if ids.dim() == 1 else None  # (rows,): one task for all a row holds
+        tokens = ids if self.by_row is None else ids.unsqueeze(1)
+        self.ids = tokens.expand(shape).reshape(-1)  # (rows * tokens_per_row,)
         self.base_only = base_only
         self._seed = seed
         self._last_input: tuple[weakref.ref, int, int] | None = None
@@ -76,6 +86,9 @@ class Route:
                 return ids.view(lead)
             if count * self.tokens_per_row == ids.numel():
                 return ids.view(-1, self.tokens_per_row)[:, -1].view(lead)
+        if self.by_row is not None and len(lead) > 1 and lead[0] == self.rows:
+            rows = self.by_row.to(x.device, non_blocking=x.is_cuda)  # as of a whole cache
+            return rows.view(-1, *[1] * (len(lead) - 1)).expand(lead).contiguous()
         raise ValueError(
             f"{layer} got {count} rows of shape {tuple(x.shape)}, but the forward pass "
             f"has task ids for {self.ids.numel()} tokens, {self.tokens_per_row} a row; leave this "
@@ -261,6 +274,8 @@ class Router:
         ``past`` tells how many tokens the cache holds; only per-token ids need to ask. They are of
         the new tokens, or of those in the cache as well.
         """
+        if isinstance(task_ids, OneTask):
+            task_ids = task_ids.id
         if torch.compiler.is_compiling():
             return self._traced_route(task_ids, shape, device, training, past)
         if task_ids is None:
@@ -297,8 +312,8 @@ class Router:
 def _token_ids(
     ids: Tensor, shape: tuple[int, int], past: Callable[[], int], growing: Callable[[], bool]
 ) -> Tensor:
-    """An id for every new token, (batch, seq), or one for all, (). Per-token ids may begin with
-    those in the cache.
+    """An id for every new token, (batch, seq), for every row, (batch,), or one for all, ().
+    Per-token ids may begin with those in the cache.
 
     growing: whether they are a prompt's, of which this may be a part, or the prompt and more
     (``generate``); they go on with their last column.
@@ -307,7 +322,7 @@ def _token_ids(
     if ids.dim() == 0 or (ids.shape == (1,) and batch == 1):
         return ids.reshape(())
     if ids.shape == (batch,):
-        return ids.unsqueeze(1).expand(batch, length)
+        return ids
     expected = f"({batch},) for one task a row or ({batch}, {length}) for one a token"
     if ids.dim() == 2 and ids.shape[0] == batch:
         before, width = past(), ids.shape[1]

@@ -206,11 +206,12 @@ def test_names_without_fullgraph():
     torch.testing.assert_close(logits, model(tokens, task_ids=["a", "b"]).logits, **CLOSE)
 
 
-def test_generation_goes_on_with_the_prompts_last_task():
+@pytest.mark.parametrize("ids", [torch.tensor([[0, 0, 1]]), "b"], ids=["a-token", "one"])
+def test_generation_goes_on_with_the_prompts_last_task(ids):
     model = ckf.patch_model(tiny_model("llama"), ["a", "b"], r=4)
     randomise_adapters(model)
-    prompt, ids = torch.tensor([[5, 9, 7]]), torch.tensor([[0, 0, 1]])
+    prompt = torch.tensor([[5, 9, 7]])
     options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
     expected = model.generate(prompt, task_ids=ids, **options)
-    model.compile(backend="eager")
+    model.compile(backend="eager", fullgraph=True)
     assert torch.equal(model.generate(prompt, task_ids=ids, **options), expected)

@@ -146,3 +146,27 @@ def test_a_conversation_goes_on_from_its_cache(model):
 def test_wrong_shapes_are_told_by_prompts_not_beams(model, ids, shape, options):
     with pytest.raises(ValueError, match=rf"shape {shape} for prompts of 4 rows and 7 tokens"):
         model.generate(tokens(), task_ids=ids, **options)
+
+
+class ProjectsItsCache(torch.nn.Module):
+    """In place of v_proj: projects the tokens seen so far anew at every step (MiniCPM3, Doge)."""
+
+    def __init__(self, linear, flat):
+        super().__init__()
+        self.linear, self.flat, self.seen = linear, flat, None
+
+    def forward(self, x):
+        new = x.shape[1]
+        self.seen = x if self.seen is None else torch.cat([self.seen, x], dim=1)
+        h = self.linear(self.seen.flatten(0, 1) if self.flat else self.seen)
+        return h.view(*self.seen.shape[:2], -1)[:, -new:]
+
+
+@pytest.mark.parametrize("options", [SHORT, BEAMS], ids=["greedy", "beams"])
+@pytest.mark.parametrize(("ids", "flat"), [(ROWS, False), ("topk", False), ("topk", True)])
+def test_models_that_project_their_cache(model, ids, flat, options):
+    attention = model.model.layers[0].self_attn
+    attention.v_proj = ProjectsItsCache(attention.v_proj, flat)
+    found = model.generate(tokens(), task_ids=ids, **options)
+    attention.v_proj = attention.v_proj.linear
+    assert torch.equal(found, model.generate(tokens(), task_ids=ids, **options))

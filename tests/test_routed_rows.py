@@ -74,8 +74,8 @@ class Reorders(torch.nn.Module):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda h: h[:, :3],
-        lambda h: h.transpose(0, 1),  # sequence first
+        lambda h: h[:, :3].transpose(0, 1),  # sequence first
+        lambda h: h.transpose(0, 1),
         lambda h: h.reshape(2, 14, 8),  # so many rows an expert
         lambda h: h[:, :2].reshape(2, 4, 8)[:, :2],
     ],
@@ -84,6 +84,21 @@ def test_a_layer_that_sees_other_rows_is_named(change):
     model = ckf.patch_model(Reorders(change), TASKS, r=4)
     with pytest.raises(ValueError, match=r"^inner\.0 got .* leave this layer out of target_mod"):
         model(tokens(), task_ids=[0, 1, 2, 0])
+
+
+@pytest.mark.parametrize(
+    "change", [lambda h: h[:, :3], lambda h: torch.cat([h, h], 1), lambda h: h[:, None, :2]]
+)
+def test_a_row_of_one_task_may_have_any_length(change):
+    model = ckf.patch_model(Reorders(change), TASKS, r=4)
+    randomise_adapters(model)
+    ids, tasks = tokens(), torch.tensor([0, 1, 2, 0])
+    found = model(ids, task_ids=tasks)
+    for row in range(len(ids)):
+        alone = model(ids[row : row + 1], task_ids=tasks[row])
+        torch.testing.assert_close(found[row : row + 1], alone)
+    with pytest.raises(ValueError, match="leave this layer out"):
+        model(ids, task_ids=tasks[:, None].expand(ids.shape))
 
 
 @pytest.mark.parametrize(
