@@ -82,7 +82,7 @@ class RoutedForward(_Wrapped):
         cache = given_cache(named)
 
         def past() -> int:
-            return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+            return _cached(cache)
 
         for name in ("input_ids", "inputs_embeds"):
             tensor = named.get(name)
@@ -97,6 +97,11 @@ class RoutedForward(_Wrapped):
         lead = tensor.shape[:-1] if tensor.is_floating_point() else tensor.shape
         batch = lead[0] if len(lead) else 1
         return (batch, lead[1:].numel()), tensor.device, past
+
+
+def _cached(cache: object) -> int:
+    """The number of tokens in a key-value cache."""
+    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
 
 
 def _contents(named: Mapping[str, object]) -> dict[str, object]:
@@ -128,7 +133,7 @@ class RoutedGenerate(_Wrapped):
         inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
         ids = self.router.tensor(task_ids, None if inputs is None else inputs.device)
         if inputs is not None:
-            ids = _ids_of_prompts(ids, inputs, given_cache(kwargs) is not None)
+            ids = _ids_of_prompts(ids, inputs, kwargs)
         draft = kwargs.get("assistant_model")
         with self.router.generating():
             if draft is None:
@@ -140,16 +145,25 @@ class RoutedGenerate(_Wrapped):
                 return self.original(*args, **kwargs)
 
 
-def _ids_of_prompts(ids: Tensor, inputs: Tensor, continued: bool) -> Tensor:
-    """Ids that fit the prompts; ValueError before beams multiply the rows."""
+def _ids_of_prompts(ids: Tensor, inputs: Tensor, options: Mapping[str, object]) -> Tensor:
+    """Ids that fit the prompts, those of the tokens in a cache included; ValueError before beams
+    multiply the rows."""
     batch, length = inputs.shape[:2]
     if ids.dim() == 0:
         return ids
-    per_token = ids.dim() == 2 and (ids.shape[1] == length or (continued and ids.shape[1] > 0))
-    if ids.shape[0] != batch or not (ids.dim() == 1 or per_token):
+    past = _cached(given_cache(options)) if ids.dim() == 2 else 0
+    mask = options.get("attention_mask")
+    whole = mask is None or mask.shape[-1] == length  # else the new tokens alone, as transformers
+    new = length - past if past < length and whole else length
+    if ids.dim() == 2 and ids.shape == (batch, new):
+        return torch.cat([ids[:, :1].expand(batch, past), ids], dim=1)  # of the cache: not read
+    if ids.shape not in ((batch,), (batch, past + new)):
+        expected = f"({batch},) for one task a row or ({batch}, {new}) for one a token"
+        if past:
+            expected += f", or ({batch}, {past + new}) with those of the {past} in the cache"
         raise ValueError(
-            f"task_ids have shape {tuple(ids.shape)} for prompts of {batch} rows and {length} "
-            f"tokens; expected ({batch},) for one task a row or ({batch}, {length}) for one a token"
+            f"task_ids have shape {tuple(ids.shape)} for prompts of {batch} rows and {new} "
+            f"tokens; expected {expected}"
         )
     return ids
 

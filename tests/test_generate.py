@@ -1,8 +1,10 @@
 """``generate`` with task ids: every row as if alone, whatever transformers does with the rows."""
 
+import inspect
+
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
 import ckf
 from tests.test_patch import TASKS, logits, patched
@@ -128,15 +130,34 @@ def test_prompt_lookup_equals_plain(model):
     assert torch.equal(found, expected)
 
 
-def test_a_conversation_goes_on_from_its_cache(model):
+@pytest.mark.parametrize("options", [SHORT, BEAMS], ids=["greedy", "beams"])
+@pytest.mark.parametrize("given", ["all", "new", "new-alone"])
+def test_a_conversation_goes_on_from_its_cache(model, given, options):
+    """With ids of all its tokens or of the new ones; the inputs are all or the new ones."""
     first = model.generate(tokens(2), task_ids=PER_TOKEN, return_dict_in_generate=True, **SHORT)
     cache = {"cache" if "cache" in first.keys() else "past_key_values": first["past_key_values"]}
     longer = torch.cat([first.sequences, tokens(2, 3, seed=5)], dim=1)
     mask = torch.ones_like(longer)
-    grown = torch.cat([PER_TOKEN, PER_TOKEN[:, -1:].expand(2, longer.shape[1] - 7)], dim=1)
-    expected = model.generate(longer, task_ids=grown, attention_mask=mask, **SHORT)
-    found = model.generate(longer, task_ids=PER_TOKEN, attention_mask=mask, **cache, **SHORT)
-    assert torch.equal(found, expected)
+    new = torch.tensor([[1, 0, 0, 2], [0, 2, 2, 1]])  # the first generated last, not yet cached
+    grown = torch.cat([PER_TOKEN, PER_TOKEN[:, -1:].expand(2, 5), new], dim=1)
+    expected = model.generate(longer, task_ids=grown, attention_mask=mask, **options)
+    rows = options.get("num_beams", 1)
+    next(iter(cache.values())).batch_repeat_interleave(rows)
+    inputs = longer[:, -4:] if given == "new-alone" else longer
+    ids = grown if given == "all" else new
+    found = model.generate(inputs, task_ids=ids, attention_mask=mask, **cache, **options)
+    assert torch.equal(found[:, -6:], expected[:, -6:])
+
+
+def test_ids_of_some_tokens_of_a_cache_are_refused(model):
+    cache = DynamicCache(config=model.config)
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    logits(model, tokens(2), task_ids=PER_TOKEN, **{name: cache})
+    longer = torch.cat([tokens(2), tokens(2, 3, seed=5)], dim=1)
+    with pytest.raises(
+        ValueError, match=r"\(2, 3\) for one a token, or \(2, 10\) with .* 7 in the"
+    ):
+        model.generate(longer, task_ids=PER_TOKEN, **{name: cache}, **SHORT)
 
 
 @pytest.mark.parametrize("options", [SHORT, BEAMS], ids=["greedy", "beams"])
