@@ -137,9 +137,10 @@ class RoutedGenerate(_Wrapped):
         draft = kwargs.get("assistant_model")
         with self.router.generating():
             if draft is None:
-                return self.original(
-                    *args, **kwargs, task_ids=OneTask(ids) if ids.dim() == 0 else ids
-                )
+                # for calls that transformers makes beside, as under guidance_scale
+                with self.router.defaulting_to(_last(ids)):
+                    ids = OneTask(ids) if ids.dim() == 0 else ids
+                    return self.original(*args, **kwargs, task_ids=ids)
             # transformers hands all arguments on to the draft, which may know no task_ids
             with self.router.defaulting_to(ids), _draft_follows(draft, self.router.tasks, ids):
                 return self.original(*args, **kwargs)
@@ -168,14 +169,19 @@ def _ids_of_prompts(ids: Tensor, inputs: Tensor, options: Mapping[str, object]) 
     return ids
 
 
+def _last(ids: Tensor) -> Tensor:
+    """The task of the tokens to come, one a row or one for all."""
+    return ids[:, -1] if ids.dim() == 2 else ids
+
+
 def _draft_follows(draft: nn.Module, tasks: tuple[str, ...], ids: Tensor):
     """A patched draft takes the new tokens' task, by name; the base alone where it lacks it."""
     router = getattr(getattr(draft, "_ckf", None), "router", None)
     if router is None:
         return nullcontext()
     known = [router.tasks.index(t) if t in router.tasks else BASE_ONLY for t in tasks]
-    last = ids[:, -1] if ids.dim() == 2 else ids
-    return router.defaulting_to(torch.tensor([*known, BASE_ONLY], device=ids.device)[last])
+    by_name = torch.tensor([*known, BASE_ONLY], device=ids.device)
+    return router.defaulting_to(by_name[_last(ids)])
 
 
 class AdapterSave(_Wrapped):

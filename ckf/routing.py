@@ -279,7 +279,7 @@ class Router:
         if torch.compiler.is_compiling():
             return self._traced_route(task_ids, shape, device, training, past)
         if task_ids is None:
-            task_ids = self.default_task
+            task_ids = self._default_for(shape[0])
         if task_ids is None:
             raise ValueError(
                 "this model is patched for several tasks and got no task_ids; pass "
@@ -292,6 +292,13 @@ class Router:
         tokens = _token_ids(ids, shape, past, self._growing).to(device, non_blocking=True)
         seed = _draw_seed(device) if training else None
         return Route(tokens, shape, base_only, seed)
+
+    def _default_for(self, rows: int) -> int | Tensor | None:
+        """The default task; one a row for as many rows as ``generate`` makes of each."""
+        ids = self.default_task
+        if not isinstance(ids, Tensor) or ids.dim() == 0 or rows % len(ids):
+            return ids
+        return ids.repeat_interleave(rows // len(ids), dim=0)
 
     def _growing(self) -> bool:
         if torch.compiler.is_compiling():

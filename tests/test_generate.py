@@ -124,6 +124,28 @@ def test_assisted_generation_equals_plain(model, kind, ids):
     assert {i for route in met for i in route.ids.tolist()} == (known if met else set())
 
 
+@pytest.mark.parametrize("options", [SHORT, {**SHORT, "use_cache": False}, BEAMS])
+@pytest.mark.parametrize("ids", [["topk", "ctr"], PER_TOKEN, "topk"], ids=["row", "token", "one"])
+def test_guidance_takes_the_task_of_the_tokens_to_come(model, ids, options):
+    options = {**options, "guidance_scale": 1.5}
+    mixed = model.generate(tokens(2), task_ids=ids, **options)
+    assert not torch.equal(mixed, model.generate(tokens(2), task_ids=-1, **options))
+    for i in range(2):
+        own = ids if isinstance(ids, str) else ids[i : i + 1]
+        alone = model.generate(tokens(2)[i : i + 1], task_ids=own, **options)
+        assert torch.equal(mixed[i : i + 1], alone)
+    make, met = model._ckf.router.make_route, []
+    model._ckf.router.make_route = lambda *a: met.append((a[0], make(*a))) or met[-1][1]
+    model.generate(tokens(2), task_ids=ids, **options)
+    own = [route for given, route in met if given is None]
+    rows = 2 * options.get("num_beams", 1)
+    last = {"row": [1, 0], "token": [1, 0], "one": [1, 1]}
+    kind = "one" if ids == "topk" else "row"
+    for route in own:
+        assert route.ids.view(rows, -1)[:: rows // 2, -1].tolist() == last[kind]
+    assert own
+
+
 def test_prompt_lookup_equals_plain(model):
     expected = model.generate(tokens(1), task_ids=[1], **SHORT)
     found = model.generate(tokens(1), task_ids=[1], prompt_lookup_num_tokens=2, **SHORT)
