@@ -264,6 +264,7 @@ def rehearse_tests(runner: Runner, reserved: float) -> None:
         "test_cuda_hopper_host",
         "test_cuda_hopper_shrink",
         "test_cuda_linear_host",
+        "test_cuda_linear_host_defects",
         "test_triton_compile",
     ):
         command = pytest_command("-m", "not gpu and not slow", f"tests/kernels/{name}.py")

@@ -67,7 +67,7 @@ class MultiLoraDecode {
     // The outputs with their bases; false, and nothing done, where that kernel is not for the call.
     bool linears(const std::vector<uintptr_t>& y, const std::vector<uintptr_t>& w,
                  const std::vector<int64_t>& w_strides, const std::vector<uintptr_t>& bias,
-                 uintptr_t x, int64_t x_stride, uintptr_t task_ids, int64_t m,
+                 uintptr_t x, int64_t x_stride, uintptr_t task_ids, int64_t m, bool bulk,
                  uintptr_t stream) const {
         if (y.size() != count_ || w.size() != count_ || w_strides.size() != count_ ||
             bias.size() != count_)
@@ -85,7 +85,8 @@ class MultiLoraDecode {
         const int code = ckf_decode_linear(frozen.data(), static_cast<int>(count_),
                                            pointer<const void>(x), a_, gates_,
                                            pointer<const int64_t>(task_ids), m, k_, tasks_,
-                                           x_stride, dtype_, device_, pointer<void>(stream));
+                                           x_stride, dtype_, device_, bulk,
+                                           pointer<void>(stream));
         constexpr int kNotSupported = 801;  // cudaErrorNotSupported
         if (code != kNotSupported) check(code, "decode_linear");
         return code != kNotSupported;
@@ -127,7 +128,7 @@ PYBIND11_MODULE(_C, module) {
              py::arg("overlap"), py::arg("stream"))
         .def("linears", &MultiLoraDecode::linears, py::arg("y"), py::arg("w"), py::arg("w_strides"),
              py::arg("bias"), py::arg("x"), py::arg("x_stride"), py::arg("task_ids"), py::arg("m"),
-             py::arg("stream"));
+             py::arg("bulk"), py::arg("stream"));
     module.def(
         "hopper_gemm",
         [](const py::bytes& arguments, uintptr_t stream) { hopper_gemm(arguments, stream); },

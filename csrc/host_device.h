@@ -114,8 +114,8 @@ bool has_registers(int, int) {
 }
 
 template <auto kKernel>
-int most_clusters(int, int, int, size_t = 0) {
-    return ckf_host::cluster_limit;
+int most_clusters(int, int, int, size_t dynamic_shared = 0) {
+    return dynamic_shared > ckf_host::kSharedBytes ? 0 : ckf_host::cluster_limit;
 }
 
 }  // namespace ckf

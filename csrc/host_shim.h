@@ -51,7 +51,7 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 namespace ckf_host {
 
 constexpr int kWarpSize = 32;
-constexpr size_t kStackBytes = 64 * 1024, kSharedBytes = 112 * 1024;
+constexpr size_t kStackBytes = 64 * 1024, kSharedBytes = 227 * 1024;
 
 struct Barrier {
     int arrived = 0;
@@ -193,7 +193,8 @@ inline bool run_cluster(const std::vector<int>& order, unsigned x, unsigned y) {
 
 inline cudaError_t launch(dim3 grid, int threads, int cluster, size_t shared,
                           std::function<void()> kernel) {
-    if (threads % kWarpSize != 0 || grid.x == 0 || grid.y == 0 || grid.x % cluster != 0)
+    if (threads % kWarpSize != 0 || grid.x == 0 || grid.y == 0 || grid.x % cluster != 0 ||
+        shared > kSharedBytes)
         return cudaErrorInvalidValue;
     last_error = cudaSuccess;
     block_threads = threads;

@@ -82,11 +82,13 @@ int ckf_multi_lora_decode(const CkfLinear* linears, int count, const void* x, co
 // what ckf_multi_lora_decode adds to it; arguments and ids as there. For up to 16 rows of float16 or
 // bfloat16 on a device with clusters of eight blocks, ranks of at most 256, k a multiple of eight;
 // x, a and w 16-byte aligned, x_stride and w_stride multiples of eight.
+// bulk: A is brought to shared memory by bulk copies, where its columns of a block fit.
 // Returns cudaErrorNotSupported (801), having done nothing, where the arguments or the device are
 // not such; otherwise as above.
 int ckf_decode_linear(const CkfFrozenLinear* linears, int count, const void* x, const void* a,
                       const float* gates, const int64_t* task_ids, int64_t m, int64_t k,
-                      int64_t tasks, int64_t x_stride, int dtype, int device, void* stream);
+                      int64_t tasks, int64_t x_stride, int dtype, int device, int bulk,
+                      void* stream);
 
 // Launches it on `stream`. float16 and bfloat16, compute capability 9.0, code for sm_90a; else
 // cudaErrorNotSupported. Returns a cudaError_t as above.

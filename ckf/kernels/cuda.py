@@ -166,6 +166,7 @@ class DecodeGroup:
         weights: Sequence[Tensor],
         biases: Sequence[Tensor | None],
         task_ids: Tensor,
+        bulk: bool = False,
     ) -> list[Tensor] | None:
         """The outputs of the frozen linears with their update, base included, in one launch.
 
@@ -177,6 +178,8 @@ class DecodeGroup:
             weights: (n_l, k) of a's dtype; rows may be strided.
             biases: (n_l,) or None.
             task_ids: as in a call, but that -1 gives the base alone.
+            bulk: the form of the kernel that brings A into shared memory by bulk copies; where A
+                does not fit there, the other. The same sums in the same order.
 
         Returns:
             New tensors (m, n_l). None, and nothing was launched, where that kernel is not for it:
@@ -206,7 +209,7 @@ class DecodeGroup:
         ys = [x.new_empty(m, n) for n in self.widths]
         outputs = [y.data_ptr() for y in ys]
         arguments = (outputs, pointers, strides, offsets, x.data_ptr(), x_stride)
-        done = self._on_device(launch, *arguments, task_ids.data_ptr(), m)
+        done = self._on_device(launch, *arguments, task_ids.data_ptr(), m, bulk)
         return ys if done else None
 
     def _on_device(self, launch, *arguments):

@@ -1,7 +1,7 @@
-"""decode_linear's own source on the host (csrc/host_shim.h), as in test_cuda_host.py."""
+"""decode_linear's own source on the host (csrc/host_shim.h), as in test_cuda_host.py; each form."""
 
 import ctypes
-from pathlib import Path
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -12,13 +12,7 @@ from ckf.kernels import cuda
 from ckf.kernels.cuda import _DTYPES
 from tests.kernels.decode_cases import assert_poison_around, stub_cuda
 from tests.kernels.frozen_cases import FrozenCase, assert_frozen_right, exact, frozen_case
-from tests.kernels.host_build import (
-    CSRC,
-    INVALID_VALUE,
-    NOT_SUPPORTED,
-    compile_for_host,
-    copy_changed,
-)
+from tests.kernels.host_build import CSRC, INVALID_VALUE, NOT_SUPPORTED, compile_for_host
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -32,12 +26,31 @@ class FrozenLinear(ctypes.Structure):
     )
 
 
+@dataclass
+class Form:
+    """The kernel with A by bulk copies, or by loads."""
+
+    library: ctypes.CDLL
+    bulk: bool
+
+    def brought(self) -> int:
+        """Bytes of bulk copies so far."""
+        return self.library.ckf_host_bulk_bytes()
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory) -> ctypes.CDLL:
-    return compile_for_host(CSRC / "decode_linear.cu", tmp_path_factory.mktemp("host"))
+    found = compile_for_host(CSRC / "decode_linear.cu", tmp_path_factory.mktemp("host"))
+    found.ckf_host_bulk_bytes.restype = ctypes.c_int64
+    return found
 
 
-def call(library, case: FrozenCase, order: int = 0, clusters: int = 1 << 20, **changes) -> int:
+@pytest.fixture(scope="module", params=[False, True], ids=["loads", "bulk"])
+def form(library, request) -> Form:
+    return Form(library, request.param)
+
+
+def call(form: Form, case: FrozenCase, order: int = 0, clusters: int = 1 << 20, **changes) -> int:
     """``clusters``: how many the device runs at once."""
     group = case.group
     (m, k), tasks = group.x.shape, group.column_gates.shape[0]
@@ -49,11 +62,11 @@ def call(library, case: FrozenCase, order: int = 0, clusters: int = 1 << 20, **c
         )
         for y, w, bias, b in zip(group.ys, case.weights, case.biases, group.bs, strict=True)
     ]  # fmt: skip
-    library.ckf_host_set_order(ctypes.c_uint(order))
-    library.ckf_host_set_clusters(ctypes.c_int(clusters))
+    form.library.ckf_host_set_order(ctypes.c_uint(order))
+    form.library.ckf_host_set_clusters(ctypes.c_int(clusters))
     tensors = (group.x, group.a, group.column_gates, group.task_ids)
     return launch(
-        library,
+        form,
         linears,
         [t.data_ptr() for t in tensors],
         [changes.get(name, size) for name, size in sizes.items()],
@@ -62,24 +75,27 @@ def call(library, case: FrozenCase, order: int = 0, clusters: int = 1 << 20, **c
     )
 
 
-def launch(library, linears, pointers, sizes, dtype: int, device=0, stream=None, count=None) -> int:
+def launch(
+    form: Form, linears, pointers, sizes, dtype: int, device=0, stream=None, count=None
+) -> int:
     """ckf_decode_linear; pointers: x, a, gates, ids; sizes: m, k, tasks, x_stride."""
-    return library.ckf_decode_linear(
+    return form.library.ckf_decode_linear(
         (FrozenLinear * len(linears))(*linears),
         ctypes.c_int(len(linears) if count is None else count),
         *map(ctypes.c_void_p, pointers),
         *map(ctypes.c_int64, sizes),
         ctypes.c_int(dtype),
         ctypes.c_int(device),
+        ctypes.c_int(form.bulk),
         ctypes.c_void_p(stream),
     )
 
 
-def run(library, case: FrozenCase, order: int = 0, clusters: int = 1 << 20) -> list[torch.Tensor]:
+def run(form: Form, case: FrozenCase, order=0, clusters=1 << 20) -> list[torch.Tensor]:
     """The results; nothing around a y may change."""
     for y in case.group.ys:
         y.fill_(float("nan"))
-    assert call(library, case, order, clusters) == 0
+    assert call(form, case, order, clusters) == 0
     for y in case.group.ys:
         assert_poison_around(y)
     return [y.clone() for y in case.group.ys]
@@ -102,18 +118,18 @@ def run(library, case: FrozenCase, order: int = 0, clusters: int = 1 << 20) -> l
     ids=lambda s: f"{s['m']}x{s['k']}x{'-'.join(map(str, s['ns']))}",
 )
 @pytest.mark.parametrize("options", [{}, {"padding": 8, "bias": False}, {"soft": True}], ids=str)
-def test_against_float64(library, sizes, dtype, options):
+def test_against_float64(form, sizes, dtype, options):
     case = frozen_case(**sizes, dtype=dtype, **options)
-    assert_frozen_right(case, run(library, case))
+    assert_frozen_right(case, run(form, case))
 
 
 @pytest.mark.parametrize("m", [4, 13])
 @pytest.mark.parametrize("clusters", [1, 2, 3])
-def test_spans_one_after_the_other(library, m, clusters):
+def test_spans_one_after_the_other(form, m, clusters):
     """Fewer clusters than spans of n; the same bits as with one span each."""
     case = frozen_case(m=m, k=520, ns=(1100, 300), ranks=((4, 4, 4), (2, 6, 1)), seed=3)
-    wide = run(library, case)
-    narrow = run(library, case, 0, clusters)
+    wide = run(form, case)
+    narrow = run(form, case, 0, clusters)
     assert_frozen_right(case, narrow)
     for one, other in zip(wide, narrow, strict=True):
         assert torch.equal(one.view(torch.int16), other.view(torch.int16))
@@ -131,38 +147,38 @@ def test_spans_one_after_the_other(library, m, clusters):
     order=st.integers(0, 3),
     seed=st.integers(0, 99),
 )
-def test_any_sizes(library, m, k, n, ranks, dtype, soft, padding, order, seed):
+def test_any_sizes(form, m, k, n, ranks, dtype, soft, padding, order, seed):
     ids = torch.randint(-3, len(ranks) + 1, (m,), generator=torch.Generator().manual_seed(seed))
     case = frozen_case(m, k, (n,), (ranks,), seed, dtype=dtype, ids=ids, soft=soft, padding=padding)
-    assert_frozen_right(case, run(library, case, order))
+    assert_frozen_right(case, run(form, case, order))
 
 
-def test_ids(library):
+def test_ids(form):
     wild = [-1, 0, 2, 3, -2, 2**40, -(2**62), 1]
     case = frozen_case(m=8, k=64, ns=(40,), ranks=((2, 2, 2, 2),), ids=wild)
-    (result,) = run(library, case)
+    (result,) = run(form, case)
     assert result[[3, 4, 5, 6]].isnan().all()
     assert_frozen_right(case, [result])
 
 
-def test_dead_experts_do_not_matter(library):
+def test_dead_experts_do_not_matter(form):
     """inf and NaN in A and B of one task, and an S that overflows, stay in its rows."""
     case = frozen_case(m=14, k=64, ns=(72,), ranks=((4, 4, 4),), ids=[0, 1] * 7)
-    (clean,) = run(library, case)
+    (clean,) = run(form, case)
     case.group.a[4:6], case.group.a[6] = float("nan"), 3e38
     case.group.bs[0][7] = float("inf")
-    (result,) = run(library, case)
+    (result,) = run(form, case)
     assert torch.equal(result[1::2], clean[1::2])
     assert not result[::2].isfinite().any()
 
 
-def test_special_values_spread_as_arithmetic_says(library):
+def test_special_values_spread_as_arithmetic_says(form):
     """inf in a row of x, NaN in a row of W, inf in a live B times h."""
     case = frozen_case(m=5, k=64, ns=(72,), ranks=((4, 4, 4),), ids=[0, 1, 0, -1, 1])
     case.group.x[1, 3] = float("inf")
     case.weights[0][5, 40] = float("nan")
     case.group.bs[0][1, 9] = float("inf")  # shared: live in every row but -1
-    (result,) = run(library, case)
+    (result,) = run(form, case)
     assert result[:, 5].isnan().all()
     assert not result[[0, 2, 4], 9].isfinite().any() and result[3, 9].isfinite()
     others = [c for c in range(72) if c not in (5, 9)]
@@ -172,24 +188,24 @@ def test_special_values_spread_as_arithmetic_says(library):
 
 
 @pytest.mark.parametrize("m", [2, 8, 12])
-def test_same_bits(library, m):
+def test_same_bits(form, m):
     """Twice, in other thread orders, and with the rows turned round."""
     case = frozen_case(m=m, k=600, ns=(272, 40), ranks=((6, 6, 6), (5, 0, 2)), seed=2)
-    first = run(library, case)
+    first = run(form, case)
     for order in (0, 1, 2, 3):
-        for one, other in zip(first, run(library, case, order), strict=True):
+        for one, other in zip(first, run(form, case, order), strict=True):
             assert torch.equal(one.view(torch.int16), other.view(torch.int16)), f"order {order}"
     for name in ("x", "task_ids"):
         tensor = getattr(case.group, name)
         tensor.copy_(tensor.flip(0))
-    for one, other in zip(first, run(library, case), strict=True):
+    for one, other in zip(first, run(form, case), strict=True):
         assert torch.equal(one.view(torch.int16), other.flip(0).view(torch.int16))
 
 
-def test_a_row_and_a_linear_alone(library):
+def test_a_row_and_a_linear_alone(form):
     """The same bits whatever the number of rows and whatever the group."""
     case = frozen_case(m=16, k=600, ns=(272, 40), ranks=((6, 6, 6), (5, 0, 2)), seed=2)
-    together = run(library, case)
+    together = run(form, case)
     group = case.group
     for rows in (1, 7, 9):
         group.x, group.task_ids = group.x[:rows], group.task_ids[:rows]
@@ -197,7 +213,7 @@ def test_a_row_and_a_linear_alone(library):
         for y in short:
             y.fill_(float("nan"))
         group.ys = short
-        assert call(library, case) == 0
+        assert call(form, case) == 0
         for y, all_rows in zip(short, together, strict=True):
             assert torch.equal(y.view(torch.int16), all_rows[:rows].view(torch.int16))
         case = frozen_case(m=16, k=600, ns=(272, 40), ranks=((6, 6, 6), (5, 0, 2)), seed=2)
@@ -208,22 +224,22 @@ def test_a_row_and_a_linear_alone(library):
     alone.group.column_gates = alone.group.column_gates[:, first:].contiguous()
     alone.group.ys, alone.group.bs = alone.group.ys[1:], alone.group.bs[1:]
     alone.weights, alone.biases = alone.weights[1:], alone.biases[1:]
-    (result,) = run(library, alone)
+    (result,) = run(form, alone)
     assert torch.equal(result.view(torch.int16), together[1].view(torch.int16))
 
 
-def test_unaligned_b(library):
+def test_unaligned_b(form):
     """Rows of b that begin anywhere, where n is no multiple of eight or b a view."""
     case = frozen_case(m=6, k=64, ns=(264,), ranks=((4, 4, 4),))
     b = case.group.bs[0]
     shifted = torch.full((b.numel() + 1,), float("nan"), dtype=b.dtype)
     shifted[1:] = b.flatten()
-    aligned = run(library, case)
+    aligned = run(form, case)
     case.group.bs[0] = shifted[1:].view(b.shape)
-    assert torch.equal(run(library, case)[0].view(torch.int16), aligned[0].view(torch.int16))
+    assert torch.equal(run(form, case)[0].view(torch.int16), aligned[0].view(torch.int16))
 
 
-def test_without_tasks_rows_or_columns(library):
+def test_without_tasks_rows_or_columns(form):
     for sizes in (
         {"m": 3, "ns": (24,), "ranks": ((3,),), "ids": [-1, 5, -1]},
         {"m": 0},
@@ -231,32 +247,32 @@ def test_without_tasks_rows_or_columns(library):
         {"m": 2, "ns": (16, 0, 24), "ranks": ((2, 2, 2), (3, 3, 3), (1, 1, 1))},
     ):
         case = frozen_case(**sizes)
-        assert_frozen_right(case, run(library, case))
+        assert_frozen_right(case, run(form, case))
 
 
-def test_launcher_refuses(library):
+def test_launcher_refuses(form):
     case = frozen_case(k=64)
     for wrong in ({"m": -1}, {"k": -1}, {"rank": 2**31}, {"tasks": 2**40}, {"count": 9}):
-        assert call(library, case, **wrong) == INVALID_VALUE, wrong
+        assert call(form, case, **wrong) == INVALID_VALUE, wrong
     for unable in ({"m": 17}, {"k": 60}, {"rank": 257}, {"x_stride": 63}, {"dtype": torch.float32}):
-        assert call(library, case, **unable) == NOT_SUPPORTED, unable
-    assert call(library, case, clusters=0) == NOT_SUPPORTED
+        assert call(form, case, **unable) == NOT_SUPPORTED, unable
+    assert call(form, case, clusters=0) == NOT_SUPPORTED
     shifted = frozen_case(k=64, offset=1)
-    assert call(library, shifted) == NOT_SUPPORTED
+    assert call(form, shifted) == NOT_SUPPORTED
     assert all(y.isnan().all() for y in case.group.ys), "something was written"
 
 
 @pytest.mark.parametrize("m", [1, 16])
-def test_python_knows_the_most_columns(library, m):
+def test_python_knows_the_most_columns(form, m):
     """What "auto" goes by is what the launcher takes."""
     most = cuda.most_linear_rank(m)
     for rank, wanted in ((most, 0), (most + 1, NOT_SUPPORTED)):
         case = frozen_case(m=m, k=8, ns=(8,), ranks=((rank,),), ids=[-1] * m)
-        assert call(library, case) == wanted
+        assert call(form, case) == wanted
     assert cuda.most_linear_rank(cuda.MAX_LINEAR_ROWS + 1) == 0
 
 
-def test_through_the_bridge(library, monkeypatch):
+def test_through_the_bridge(form, monkeypatch):
     """ckf.kernels.cuda with this kernel in the extension's place: each pointer and size arrives."""
 
     class OnHost:
@@ -264,7 +280,8 @@ def test_through_the_bridge(library, monkeypatch):
             self.own = (a, gates, k, tasks, dtype, device)
             self.linears_of = list(zip(b, n, rank, strict=True))
 
-        def linears(self, y, w, w_strides, bias, x, x_stride, task_ids, m, stream):
+        def linears(self, y, w, w_strides, bias, x, x_stride, task_ids, m, bulk, stream):
+            assert bulk is form.bulk
             a, gates, k, tasks, dtype, device = self.own
             frozen = [
                 FrozenLinear(y_l, w_l, bias_l or None, b, n, stride, n, rank)
@@ -273,26 +290,25 @@ def test_through_the_bridge(library, monkeypatch):
                 )
             ]
             pointers, sizes = (x, a, gates, task_ids), (m, k, tasks, x_stride)
-            status = launch(library, frozen, pointers, sizes, dtype, device, stream)
+            status = launch(form, frozen, pointers, sizes, dtype, device, stream)
             assert status in (0, NOT_SUPPORTED)
             return status == 0
 
     stub_cuda(monkeypatch, OnHost)
-    library.ckf_host_set_clusters(ctypes.c_int(9))
+    form.library.ckf_host_set_clusters(ctypes.c_int(9))
     case = frozen_case(m=6, k=72, ns=(264, 40), padding=8)
     group, weights, biases = case.group, case.weights, [case.biases[0], None]
     case.biases[1] = None
     prepared = cuda.DecodeGroup(group.a, group.bs, group.column_gates)
-    results = prepared.linears(group.x, weights, biases, group.task_ids)
-    assert_frozen_right(case, results)
-    ids = group.task_ids
-    assert prepared.linears(group.x[:0], weights, biases, ids[:0])[1].shape == (0, 40)
+    ids, kind = group.task_ids, {"bulk": form.bulk}
+    assert_frozen_right(case, prepared.linears(group.x, weights, biases, ids, **kind))
+    assert prepared.linears(group.x[:0], weights, biases, ids[:0], **kind)[1].shape == (0, 40)
     shorter = frozen_case(m=6, k=60, ns=(264, 40)).group  # rows that do not begin at 16 bytes
     odd = cuda.DecodeGroup(shorter.a, shorter.bs, shorter.column_gates)
-    assert odd.linears(shorter.x, [w[:, :60] for w in weights], biases, ids) is None
+    assert odd.linears(shorter.x, [w[:, :60] for w in weights], biases, ids, **kind) is None
 
 
-def test_what_the_bridge_leaves_to_others(library, monkeypatch):
+def test_what_the_bridge_leaves_to_others(monkeypatch):
     """None, and nothing reaches the kernel, where a weight is not what it reads."""
 
     class Never:
@@ -323,57 +339,29 @@ def test_what_the_bridge_leaves_to_others(library, monkeypatch):
         prepared.linears(group.x.float(), [w], [bias], group.task_ids)
 
 
-HEADER, PLAN = "decode_linear.h", "decode_linear_plan.h"
-DEFECTS = {
-    "tail of k": (
-        PLAN, "min(min(each, all - first) * kChunk, p.k - first * kChunk)",
-        "min(each, all - first) * kChunk",
-    ),
-    "a share's end": (
-        PLAN, "min(min(each, all - first) * kChunk, p.k - first * kChunk)", "p.k - first * kChunk",
-    ),
-    "another linear's A": (
-        HEADER, "p.a + static_cast<int64_t>(linear.first_column) * p.k", "p.a",
-    ),
-    "another block's columns of A": (HEADER, "p.k, first, block.end_column", "p.k, 0, linear.rank"),
-    "another linear's gates": (HEADER, "block.linear.first_column + column)", "column)"),
-    "gate by multiplication": (
-        HEADER, "gate != 0.0f ? without_sign_of_zero(gate * s) : float_of(kDead)", "gate * s",
-    ),
-    "id not checked": (HEADER, "shared.task[row] == kInvalid ? nanf(\"\") : ", ""),
-    "a part left out": (HEADER, "int warp = 1; warp < P::kWarps", "int warp = 2; warp < P::kWarps"),
-    "no bias": (HEADER, "block.linear.bias != nullptr", "false"),
-    "a copy not waited for": (
-        HEADER, "        wait_for_copies();\n        __syncthreads();\n        if", "        if",
-    ),
-    "S added too early": (
-        HEADER, "        wait_for_copies();\n        __syncthreads();\n        share_h",
-        "        wait_for_copies();\n        share_h",
-    ),
-    "h read too early": (
-        HEADER, "        if (span == 0) wait_for_arrivals(&shared.arrivals);\n", "",
-    ),
-    "sums read too early": (HEADER, "        __syncthreads();\n        copy_b", "        copy_b"),
-    "parts written while they are read": (
-        HEADER, "        wait_for_copies();\n        __syncthreads();\n        if",
-        "        wait_for_copies();\n        if",
-    ),
-    "next span's loads": (HEADER, "find_w(block, span + 1)", "find_w(block, span)"),
-    "left while it is sent to": (
-        HEADER, "    if (block.spans == 0) wait_for_arrivals(&shared.arrivals);", "    ",
-    ),
-}  # fmt: skip
+@pytest.mark.parametrize(
+    ("m", "k", "ranks"),
+    [
+        (1, 32, ((4, 4, 4), (0, 0, 1))),
+        (16, 776, ((60, 40, 60), (0, 0, 0))),  # above 128: in two rounds
+        (5, 1048, ((90, 90, 76), (43, 43, 43))),
+    ],
+)
+def test_both_forms_give_the_same_bits(library, m, k, ranks):
+    """A by copies or by loads: one order of the sums; and each column is copied once a cluster."""
+    case, bulk = frozen_case(m=m, k=k, ns=(300, 40), ranks=ranks, seed=4), Form(library, True)
+    plain = run(Form(library, False), case)
+    for order in (0, 1, 2, 3):
+        before = bulk.brought()
+        for one, other in zip(plain, run(bulk, case, order, 2), strict=True):
+            assert torch.equal(one.view(torch.int16), other.view(torch.int16)), f"order {order}"
+        assert bulk.brought() - before == sum(map(sum, ranks)) * k * 2
 
 
-@pytest.mark.parametrize("name", DEFECTS)
-def test_defects_are_seen(tmp_path: Path, name):
-    """A planted defect must show, or the tests above prove nothing."""
-    copy_changed(tmp_path, *DEFECTS[name])
-    changed = compile_for_host(tmp_path / "decode_linear.cu", tmp_path, planted=True)
-    ids, ranks = [0, 1, 5, -1, 1], ((3, 3, 3), (2, 4, 1))
-    with pytest.raises(AssertionError):
-        for k in (1048, 40):  # some blocks have nothing of 40 to multiply and run ahead
-            case = frozen_case(m=5, k=k, ns=(1100, 24), ranks=ranks, ids=ids, seed=1)
-            case.group.bs[0][3:6, ::2] = float("inf")
-            for order in (0, 1, 2, 3):
-                assert_frozen_right(case, run(changed, case, order, 2))
+def test_by_loads_where_a_does_not_fit(library):
+    """16 columns of A beside all else in 227 KiB."""
+    bulk = Form(library, True)
+    for k, fits in ((4832, True), (4840, False)):
+        case, before = frozen_case(m=2, k=k, ns=(8,), ranks=((128,),), seed=5), bulk.brought()
+        assert_frozen_right(case, run(bulk, case, 2))
+        assert bulk.brought() - before == (128 * k * 2 if fits else 0)
