@@ -133,7 +133,8 @@ def _refusal(backend: str, plan: str, x: torch.Tensor, call: Call) -> str | None
     if backend != "cuda":
         return None
     why = _why_not_cuda(x, call)
-    return _outside_linear(x.dtype, call) if why is None and plan == "linear" else why
+    owns_base = plan not in ("", CUDA_PLANS[0])
+    return _outside_linear(x.dtype, call) if why is None and owns_base else why
 
 
 def _interpreting() -> bool:

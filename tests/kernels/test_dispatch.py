@@ -118,13 +118,15 @@ def test_what_that_plan_is_asked_for_by_name(tables, monkeypatch, changes, why):
     config.forget_choices()
     config.choose_backend("auto", x, asked)
     config.forget_choices()
-    assert ("cuda:linear" in seen[0]) == (why is None)
+    assert ("cuda:linear" in seen[0]) == (why is None) and "cuda:bulk" not in seen[0]
     if why is None:
         assert config.choose_backend("cuda:linear", x, asked).plan == "linear"
+        assert config.choose_backend("cuda:bulk", x, asked).plan == "bulk"
         assert config.choose_backend("cuda", x, asked).plan == "update"
     else:
-        with pytest.raises(ValueError, match=why):
-            config.choose_backend("cuda:linear", x, asked)
+        for backend in ("cuda:linear", "cuda:bulk"):
+            with pytest.raises(ValueError, match=why):
+                config.choose_backend(backend, x, asked)
 
 
 @pytest.mark.parametrize("name", ["NVIDIA H200", "NVIDIA H100 80GB HBM3"])
