@@ -1,4 +1,4 @@
-"""decode_linear on a GPU: values, bits, spans, streams, graphs, and as a plan of the backend.
+"""decode_linear on a GPU, both forms: values, bits, spans, streams, graphs, the backend's plans.
 
 Tests named "small" also run under compute-sanitizer (benchmarks/gpu.py).
 """
@@ -27,6 +27,7 @@ SMALL = [
     {"m": 9, "k": 72, "ns": (40, 7), "ranks": ((90, 90, 70), (3, 1, 5))},
     {"m": 13, "k": 776, "ns": (300,), "ranks": ((30, 30, 30),)},
     {"m": 7, "k": 136, "ns": (200, 16), "ranks": ((43, 43, 42), (4, 4, 4))},
+    {"m": 4, "k": 1048, "ns": (40, 300), "ranks": ((90, 90, 76), (4, 4, 4))},  # A in two rounds
     {"m": 3, "k": 64, "ns": (20000,), "ranks": ((4, 4, 4),)},  # spans one after the other
     {"m": 16, "k": 64, "ns": (20000,), "ranks": ((4, 4, 4),)},
 ]
@@ -36,6 +37,7 @@ MODEL = [
     for ns in ((4096,), (4096, 1024, 1024), (14336, 14336))
 ] + [{"m": 4, "k": 14336, "ns": (4096,), "ranks": [(32,) * 5]}]
 HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+FORMS = pytest.mark.parametrize("bulk", [False, True], ids=["loads", "bulk"])
 
 
 @pytest.fixture
@@ -44,33 +46,42 @@ def gpu(extension):  # noqa: F811
         pytest.skip("no clusters")
 
 
-def run(case: FrozenCase, rows: slice = slice(None)) -> list[torch.Tensor]:
+def run(case: FrozenCase, bulk: bool, rows: slice = slice(None)) -> list[torch.Tensor]:
     """The results on the host."""
     there = case.to("cuda")
     group = there.group
     prepared = cuda.DecodeGroup(group.a, group.bs, group.column_gates)
-    ys = prepared.linears(group.x[rows], there.weights, there.biases, group.task_ids[rows])
+    ids = group.task_ids[rows]
+    ys = prepared.linears(group.x[rows], there.weights, there.biases, ids, bulk)
     assert ys is not None, "the kernel was not for it"
     return [y.cpu() for y in ys]
 
 
 @HALVES
-@pytest.mark.parametrize("options", [{}, {"padding": 8, "bias": False}, {"soft": True}], ids=str)
+@pytest.mark.parametrize(
+    ("bulk", "options"),
+    [
+        *((False, options) for options in ({}, {"padding": 8, "bias": False}, {"soft": True})),
+        (True, {"padding": 8, "soft": True}),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("sizes", SMALL, ids=lambda s: f"small{s['m']}x{s['k']}x{s['ns'][0]}")
-def test_small(gpu, sizes, options, dtype):
+def test_small(gpu, sizes, bulk, options, dtype):
     case = frozen_case(**sizes, **options, dtype=dtype)
-    assert_frozen_right(case, run(case))
+    assert_frozen_right(case, run(case, bulk))
 
 
 @HALVES
-def test_small_ids_and_dead_experts(gpu, dtype):
+@FORMS
+def test_small_ids_and_dead_experts(gpu, bulk, dtype):
     ids = [-1, 0, 2, 3, -2, 2**40, -(2**62), 1]
     case = frozen_case(m=8, k=264, ns=(520,), ranks=((4, 4, 4, 4),), ids=ids, dtype=dtype)
-    (clean,) = run(case)
+    (clean,) = run(case, bulk)
     assert_frozen_right(case, [clean])
     case.group.a[4:6] = float("nan")  # of task 0
     case.group.bs[0][6:8] = float("inf")
-    (result,) = run(case)
+    (result,) = run(case, bulk)
     others = [0, 2, 7]
     assert torch.equal(result[others], clean[others])
     assert not result[1].isfinite().any()
@@ -79,30 +90,33 @@ def test_small_ids_and_dead_experts(gpu, dtype):
 @HALVES
 @pytest.mark.parametrize("sizes", MODEL, ids=lambda s: f"{s['m']}x{s['k']}x{s['ns'][0]}")
 def test_model_sizes(gpu, sizes, dtype):
+    """Both forms have the same bits (at k 14336 A does not fit, and they are one)."""
     case = frozen_case(**sizes, dtype=dtype)
-    results = run(case)
+    results = run(case, False)
     assert_frozen_right(case, results)
-    for _ in range(5):
-        again = run(case)
+    for bulk in [True, False] * 3:
+        again = run(case, bulk)
         assert all(torch.equal(r, s) for r, s in zip(results, again, strict=True)), "other bits"
 
 
-def test_same_bits_for_fewer_rows(gpu):
+@FORMS
+def test_same_bits_for_fewer_rows(gpu, bulk):
     """A row's bits do not depend on the other rows."""
     case = frozen_case(m=16, k=4096, ns=(4096, 1024), ranks=[(16,) * 5] * 2)
-    together = run(case)
+    together = run(case, bulk)
     for rows in (slice(0, 9), slice(3, 4), slice(5, 13)):
-        for some, y in zip(run(case, rows), together, strict=True):
+        for some, y in zip(run(case, bulk, rows), together, strict=True):
             assert torch.equal(some, y[rows])
 
 
-def test_stress(gpu):
+@FORMS
+def test_stress(gpu, bulk):
     """Many launches one after another on fresh memory: the same bits every time."""
     for m in (3, 9, 16):
         there = frozen_case(m=m, k=2048, ns=(2048, 512), ranks=[(16,) * 5] * 2).to("cuda")
         group = there.group
         prepared = cuda.DecodeGroup(group.a, group.bs, group.column_gates)
-        arguments = (group.x, there.weights, there.biases, group.task_ids)
+        arguments = (group.x, there.weights, there.biases, group.task_ids, bulk)
         first = [y.clone() for y in prepared.linears(*arguments)]
         wrong = torch.zeros((), dtype=torch.int64, device="cuda")
         for _ in range(300):
@@ -112,11 +126,12 @@ def test_stress(gpu):
         assert wrong.item() == 0
 
 
-def test_graph_and_no_synchronisation(gpu):
+@FORMS
+def test_graph_and_no_synchronisation(gpu, bulk):
     there = frozen_case(m=4, k=512, ns=(512,), ranks=((8, 8, 8),)).to("cuda")
     group = there.group
     prepared = cuda.DecodeGroup(group.a, group.bs, group.column_gates)
-    arguments = (group.x, there.weights, there.biases, group.task_ids)
+    arguments = (group.x, there.weights, there.biases, group.task_ids, bulk)
     (wanted,) = prepared.linears(*arguments)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -132,28 +147,30 @@ def test_graph_and_no_synchronisation(gpu):
     assert torch.equal(y, wanted)
 
 
+@pytest.mark.parametrize("backend", ["cuda:linear", "cuda:bulk"])
 @pytest.mark.parametrize("rows", [4, 16])
-def test_as_a_plan_of_the_backend(gpu, rows):
+def test_as_a_plan_of_the_backend(gpu, rows, backend):
     """At most twice the error of same-dtype torch; not for more rows."""
     made = random_case(m=rows, k=264, n=136, ranks=[16, 16, 16], tasks=2)
     case = to_gpu(made, torch.bfloat16)
     with torch.no_grad():
         exact = multi_lora_reference(*case.to(torch.float64).arguments())
         plain = multi_lora_reference(*case.arguments())
-        ours = multi_lora_linear(*case.arguments(), backend="cuda:linear")
+        ours = multi_lora_linear(*case.arguments(), backend=backend)
         band = 4 * torch.finfo(torch.bfloat16).eps * exact.abs().max()
         allowed = 2 * (plain.double() - exact).abs().max() + band
         assert (ours.double() - exact).abs().max() <= allowed
-        compiled = torch.compile(partial(multi_lora_linear, backend="cuda:linear"), fullgraph=True)
+        compiled = torch.compile(partial(multi_lora_linear, backend=backend), fullgraph=True)
         assert torch.equal(compiled(*case.arguments()), ours)
         many = to_gpu(random_case(m=17, k=264, n=136, ranks=[16, 16, 16], tasks=2), torch.bfloat16)
         with pytest.raises(ValueError, match="17 rows; this plan is for 16"):
-            multi_lora_linear(*many.arguments(), backend="cuda:linear")
+            multi_lora_linear(*many.arguments(), backend=backend)
 
 
-def test_the_first_call_inside_a_capture_on_a_side_stream(gpu):
+@FORMS
+def test_the_first_call_inside_a_capture_on_a_side_stream(gpu, bulk):
     """In a process of its own: modules are loaded, attributes asked while a graph is captured."""
-    code = """
+    code = f"""
 import torch
 from ckf.kernels import cuda
 from tests.kernels.frozen_cases import assert_frozen_right, frozen_case
@@ -165,7 +182,7 @@ prepared = cuda.DecodeGroup(group.a, group.bs, group.column_gates)
 torch.cuda.synchronize()
 graph = torch.cuda.CUDAGraph()
 with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
-    ys = prepared.linears(group.x, there.weights, there.biases, group.task_ids)
+    ys = prepared.linears(group.x, there.weights, there.biases, group.task_ids, {bulk})
 graph.replay()
 torch.cuda.synchronize()
 assert_frozen_right(case, [y.cpu() for y in ys])
