@@ -19,6 +19,7 @@ from benchmarks.measure import run_cases  # noqa: E402
 from benchmarks.problems import MIXES, Case  # noqa: E402
 
 PROVIDERS = ["single", "dense", "grouped", "bmm", "peft-big", "peft-loop-by-hand", "ckf*"]
+QUICK = ["dense", "grouped", "ckf*"]  # on a GPU, of the two cases whose ratio is a goal
 AXES = {
     "cpu": {
         "tasks": (1, 2, 4, 8, 16, 32, 64, 128, 256),
@@ -43,6 +44,8 @@ def start(device: str) -> Case:
 
 
 def cases(device: str, quick: bool) -> list[tuple[Case, list[str]]]:
+    if quick and device == "cuda":
+        return [(replace(start(device), tasks=t), QUICK) for t in (2, 64)]
     if quick:
         small = Case("train", 128, ((32, (48,)),), rank=8)
         ends = [replace(small, tasks=t) for t in (2, 8)] + [replace(small, mix="token")]
@@ -63,7 +66,7 @@ def axis_rows(rows: list[dict], axis: str) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = arguments(__doc__, "three small cases")
+    parser = arguments(__doc__, "three small cases; on a GPU T 2 and T 64")
     parser.add_argument("--peers", nargs="+", metavar="NAME", help="only these; NAME* for all such")
     options = parser.parse_args(argv)
     return run_cases("bench_scaling", cases(options.device, options.quick), options)

@@ -13,7 +13,8 @@ class Record:
     """The rows of one benchmark, written after every case.
 
     A case that is finished in the file is kept where settings, commit and sources are the same;
-    else the file is written anew. Cases with a red check are measured again.
+    else the file is written anew, and what was there stays beside it, as ``<name>.<time>.json``,
+    until all its cases are measured. Cases with a red check are measured again.
 
     Args:
         name: of the files, ``<out>/<name>.json`` and ``.csv``.
@@ -29,10 +30,11 @@ class Record:
         self.name, self.out = name, out
         self.about, self.settings = about, settings
         self.cases: list[dict] = []  # {"case", "rows", "skipped"}
-        self.resumed = 0
-        if out is not None and not fresh:
-            self.cases = self._earlier()
-            self.resumed = sum(not _red(case) for case in self.cases)
+        earlier = None if out is None else self._earlier()
+        if earlier is not None and not fresh and self._goes_on(earlier):
+            self.cases, earlier = earlier["cases"], None
+        self._other = earlier  # what is to be written over
+        self.resumed = sum(not _red(case) for case in self.cases)
 
     @property
     def rows(self) -> list[dict]:
@@ -53,6 +55,8 @@ class Record:
         if self.out is None:
             return
         self.out.mkdir(parents=True, exist_ok=True)
+        if self._other is not None:
+            self._keep_other()
         record = {
             "format": FORMAT,
             "environment": self.about,
@@ -62,14 +66,26 @@ class Record:
         _replace(self.out / f"{self.name}.json", json.dumps(record, indent=1) + "\n")
         _write_csv(self.out / f"{self.name}.csv", self.rows)
 
-    def _earlier(self) -> list[dict]:
+    def _earlier(self) -> dict | None:
         try:
-            record = load_record(self.out / f"{self.name}.json")
+            return load_record(self.out / f"{self.name}.json")
         except (OSError, ValueError):
-            return []
+            return None
+
+    def _goes_on(self, earlier: dict) -> bool:
         keys = ("commit", "sources", "device", "threads", "torch")
-        same = all(record["environment"].get(k) == self.about.get(k) for k in keys)
-        return record["cases"] if same and record["settings"] == self.settings else []
+        same = all(earlier["environment"].get(k) == self.about.get(k) for k in keys)
+        return same and earlier["settings"] == self.settings
+
+    def _keep_other(self) -> None:
+        """A short run must not cost the rows of a longer one."""
+        time = "".join(c for c in self._other["environment"].get("time", "")[:19] if c != ":")
+        path = self.out / f"{self.name}.{time or 'before'}.json"
+        measured = [case["case"] for case in self.cases if case["rows"]]
+        if all(case["case"] in measured for case in self._other["cases"] if case["rows"]):
+            path.unlink(missing_ok=True)
+        elif not path.exists():
+            _replace(path, json.dumps(self._other, indent=1) + "\n")
 
 
 def _red(case: dict) -> bool:

@@ -1,5 +1,7 @@
 """What is measured, in which order, and what a failure in the middle costs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -68,6 +70,16 @@ def test_scaling_has_every_axis_and_mix(device):
     assert {c.tasks for c in found} == {2**i for i in range(9)}
     assert {c.mix for c in found} == set(MIXES)
     assert {c.rank for c in found} >= {8, 16, 32, 64} and len({c.m for c in found}) >= 4
+
+
+def test_a_quick_scaling_on_a_gpu_has_the_goal():
+    """T 64 over T 2, at the size of all others."""
+    cases = bench_scaling.cases("cuda", True)
+    assert [case.tasks for case, _ in cases] == [2, 64]
+    for case, names in cases:
+        assert replace(case, tasks=4) == bench_scaling.start("cuda")
+        assert names == ["dense", "grouped", "ckf*"]
+    assert {case.m for case, _ in bench_scaling.cases("cpu", True)} == {128}
 
 
 def test_the_full_sweep_holds_the_rule_book():

@@ -186,6 +186,29 @@ def test_a_record_of_other_code_or_settings_is_not_kept(tmp_path, changed):
     assert Record("x", tmp_path, about, settings, changed == "fresh").resumed == 0
 
 
+@pytest.mark.parametrize("changed", ["sources", "settings", "fresh"])
+def test_a_shorter_run_costs_no_rows_of_a_longer_one(tmp_path, changed):
+    """They stay beside it until each case is measured again."""
+    about = ABOUT | {"time": "2026-01-02T03:04:05+00:00"}
+    first = Record("x", tmp_path, about, {"rounds": 15})
+    for m in (1, 2):
+        first.add({"m": m}, [{"ms": float(m)}])
+    first.add({"m": 3}, [], {"a": "no memory"})
+    own = {"time": "later"} | ({"sources": "other"} if changed == "sources" else {})
+    rounds = 5 if changed == "settings" else 15
+    again = Record("x", tmp_path, about | own, {"rounds": rounds}, changed == "fresh")
+    beside = tmp_path / "x.2026-01-02T030405.json"
+    assert again.resumed == 0 and not beside.exists()
+    again.add({"m": 2}, [{"ms": 20.0}])
+    kept = load_record(beside)
+    assert [row["ms"] for row in rows_of(kept)] == [1.0, 2.0] and kept["settings"]["rounds"] == 15
+    assert [row["ms"] for row in rows_of(load_record(tmp_path / "x.json"))] == [20.0]
+    again.add({"m": 1}, [], {"a": "RED: off"})
+    assert beside.exists()
+    again.add({"m": 1}, [{"ms": 10.0}])
+    assert not beside.exists()
+
+
 def test_a_record_of_another_format_is_refused(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps({"environment": {}, "rows": []}))
     with pytest.raises(ValueError, match="measure again"):
