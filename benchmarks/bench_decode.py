@@ -44,7 +44,7 @@ from benchmarks.peers.models import (  # noqa: E402
     runnable,
 )
 from benchmarks.problems import Case  # noqa: E402
-from benchmarks.records import Record  # noqa: E402
+from benchmarks.records import Outcome, Record  # noqa: E402
 
 TASKS, RANK, CONTEXT = 4, 16, 512
 ROWS = (1, 4, 16, 64, 256)
@@ -152,14 +152,17 @@ def check_small(kind: type[ModelProvider], device: torch.device) -> str | None:
     return gate([logits], [exact.double()], [exact], band).failure
 
 
-def build_models(case: dict, device: torch.device) -> tuple[dict, dict[str, str]]:
+def build_models(
+    case: dict, device: torch.device, outcome: Outcome | None = None
+) -> tuple[dict, dict[str, str]]:
     """(name to provider, reasons of the others), around one base for all row counts."""
+    outcome = outcome or Outcome()
     kinds = [FrozenModel, MasksModel, BigModel, MixedModel, OursModel]
     if device.type == "cuda":
         kinds += [ours_with("triton"), ours_with("cuda"), ours_with("cuda:linear")]
     base = make_base(SHAPES[case["model"]], device, getattr(torch, case["dtype"]))
     adapters = make_adapters(base, TASKS, RANK, getattr(torch, case["adapters"]))
-    kinds, reasons = runnable(kinds)
+    kinds, outcome.reasons = runnable(kinds)
     models = {}
     for kind in kinds:
         try:
@@ -167,45 +170,52 @@ def build_models(case: dict, device: torch.device) -> tuple[dict, dict[str, str]
             if failure is None:
                 models[kind.name] = kind(base, adapters, TASKS)
                 models[kind.name].model.eval()
+                outcome.right(kind.name, "on a small model")
             else:
-                reasons[kind.name] = f"RED: {failure}"
+                outcome.fails(kind.name, f"RED: {failure}")
         except Exception as error:
-            reasons[kind.name] = why_no_figure(error)
-    return models, reasons
+            outcome.fails(kind.name, why_no_figure(error))
+    return models, outcome.reasons
 
 
 @torch.no_grad()
 def measure_model(
-    case: dict, models: dict, device: torch.device, rounds: int
+    case: dict, models: dict, device: torch.device, rounds: int, outcome: Outcome | None = None
 ) -> tuple[list[dict], dict[str, str]]:
     """(rows, red or unable provider to reason). At full size logits are held to the first one's."""
+    outcome = outcome or Outcome()
     m, config, dtype = case["m"], models["frozen"].base.config, getattr(torch, case["dtype"])
     ids = (torch.arange(m) % TASKS).to(device)
     inputs = decode_inputs(config, m, case["context"], device, dtype)
     first = next(name for name in models if name != "frozen")
     exact = models[first].decode(ids, **inputs).float()
-    reasons, calls, errors = {}, {}, {}
+    calls, errors = {}, {}
     for name, provider in models.items():
         try:
             logits = provider.decode(ids, **inputs).float()
         except Exception as error:
-            reasons[name] = why_no_figure(error)
+            outcome.fails(name, why_no_figure(error))
             continue
         if name != "frozen":  # which has no LoRA and is the base itself
             verdict = gate([logits], [exact.double()], [exact], _band(config, dtype))
             errors[name] = verdict.error
             if verdict.failure is not None:
-                reasons[name] = f"RED: {verdict.failure}"
+                outcome.fails(name, f"RED: {verdict.failure}")
                 continue
+            outcome.right(name, "at full size")
         calls[name] = [_decoder(provider, ids, inputs)]
     captures = {name: models[name].captures for name in calls}
-    timings = time_in_turn(calls, device, rounds, 10.0, captures)
     floor = decode_floor(SHAPES[case["model"]], case, device_name(device))
-    rows = []
-    for name, timing in timings.items():
-        row = {"provider": name, "error": float(f"{errors.get(name, 0.0):.3g}")}
-        rows.append(row | figures(timing, timings["frozen"]) | floor)
-    return rows, reasons
+
+    def after_round(timings: dict) -> None:
+        rows = {}
+        for name, timing in timings.items():
+            row = {"provider": name, "error": float(f"{errors.get(name, 0.0):.3g}")}
+            rows[name] = row | figures(timing, timings["frozen"]) | floor
+        outcome.measured(rows)
+
+    time_in_turn(calls, device, rounds, 10.0, captures, after_round)
+    return outcome.rows, outcome.reasons
 
 
 def _decoder(provider, ids: Tensor, inputs: dict):
@@ -230,16 +240,17 @@ def run_models(options) -> int:
     progress = Progress(len(open_cases))
     for case in open_cases:
         progress.before(f"{case['model']}, m {case['m']}")
+        outcome = Outcome(record, case)
         try:
             if models is None:
-                models, unable = build_models(case, device)
-            rows, reasons = measure_model(case, models, device, rounds)
+                models, unable = build_models(case, device, outcome)
+            outcome.reasons = dict(unable)
+            rows, reasons = measure_model(case, models, device, rounds, outcome)
         except Exception as error:  # costs this case alone
-            rows, reasons = [], {"case": f"RED: {words(error)}"}
+            rows, reasons = outcome.rows, outcome.reasons | {"case": f"RED: {words(error)}"}
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        reasons = unable | reasons
         record.add(case, rows, reasons)
         floor = f"  floor {rows[0]['floor_ratio']:.3f}" if rows else ""
         print(f"\n{case['model']}  m {case['m']}  context {case['context']}{floor}")

@@ -16,6 +16,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -67,7 +68,7 @@ from benchmarks.peers.models import (  # noqa: E402
     ours_with,
     runnable,
 )
-from benchmarks.records import Record  # noqa: E402
+from benchmarks.records import Outcome, Record  # noqa: E402
 
 TASKS, RANK = 4, 16
 # At full size, 16-bit rounding moves gradients by some percent, a wrong route by their own size.
@@ -196,30 +197,46 @@ def full_size_failure(contender: Contender, known: dict) -> str | None:
     return None
 
 
-def measure(case: dict, device: torch.device, rounds: int) -> tuple[list[dict], dict[str, str]]:
+def measure(
+    case: dict, device: torch.device, rounds: int, outcome: Outcome | None = None
+) -> tuple[list[dict], dict[str, str]]:
     """(rows, why others have none: provider, with its layout if its check was red, to reason)."""
-    kinds, reasons = contender_kinds(case, device)
+    outcome = outcome or Outcome()
+    kinds, outcome.reasons = contender_kinds(case, device)
     good: dict[type[ModelProvider], list[str]] = {}
     for kind in kinds:  # all before any is built: a check throws compiled code away
         wanted = case["layouts"].split(",")
         layouts = [la for la in wanted if kind.layouts is None or la in kind.layouts]
-        why = {la: _small_failure(kind, la, device) for la in layouts}
-        reasons |= {f"{kind.name} {la}": f"RED: {w}" for la, w in why.items() if w is not None}
-        good[kind] = [la for la in layouts if why[la] is None]
+        good[kind] = [la for la in layouts if _right_when_small(kind, la, device, outcome)]
     _forget(device)
-    rows_of_step = _rows(case)
-    contenders, failures = _built(case, good, rows_of_step, device)
-    reasons |= failures | _time(contenders, device, rounds)
-    frozen = {c.layout: c for c in contenders if isinstance(c.provider, FrozenModel)}
-    rows = []
+    rows = _rows(case)
+    contenders = _built(case, good, rows, device, outcome)
+    floors = {la: _floor(case, rows, la, device) for la in {c.layout for c in contenders}}
+
+    def after_round() -> None:
+        frozen = {c.layout: c for c in contenders if isinstance(c.provider, FrozenModel)}
+        timed = [c for c in contenders if c.ms]
+        outcome.measured({c.title: _row(c, frozen.get(c.layout)) | floors[c.layout] for c in timed})
+
+    _time(contenders, device, rounds, outcome, after_round)
     for contender in contenders:
         try:
-            row = _row(contender, frozen.get(contender.layout), device)
-            rows.append(row | _floor(case, rows_of_step, contender.layout, device))
+            more = outcome.by_title[contender.title] | _bytes(contender, device)
+            outcome.measured({contender.title: more})
         except Exception as error:
-            reasons[contender.title] = why_no_figure(error)
+            outcome.fails(contender.title, why_no_figure(error))
             contender.clear()
-    return rows, reasons
+    return outcome.rows, outcome.reasons
+
+
+def _right_when_small(kind: type[ModelProvider], layout: str, device, outcome: Outcome) -> bool:
+    title = f"{kind.name} {layout}"
+    why = _small_failure(kind, layout, device)
+    if why is None:
+        outcome.right(title, "on a small model")
+    else:
+        outcome.fails(title, f"RED: {why}")
+    return why is None
 
 
 def contender_kinds(case: dict, device) -> tuple[list[type[ModelProvider]], dict[str, str]]:
@@ -247,12 +264,16 @@ def _floor(case: dict, rows: list[Row], layout: str, device: torch.device) -> di
 
 
 def _built(
-    case: dict, good: dict[type[ModelProvider], list[str]], rows: list[Row], device: torch.device
-) -> tuple[list[Contender], dict[str, str]]:
-    """Contenders whose first step is right, and why others are none."""
+    case: dict,
+    good: dict[type[ModelProvider], list[str]],
+    rows: list[Row],
+    device: torch.device,
+    outcome: Outcome,
+) -> list[Contender]:
+    """Contenders whose first step is right."""
     base = make_base(SHAPES[case["model"]], device, getattr(torch, case["dtype"]))
     adapters = make_adapters(base, TASKS, RANK, getattr(torch, case["adapters"]))
-    contenders, reasons, known = [], {}, {}
+    contenders, known = [], {}
     for kind, layouts in good.items():
         provider = optimizer = None
         for layout in layouts:
@@ -270,11 +291,12 @@ def _built(
                 contender.clear()
             if failure is None:
                 contenders.append(contender)
+                outcome.right(contender.title, "at full size")
                 continue
-            reasons[f"{kind.name} {layout}"] = failure
+            outcome.fails(f"{kind.name} {layout}", failure)
             del contender
             _free(device)
-    return contenders, reasons
+    return contenders
 
 
 def _free(device: torch.device) -> None:
@@ -306,8 +328,14 @@ def _small_failure(kind: type[ModelProvider], layout: str, device) -> str | None
         torch._dynamo.reset()
 
 
-def _time(contenders: list[Contender], device: torch.device, rounds: int) -> dict[str, str]:
-    """All in turn, each round; the first round warms up. One that fails leaves the list: why.
+def _time(
+    contenders: list[Contender],
+    device: torch.device,
+    rounds: int,
+    outcome: Outcome,
+    after_round: Callable[[], None],
+) -> None:
+    """All in turn, each round; the first round warms up. One that fails leaves the list.
 
     Those of one layout follow each other, so that a ratio's two times lie close together.
     """
@@ -317,7 +345,6 @@ def _time(contenders: list[Contender], device: torch.device, rounds: int) -> dic
             torch.cuda.synchronize()
         return time.perf_counter() * 1e3
 
-    reasons = {}
     contenders.sort(key=lambda contender: LAYOUTS.index(contender.layout))
     for index in range(rounds + 1):
         for contender in rotated(list(contenders), index):
@@ -328,7 +355,7 @@ def _time(contenders: list[Contender], device: torch.device, rounds: int) -> dic
                 contender.update()
                 end = now()
             except Exception as error:
-                reasons[contender.title] = why_no_figure(error)
+                outcome.fails(contender.title, why_no_figure(error))
                 contenders.remove(contender)
                 contender.clear()
                 _free(device)
@@ -336,10 +363,10 @@ def _time(contenders: list[Contender], device: torch.device, rounds: int) -> dic
             if index > 0:
                 contender.ms.append((middle - start, end - start))
             contender.clear()
-    return reasons
+        after_round()
 
 
-def _row(contender: Contender, frozen: Contender | None, device) -> dict:
+def _row(contender: Contender, frozen: Contender | None) -> dict:
     plain, tokens = [ms for ms, _ in contender.ms], contender.tokens
     row = {"provider": contender.provider.name, "peer": contender.provider.peer}
     row |= {"layout": contender.layout, "rounds": len(plain), "tokens": tokens}
@@ -350,11 +377,14 @@ def _row(contender: Contender, frozen: Contender | None, device) -> dict:
     if frozen is not None:
         pairs = zip(contender.ms, frozen.ms, strict=True)
         row |= spread([own[0] / base[0] for own, base in pairs], "ratio")
-    row["peak_bytes"] = peak_bytes(contender.step, device)
+    row |= {"peak_bytes": None, "saved_bytes": None}
+    return row | {"gradient_difference": getattr(contender, "difference", None)}
+
+
+def _bytes(contender: Contender, device: torch.device) -> dict:
+    peak = peak_bytes(contender.step, device)
     contender.clear()
-    row["saved_bytes"] = contender.saved()
-    row["gradient_difference"] = getattr(contender, "difference", None)
-    return row
+    return {"peak_bytes": peak, "saved_bytes": contender.saved()}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -372,10 +402,11 @@ def main(argv: list[str] | None = None) -> int:
     progress = Progress(len(open_cases))
     for case in open_cases:
         progress.before(f"{case['model']}, {case['adapters']}, {case['layouts']}")
+        outcome = Outcome(record, case)
         try:
-            found, reasons = measure(case, device, rounds)
+            found, reasons = measure(case, device, rounds, outcome)
         except Exception as error:  # costs this case alone
-            found, reasons = [], {"case": f"RED: {words(error)}"}
+            found, reasons = outcome.rows, outcome.reasons | {"case": f"RED: {words(error)}"}
         record.add(case, found, reasons)
         for name, why in reasons.items():
             print(f"no figure: {name}: {why}")

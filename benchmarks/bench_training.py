@@ -31,7 +31,7 @@ from benchmarks.models import (  # noqa: E402
     make_rows,
 )
 from benchmarks.peers.models import FrozenModel, OursModel, ours_with  # noqa: E402
-from benchmarks.records import Record  # noqa: E402
+from benchmarks.records import Outcome, Record  # noqa: E402
 from ckf.layer_graphs import LayerGraphs  # noqa: E402
 from ckf.liger import using_liger  # noqa: E402
 
@@ -137,9 +137,14 @@ def difference(found: dict, wanted: dict) -> float:
 
 
 def measure(
-    case: dict, device: torch.device, rounds: int, names: Sequence[str] = tuple(VARIANTS)
+    case: dict,
+    device: torch.device,
+    rounds: int,
+    names: Sequence[str] = tuple(VARIANTS),
+    outcome: Outcome | None = None,
 ) -> tuple[list[dict], dict[str, str]]:
     """(rows, variant to the reason why it has none)."""
+    outcome = outcome or Outcome()
     base = make_base(SHAPES[case["model"]], device, getattr(torch, case["dtype"]))
     adapters = make_adapters(base, TASKS, RANK, torch.float32)
     batches = []
@@ -147,7 +152,7 @@ def measure(
         length, words = case["mean_length"] + i, base.config.vocab_size
         rows = make_rows(TASKS, case["row_count"], length, words, 0.2)
         batches.append(make_batch(rows, "labels", label_tokens(rows)).to(device))
-    found, missing, wanted = [], {}, None
+    wanted = None
     for name in names:
         kind, graphs, liger = VARIANTS[name]
         try:
@@ -163,23 +168,23 @@ def measure(
                 if graphs:
                     row["captures"] = layers.captures
                     if layers.off:
-                        missing[name] = "RED: capturing failed"
+                        outcome.fails(name, "RED: capturing failed")
                         continue
                 if kind is not FrozenModel:
                     own = gradients(steps)
                     wanted = wanted or own
                     row["difference"] = float(f"{difference(own, wanted):.3g}")
                     if not row["difference"] < WRONG:
-                        missing[name] = f"RED: gradients are {row['difference']} off"
+                        outcome.fails(name, f"RED: gradients are {row['difference']} off")
                         continue
-                found.append(row)
+                outcome.measured({name: row})
         except Exception as error:  # costs this variant alone
-            missing[name] = why_no_figure(error)
+            outcome.fails(name, why_no_figure(error))
         provider = steps = own = None
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return found, missing
+    return outcome.rows, outcome.reasons
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -192,7 +197,8 @@ def main(argv: list[str] | None = None) -> int:
     for case in cases(device.type, options.quick):
         if record.done(case):
             continue
-        rows, missing = measure(case, device, settings["rounds"], names)
+        outcome = Outcome(record, case)
+        rows, missing = measure(case, device, settings["rounds"], names, outcome)
         record.add(case, rows, missing)
         print(f"{case['model']}, {case['row_count']} rows of some {case['mean_length']} tokens")
         for row in rows:

@@ -46,15 +46,17 @@ def time_in_turn(
     rounds: int = 15,
     seconds: float = 20.0,
     graphs: dict[str, bool] | None = None,
+    after_round: Callable[[dict[str, Timing]], None] = lambda timings: None,
 ) -> dict[str, Timing]:
     """Time every provider once a round; a provider is one call for each copy of its tensors.
 
     Args:
         rounds: at most; fewer, but at least 5, where they would last over ``seconds`` together.
         graphs: providers that cannot be captured map to False.
+        after_round: is handed what is timed so far.
     """
     if torch.device(device).type == "cuda":
-        return _time_gpu(providers, rounds, seconds, graphs or {})
+        return _time_gpu(providers, rounds, seconds, graphs or {}, after_round)
     loops, cost = {}, 0.0
     for name, calls in providers.items():
         for _ in range(WARMUP - 1):
@@ -66,6 +68,7 @@ def time_in_turn(
     for index in range(_rounds(rounds, seconds, cost)):
         for name in rotated(list(providers), index):
             timings[name].ms.append(_wall_ms(providers[name], loops[name]))
+        after_round(timings)
     return timings
 
 
@@ -87,7 +90,9 @@ def _wall_ms(calls: Sequence[Call], loops: int) -> float:
     return (time.perf_counter() - start) * 1e3 / (loops * len(calls))
 
 
-def _time_gpu(providers, rounds: int, seconds: float, graphs: dict[str, bool]) -> dict[str, Timing]:
+def _time_gpu(
+    providers, rounds: int, seconds: float, graphs: dict[str, bool], after_round: Callable
+) -> dict[str, Timing]:
     timings, replays, loops, cost = {}, {}, {}, 0.0
     for name, calls in providers.items():
         _warm_up(calls)
@@ -113,6 +118,7 @@ def _time_gpu(providers, rounds: int, seconds: float, graphs: dict[str, bool]) -
         for name in rotated(list(replays), index):
             count, scale = loops[name]
             timings[name].ms.append(_event_ms(replays[name], count) * scale)
+        after_round(timings)
     return timings
 
 

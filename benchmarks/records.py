@@ -34,21 +34,29 @@ class Record:
         if earlier is not None and not fresh and self._goes_on(earlier):
             self.cases, earlier = earlier["cases"], None
         self._other = earlier  # what is to be written over
-        self.resumed = sum(not _red(case) for case in self.cases)
+        self.resumed = sum(not _open(case) for case in self.cases)
 
     @property
     def rows(self) -> list[dict]:
         return [case["case"] | row for case in self.cases for row in case["rows"]]
 
     def done(self, case: dict) -> bool:
-        """Whether the rows of a case are there already; what was red is measured again."""
-        return any(known["case"] == case and not _red(known) for known in self.cases)
+        """Whether the rows of a case are there already; what was red or cut is measured again."""
+        return any(known["case"] == case and not _open(known) for known in self.cases)
 
-    def add(self, case: dict, rows: list[dict], skipped: dict[str, str] | None = None) -> None:
-        """The rows of a case, a row a provider; ``skipped``: provider to reason."""
+    def add(
+        self,
+        case: dict,
+        rows: list[dict],
+        skipped: dict[str, str] | None = None,
+        finished: bool = True,
+    ) -> None:
+        """The rows of a case, a row a provider; ``skipped``: provider to reason; ``finished``:
+        False while there are more to come."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         self.cases = [known for known in self.cases if known["case"] != case]
-        self.cases.append({"case": case, "time": now, "skipped": skipped or {}, "rows": rows})
+        own = {"case": case, "time": now, "skipped": skipped or {}, "rows": rows}
+        self.cases.append(own if finished else own | {"finished": False})
         self.write()
 
     def write(self) -> None:
@@ -81,15 +89,57 @@ class Record:
         """A short run must not cost the rows of a longer one."""
         time = "".join(c for c in self._other["environment"].get("time", "")[:19] if c != ":")
         path = self.out / f"{self.name}.{time or 'before'}.json"
-        measured = [case["case"] for case in self.cases if case["rows"]]
+        measured = [c["case"] for c in self.cases if c["rows"] and c.get("finished", True)]
         if all(case["case"] in measured for case in self._other["cases"] if case["rows"]):
             path.unlink(missing_ok=True)
         elif not path.exists():
             _replace(path, json.dumps(self._other, indent=1) + "\n")
 
 
-def _red(case: dict) -> bool:
-    return any(why.startswith("RED") for why in case["skipped"].values())
+class Outcome:
+    """Of one case, written whenever something is known: a time limit may end it anywhere.
+
+    Args:
+        record, case: where to; None: nowhere.
+    """
+
+    def __init__(self, record: Record | None = None, case: dict | None = None) -> None:
+        self.record, self.case = record, case
+        self.by_title: dict[str, dict] = {}
+        self.reasons: dict[str, str] = {}  # why others have no row
+        self._right: dict[str, str] = {}
+
+    @property
+    def rows(self) -> list[dict]:
+        return list(self.by_title.values())
+
+    def right(self, title: str, where: str) -> None:
+        """It passed a check; should it get no row, the record says how far it came."""
+        self._right[title] = f"right {where}; cut off before it was timed"
+        self._write()
+
+    def fails(self, title: str, why: str) -> None:
+        self._right.pop(title, None)
+        self.by_title.pop(title, None)
+        self.reasons[title] = why
+        self._write()
+
+    def measured(self, rows: dict[str, dict]) -> None:
+        """Rows by title; of one that has a row, a better one."""
+        self.by_title |= rows
+        self._write()
+
+    def _write(self) -> None:
+        if self.record is not None:
+            right = {t: why for t, why in self._right.items() if t not in self.by_title}
+            self.record.add(self.case, self.rows, self.reasons | right, finished=False)
+
+
+def _open(case: dict) -> bool:
+    """Red, or cut."""
+    return not case.get("finished", True) or any(
+        why.startswith("RED") for why in case["skipped"].values()
+    )
 
 
 def load_record(path: Path) -> dict:

@@ -1,14 +1,24 @@
 """What is measured, in which order, and what a failure in the middle costs."""
 
+import signal
 from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks import bench_decode, bench_linear, bench_scaling, bench_step
+from benchmarks import (
+    bench_decode,
+    bench_linear,
+    bench_scaling,
+    bench_step,
+    bench_training,
+    harness,
+)
 from benchmarks.bench_step import Contender
 from benchmarks.peers.models import BigModel, FrozenModel, LoopModel, MasksModel
 from benchmarks.problems import MIXES
+from benchmarks.records import Record, load_record
+from tests.benchmarks.synthetic import ABOUT
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -121,6 +131,83 @@ def test_a_lack_of_memory_costs_one_contender(monkeypatch, few, when):
     assert reasons == {"peft-large labels": "OutOfMemoryError: full"}
     assert {row["provider"] for row in rows} == {"frozen", "peft-loop", "peft-masks", "peft-big"}
     assert all(row["rounds"] == 2 and row["ratio"] > 0 for row in rows)
+
+
+def interrupted_at(calls: int, function):
+    """The function, that gpu.py's time limit meets at that call."""
+    made = 0
+
+    def call(*args, **kwargs):
+        nonlocal made
+        made += 1
+        if made == calls:
+            signal.raise_signal(signal.SIGINT)
+        return function(*args, **kwargs)
+
+    return call
+
+
+@pytest.fixture
+def cut(tmp_path, capsys):
+    """A script that is interrupted: what its record holds of the case."""
+
+    def run(main, name: str) -> dict:
+        with pytest.raises(KeyboardInterrupt):
+            main(["--quick", "--out", str(tmp_path)])
+        (case,) = load_record(tmp_path / f"{name}.json")["cases"]
+        assert case["finished"] is False
+        again = Record(name, tmp_path, ABOUT, {})
+        again.cases = [case]
+        assert not again.done(case["case"]), "it is measured again"
+        return case
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("when", "rounds"), [("check", 0), ("build", 0), ("round", 2), ("bytes", 3)]
+)
+def test_a_step_that_is_cut_keeps_what_it_has(monkeypatch, few, cut, when, rounds):
+    """Four contenders, three rounds after one that warms up, then bytes."""
+    monkeypatch.setattr(bench_step, "cases", lambda *args: [few])
+    place, name = {
+        "check": (bench_step, "check_small"),
+        "build": (Contender, "__init__"),
+        "round": (Contender, "update"),
+        "bytes": (bench_step, "peak_bytes"),
+    }[when]
+    calls = {"check": 3, "build": 3, "round": 4 * 3 + 2, "bytes": 3}[when]
+    monkeypatch.setattr(place, name, interrupted_at(calls, getattr(place, name)))
+    case = cut(bench_step.main, "bench_step")
+    assert len(case["rows"]) == (4 if rounds else 0)
+    for row in case["rows"]:
+        assert row["rounds"] == rounds and row["ratio"] > 0 and row["floor_ratio"] >= 1
+    known = [row["saved_bytes"] is not None for row in case["rows"]]
+    assert sum(known) == (2 if when == "bytes" else 0)
+    right = [why for why in case["skipped"].values() if why.startswith("right")]
+    assert len(right) == {"check": 2, "build": 4}.get(when, 0)
+    assert sum("at full size" in why for why in right) == (2 if when == "build" else 0)
+
+
+def test_a_small_model_s_step_that_is_cut_keeps_its_variants(monkeypatch, cut):
+    whole = bench_training.measure_one
+    monkeypatch.setattr(bench_training, "measure_one", interrupted_at(3, whole))
+    case = cut(bench_training.main, "bench_training")
+    assert [row["provider"] for row in case["rows"]] == ["frozen", "ckf"]
+
+
+@pytest.mark.parametrize(("when", "rounds"), [("check", 0), ("round", 2)])
+def test_a_decoder_that_is_cut_keeps_its_rounds(monkeypatch, cut, when, rounds):
+    monkeypatch.setattr(bench_decode, "run_cases", lambda *args: 0)
+    if when == "check":
+        check = interrupted_at(3, bench_decode.check_small)
+        monkeypatch.setattr(bench_decode, "check_small", check)
+    else:  # five providers a round
+        monkeypatch.setattr(harness, "_wall_ms", interrupted_at(5 * 3 + 2, harness._wall_ms))
+    case = cut(bench_decode.main, "bench_decode_model")
+    assert len(case["rows"]) == (5 if rounds else 0)
+    assert all(row["rounds"] == rounds for row in case["rows"])
+    assert len(case["skipped"]) == (0 if rounds else 2)
 
 
 def test_no_check_comes_between_a_build_and_its_timing(monkeypatch, few):
