@@ -44,6 +44,7 @@ class ModelShape:
 
 SHAPES = {
     "8B": ModelShape(4096, 14336, 32, 32, 8, 128256),
+    "8B, 8 layers": ModelShape(4096, 14336, 8, 32, 8, 128256),
     "1B": ModelShape(2048, 8192, 16, 32, 8, 128256),
     "135M": ModelShape(576, 1536, 30, 9, 3, 49152),
     "135M, 4 layers": ModelShape(576, 1536, 4, 9, 3, 49152),

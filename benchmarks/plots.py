@@ -162,7 +162,7 @@ def step(rows: list[dict], path: Path) -> bool:
     for r in rows:
         title = f"{r['model']}, {r['adapters']} adapters"
         title += ", rows of equal length" if r.get("sigma") == 0 else ""
-        title += ", compiled too" if r.get("contenders") else ""
+        title += ", compiled too" if r.get("contenders") and r["compiled"] else ""
         cases.setdefault(title, []).append(r)
     if not cases:
         return False

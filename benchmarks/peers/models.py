@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import ckf
 from benchmarks.harness import version_of
 from benchmarks.models import SCALING, Batch, batch_loss, expert_names, sharing_copy
+from ckf.layer_graphs import LayerGraphs
 
 Adapters = dict[tuple[str, str, str], Tensor]
 
@@ -23,7 +24,8 @@ class ModelProvider:
     """A model with adapters and one way to route rows to them.
 
     loops: the step runs task by task, on a batch for each. layouts: None for all. checked_in: dtype
-    of the small model that it must get right.
+    of the small model that it must get right; None: it runs on none. first_steps: before the one
+    that is compared at full size. counts_bytes: what a step keeps is allocated by the step.
     """
 
     name: ClassVar[str]
@@ -31,7 +33,9 @@ class ModelProvider:
     loops: ClassVar[bool] = False
     captures: ClassVar[bool] = True
     layouts: ClassVar[tuple[str, ...] | None] = None
-    checked_in: ClassVar[torch.dtype] = torch.float64
+    checked_in: ClassVar[torch.dtype | None] = torch.float64
+    first_steps: ClassVar[int] = 0
+    counts_bytes: ClassVar[bool] = True
 
     def __init__(self, base: nn.Module, adapters: Adapters, tasks: int) -> None:
         self.base, self.tasks = sharing_copy(base), tasks
@@ -64,6 +68,10 @@ class ModelProvider:
     def gradients(self) -> Adapters:
         """By (linear, half, expert), zero where a parameter got none."""
         raise NotImplementedError
+
+    def failure(self) -> str | None:
+        """Why the step before was not of the kind that is to be timed."""
+        return None
 
 
 class FrozenModel(ModelProvider):
@@ -118,6 +126,24 @@ def ours_with(backend: str) -> type[OursModel]:
     checked_in = torch.bfloat16 if backend == "cuda:linear" else torch.float32
     own = {"name": f"ckf-{backend}", "backend": backend, "checked_in": checked_in}
     return type("OursModel", (OursModel,), own)
+
+
+class OursGraphsModel(OursModel):
+    """The same with each decoder layer as two CUDA graphs, as ``ckf train`` runs it. Its attention
+    takes 16 bits alone; the first step is noted, the second captures and replays. What a step
+    keeps lies in the graphs' memory from then on."""
+
+    name, layouts, checked_in = "ckf-graphs", ("packed", "labels"), None
+    first_steps, counts_bytes = 1, False
+
+    def build(self, adapters: Adapters) -> None:
+        super().build(adapters)
+        self.graphs = LayerGraphs(self.model)
+
+    def failure(self) -> str | None:
+        if self.graphs.off:
+            return "CUDA graphs were given up"
+        return None if self.graphs.mode == "replaying" else "no CUDA graph was replayed"
 
 
 class PeftModelProvider(ModelProvider):

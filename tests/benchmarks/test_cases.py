@@ -15,10 +15,12 @@ from benchmarks import (
     harness,
 )
 from benchmarks.bench_step import Contender
-from benchmarks.peers.models import BigModel, FrozenModel, LoopModel, MasksModel
+from benchmarks.peers.models import BigModel, FrozenModel, LoopModel, MasksModel, OursGraphsModel
 from benchmarks.problems import MIXES
 from benchmarks.records import Record, load_record
+from ckf.layer_graphs import LayerGraphs
 from tests.benchmarks.synthetic import ABOUT
+from tests.test_layer_graphs import Rerun, one_kernel  # noqa: F401
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -56,21 +58,27 @@ def test_training_steps_on_a_gpu():
         ("8B", "padded", "float32", None),
         ("8B", "labels", "bfloat16", None),
         ("8B", "packed", "float32", None),
+        ("8B, 8 layers", "labels", "float32", None),
         ("1B", "labels", "float32", None),
         ("1B", "padded", "float32", None),
         ("8B", "padded", "float32", 0.0),
         ("8B", "labels", "float32", None),
     ]
-    assert [c["compiled"] for c in cases] == [False] * 7 + [True]
+    assert [c["compiled"] for c in cases] == [False] * 8 + [True]
     small = bench_step.cases("cuda", False, memory=85e9)
     assert {c["row_count"] for c in small if c["model"] == "8B"} == {8}
     assert {c["row_count"] for c in cases if c["model"] == "8B"} == {16}
     names = [
         [kind.name for kind in bench_step.contender_kinds(case, CUDA)[0]]
-        for case in (cases[0], cases[-1])
+        for case in (cases[0], cases[-1], cases[4])
     ]
+    assert names.pop() == ["frozen", "peft-big", "ckf", "ckf-graphs"]
+    assert cases[4]["row_count"] * cases[4]["mean_length"] == 8192
+    on_cpu = bench_step.contender_kinds(bench_step.cases("cpu", False)[0], CPU)[0]
+    assert "ckf-graphs" not in {kind.name for kind in on_cpu}
     assert names[0][0] == names[1][0] == "peft-loop"
-    assert {"frozen", "single", "ckf", "ckf-triton", "ckf-triton:gemm"} < set(names[0])
+    ours = {"ckf", "ckf-triton", "ckf-triton:gemm", "ckf-graphs"}
+    assert {"frozen", "single", *ours} < set(names[0])
     assert "peft-big-compiled" in names[1] and "peft-masks" not in names[1]
 
 
@@ -131,6 +139,55 @@ def test_a_lack_of_memory_costs_one_contender(monkeypatch, few, when):
     assert reasons == {"peft-large labels": "OutOfMemoryError: full"}
     assert {row["provider"] for row in rows} == {"frozen", "peft-loop", "peft-masks", "peft-big"}
     assert all(row["rounds"] == 2 and row["ratio"] > 0 for row in rows)
+
+
+@pytest.fixture
+def graphs(monkeypatch, few, request):
+    """The quick case with graphs among the contenders, replayed by running again."""
+    request.getfixturevalue("one_kernel")
+    monkeypatch.setattr(LayerGraphs, "_cuda_captures", lambda self: lambda: Rerun({"graphs": self}))
+    monkeypatch.setattr(LayerGraphs, "_warm_up", lambda self: None)
+    monkeypatch.setattr(bench_step, "MODELS", (FrozenModel, BigModel, OursGraphsModel))
+    return few | {"contenders": "frozen,peft-big,ckf-graphs"}
+
+
+def test_a_step_of_graphs_is_checked_and_timed_replayed(graphs, monkeypatch):
+    replayed, replay = [], Rerun.replay_backward
+
+    def noted(self):
+        replayed.append(1)
+        replay(self)
+
+    monkeypatch.setattr(Rerun, "replay_backward", noted)
+    monkeypatch.setattr(bench_step, "check_small", None)  # of none: see below
+    monkeypatch.setattr(bench_step, "_small_failure", lambda kind, *args: None)
+    rows, reasons = bench_step.measure(graphs, CPU, rounds=2)
+    own = {row["provider"]: row for row in rows}["ckf-graphs"]
+    assert not reasons and own["gradient_difference"] < 1e-3 and own["ratio"] > 0
+    assert own["peak_bytes"] is None and own["saved_bytes"] is None
+    layers = bench_step.SHAPES["tiny"].layers
+    assert len(replayed) == layers * (1 + 1 + 2), "the check, the round that warms up, two rounds"
+
+
+@pytest.mark.parametrize("when", ["capture", "later", "never"])
+def test_a_step_without_its_graphs_has_no_figure(graphs, monkeypatch, when):
+    if when == "capture":
+        monkeypatch.setattr(Rerun, "forward", None)
+    elif when == "never":  # every pass is noted anew
+        monkeypatch.setattr(LayerGraphs, "_captured", lambda self, *args: False)
+    else:
+        update = Contender.update
+
+        def gives_up(self):
+            if isinstance(self.provider, OursGraphsModel):
+                self.provider.graphs.give_up("another dtype")
+            update(self)
+
+        monkeypatch.setattr(Contender, "update", gives_up)
+    rows, reasons = bench_step.measure(graphs, CPU, rounds=1)
+    assert {row["provider"] for row in rows} == {"frozen", "peft-big"}
+    why = "no CUDA graph was replayed" if when == "never" else "CUDA graphs were given up"
+    assert reasons == {"ckf-graphs labels": f"RED: {why}"}
 
 
 def interrupted_at(calls: int, function):
