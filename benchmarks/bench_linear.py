@@ -62,7 +62,7 @@ def goal_cases() -> list:
         for dropout in (0.0, 0.1)
         for n in (4096, 14336)
     ]
-    few = [Case("forward", m, ((4096, (4096,)),), mix="token", **both) for m in (1, 16, 64, 256)]
+    few = [Case("forward", m, ((4096, (4096,)),), mix="token", **both) for m in (1, 4, 16, 64, 256)]
     return goals + [(case, OURS) for case in few]
 
 

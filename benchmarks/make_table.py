@@ -2,7 +2,8 @@
 
 ``python benchmarks/make_table.py --results FOLDER [--out FILE] [--decode FILE ...]``
 
-Reads bench_linear.json, and bench_scaling.json and bench_decode.json where they are; writes
+Reads bench_linear.json, and bench_scaling.json and bench_decode.json where they are of the same
+sources; writes
 ckf/kernels/tables/<gpu>.json. Only single linears count, rows of one task next to each other where
 it matters. Of several measurements of one shape the first is taken: linear, scaling, decode.
 --decode: CSVs (decode_variants.csv, decode_plans.csv) of csrc's decode kernels measured apart
@@ -72,6 +73,18 @@ def make_table(records: list[dict]) -> dict:
     return {"gpu": about["device"], "record": source, "rows": rows}
 
 
+def of_one_code(records: list[dict]) -> list[dict]:
+    """The first and those of its sources: what other code took must not decide."""
+    first, kept = records[0]["environment"], []
+    for record in records:
+        about = record["environment"]
+        if about["sources"] == first["sources"]:
+            kept.append(record)
+        else:
+            print(f"left out: a record of {about['time']}, commit {about['commit']}, other sources")
+    return kept
+
+
 def with_decode(rows: list[dict], file: Path) -> list[dict]:
     """The forward rows with other milliseconds of the decode kernels."""
     with open(file, newline="", encoding="utf-8") as opened:
@@ -95,7 +108,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     paths = [options.results / f"{name}.json" for name in SOURCES]
     try:
-        table = make_table([load_record(p) for p in paths if p.exists() or p is paths[0]])
+        records = [load_record(p) for p in paths if p.exists() or p is paths[0]]
+        table = make_table(of_one_code(records))
         for file in options.decode:
             table["rows"] = with_decode(table["rows"], file)
     except (OSError, ValueError, KeyError) as error:

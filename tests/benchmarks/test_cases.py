@@ -33,6 +33,8 @@ def test_the_goals_come_first(cases):
     assert {(c.step, c.dtype, c.adapters, c.mix) for c in goals} == {
         ("train", "bfloat16", "float32", "balanced")
     }
+    decoding = [case for case, _ in cases[8:13]]
+    assert [(c.m, c.step) for c in decoding] == [(m, "forward") for m in (1, 4, 16, 64, 256)]
     plain = [entry if isinstance(entry, tuple) else (entry, None) for entry in cases]
     layer = next(i for i, (case, _) in enumerate(plain) if len(case.linears) > 1)
     assert layer == len(bench_linear.goal_cases()) and len(plain[layer][0].linears) == 7

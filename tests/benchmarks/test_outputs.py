@@ -1,6 +1,7 @@
 """Tables, plots and the report from invented records; the scripts themselves at tiny size."""
 
 import json
+import shutil
 
 import pytest
 
@@ -44,6 +45,20 @@ def test_the_table_has_every_backend_and_the_best_plan(results, tmp_path):
     keys = [tuple(r[name] for name in make_table.ROW_KEY) for r in table["rows"]]
     assert len(keys) == len(set(keys))
     assert {r["pass"] for r in table["rows"]} == {"forward", "train"}
+
+
+def test_a_record_of_other_code_decides_nothing(results, tmp_path, capsys):
+    """Only bench_decode has these rows; only bench_scaling T 64."""
+    shutil.copytree(results, tmp_path / "all")
+    path = tmp_path / "all" / "bench_decode.json"
+    record = json.loads(path.read_text())
+    record["environment"] |= {"sources": "of before", "commit": "abc"}
+    path.write_text(json.dumps(record))
+    out = tmp_path / "table.json"
+    assert make_table.main(["--results", str(tmp_path / "all"), "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert {row["pass"] for row in rows} == {"train"} and 64 in {row["tasks"] for row in rows}
+    assert "left out: a record of" in capsys.readouterr().out
 
 
 def test_no_table_from_a_cpu(results, tmp_path, capsys):
