@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -80,7 +81,7 @@ def run(command: list[str], log) -> str:
     except OSError as error:
         raise CompileError(f"{command[0]} cannot be run: {error}") from error
     output = done.stdout + done.stderr
-    log.write(output + "\n")
+    log.write(f"of {command[-1]}:\n{output}\n")  # several may run at once
     log.flush()
     if done.returncode != 0:
         raise CompileError(f"{command[0]} failed (whole log: {log.name}):\n{output[-4000:]}")
@@ -225,13 +226,19 @@ class Build(build_ext):
         archs = toolkit.choose(wanted_archs())
         say(f"building ckf._C for {', '.join(archs)} with {nvcc} (log: {log.name})")
         write_info(temp, CSRC, log, archs=archs, nvcc=toolkit.version)
-        objects = []
-        for source in sorted(CSRC.glob("*.cu")):
-            objects.append(temp / f"{source.stem}.cu.o")
-            flags = ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler", "-fPIC"]
-            flags += ["-Xptxas", "-v", "--threads", str(min(len(archs), os.cpu_count() or 1))]
-            codes = [flag for arch in archs for flag in gencode(arch)]
-            run([nvcc, *flags, *codes, "-c", str(source), "-o", str(objects[-1])], log)
+        cores = os.cpu_count() or 1
+        threads = min(len(archs), cores)
+        flags = ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler", "-fPIC"]
+        flags += ["-Xptxas", "-v", "--threads", str(threads)]
+        flags += [flag for arch in archs for flag in gencode(arch)]
+
+        def compile_one(source: Path) -> Path:
+            made = temp / f"{source.stem}.cu.o"
+            run([nvcc, *flags, "-c", str(source), "-o", str(made)], log)
+            return made
+
+        with ThreadPoolExecutor(max(1, cores // threads)) as pool:
+            objects = list(pool.map(compile_one, sorted(CSRC.glob("*.cu"))))
         objects.append(compile_bindings(CSRC / "bindings.cpp", temp, log))
         link = [*cxx(), "-shared", *map(str, objects), "-o", str(target)]
         link += [f"-L{folder}" for folder in toolkit.libraries]

@@ -6,6 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -139,6 +141,61 @@ def test_hopper_gemm_elsewhere_is_empty(build, nvcc, tmp_path, arch):
     source = (ROOT / "csrc" / "hopper_gemm.cu").read_text()
     least = int(re.search(r"kLeastRegisters = (\d+);", source)[1])
     assert max(map(int, re.findall(r"Used (\d+) registers", said))) < least < 168
+
+
+@pytest.fixture
+def compiling(build, monkeypatch, tmp_path):
+    """build_cuda with ``nvcc`` in place of every command, on so many cores."""
+
+    def compile_all(nvcc, cores: int) -> None:
+        toolkit = types.SimpleNamespace(choose=lambda archs: ["sm_90a", "compute_90"])
+        toolkit.version, toolkit.libraries = "", []
+        monkeypatch.setattr(build, "CudaToolkit", lambda *args: toolkit)
+        monkeypatch.setattr(build, "find_nvcc", lambda: "nvcc")
+        monkeypatch.setattr(build, "write_info", lambda *args, **own: None)
+        monkeypatch.setattr(build, "compile_bindings", lambda *args: tmp_path / "bindings.o")
+        monkeypatch.setattr(build, "run", lambda command, log: nvcc(command))
+        monkeypatch.setattr(build.os, "cpu_count", lambda: cores)
+        log = types.SimpleNamespace(name="log")
+        build.Build.build_cuda(None, tmp_path, tmp_path / "_C.so", log)
+
+    return compile_all
+
+
+@pytest.mark.parametrize("cores", [16, 2])
+def test_files_are_compiled_side_by_side_where_there_are_cores(compiling, cores):
+    sources = sorted(path.stem for path in (ROOT / "csrc").glob("*.cu"))
+    barrier = threading.Barrier(len(sources) if cores == 16 else 1, timeout=30)
+    commands, at_once, most = [], 0, 0
+
+    def nvcc(command):
+        nonlocal at_once, most
+        commands.append(command)
+        if command[0] == "nvcc":
+            at_once += 1
+            most = max(most, at_once)
+            barrier.wait()
+            at_once -= 1
+
+    compiling(nvcc, cores)
+    assert most == (len(sources) if cores == 16 else 1)
+    link = commands[-1]
+    objects = [Path(word).name for word in link if word.endswith(".cu.o")]
+    assert objects == [f"{stem}.cu.o" for stem in sources] and len(commands) == len(sources) + 1
+    assert all(command[command.index("--threads") + 1] == "2" for command in commands[:-1])
+
+
+def test_an_error_of_one_file_ends_the_build(build, compiling):
+    commands = []
+
+    def nvcc(command):
+        commands.append(command)
+        if "hopper_gemm" in command[-1]:
+            raise build.CompileError("nvcc failed: line 7")
+
+    with pytest.raises(build.CompileError, match="line 7"):
+        compiling(nvcc, 16)
+    assert all(command[0] == "nvcc" for command in commands), "nothing is linked"
 
 
 @pytest.mark.parametrize(("module", "folder"), [(cuda, "."), (cpu, "cpu")], ids=["_C", "_cpu"])
