@@ -23,7 +23,8 @@ help:
 	@echo "make test       the tests that every change must pass; no GPU"
 	@echo "make test-long  those and the slow ones"
 	@echo "make gpu        build, test, sanitize and measure on this machine's GPU, without network"
-	@echo "                (PART=build|tests|sanitize|bench, OUT=folder, ARCHIVE=folder of the packed results)"
+	@echo "                (PART=build|tests|sanitize|bench|goals, OUT=folder, ARCHIVE=folder of the packed results,"
+	@echo "                MINUTES=all it may take, 9)"
 	@echo "make bench      measure against the peers on this machine's CPU (12 to 20 minutes), and draw"
 	@echo "make build      build the extensions in place, after a change in csrc/"
 	@echo "make lint       ruff check and ruff format --check"
@@ -55,7 +56,8 @@ test-long: $(READY)
 
 # With the interpreter at hand: a GPU machine has its own torch and perhaps no network.
 gpu:
-	$(or $(CKF_PYTHON),$(PYTHON)) benchmarks/gpu.py $(PART) --out $(OUT) $(ARCHIVE:%=--archive %)
+	$(or $(CKF_PYTHON),$(PYTHON)) benchmarks/gpu.py $(PART) --out $(OUT) $(ARCHIVE:%=--archive %) \
+	  $(MINUTES:%=--minutes %)
 
 bench: $(READY)
 	for name in linear scaling decode step; do \

@@ -1,6 +1,6 @@
 """Base and update in one product: who is fastest, and how far from cuBLAS's base alone?
 
-``python benchmarks/bench_gemm.py [--device cuda] [--out FOLDER] [--quick] [--fresh]
+``python benchmarks/bench_gemm.py [--device cuda] [--out FOLDER] [--quick] [--goals] [--fresh]
 [--without NAME ...] [--launches]``
 
 y = x W^T + H B^T and dx = dS A + dy W, in bfloat16, as plain products: cuBLAS for the base alone
@@ -44,13 +44,13 @@ LAUNCHES = (
 )  # fmt: skip
 
 
-def cases(device: str, quick: bool) -> list[dict]:
+def cases(device: str, quick: bool, goals: bool = False) -> list[dict]:
     if device == "cpu":
         return [{"m": 32, "k": 64, "n": 48, "rank": 8, "product": p} for p in ("y", "dx")]
-    shapes = SHAPES[:1] if quick else SHAPES
+    shapes = SHAPES[:2] if goals else SHAPES[:1] if quick else SHAPES
     return [
         {"m": 8192, "k": k, "n": n, "rank": rank, "product": product}
-        for rank in RANKS
+        for rank in (RANKS[:1] if goals else RANKS)
         for k, n in shapes
         for product in ("y", "dx")
     ]
@@ -163,7 +163,8 @@ def measure(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = arguments(__doc__, "one shape")
+    goals = "R 80 of two shapes, without Triton's"  # so that base and hopper are neighbours
+    parser = arguments(__doc__, "one shape", goals)
     parser.add_argument("--without", nargs="+", default=[], choices=("triton", "hopper"))
     parser.add_argument("--launches", action="store_true", help="other blocks of Triton's as well")
     options = parser.parse_args(argv)
@@ -171,11 +172,12 @@ def main(argv: list[str] | None = None) -> int:
     settings = {"rounds": 5 if options.quick else 15, "seconds": 1.0 if options.quick else 2.0}
     record = Record("bench_gemm", options.out, environment(device), settings, options.fresh)
     red = 0
-    for case in cases(device.type, options.quick):
+    without = [*options.without, *(["triton"] if options.goals else [])]
+    for case in cases(device.type, options.quick, options.goals):
         if record.done(case):
             continue
         try:
-            choice = {"without": options.without, "launches": options.launches}
+            choice = {"without": without, "launches": options.launches}
             rows, missing = measure(case, device, **settings, **choice)
         except Exception as error:  # costs this case alone
             rows, missing = [], {"case": why_no_figure(error)}

@@ -1,7 +1,7 @@
 """What does Multi-LoRA cost over the frozen linear: by each backend of ckf, and by each peer?
 
 ``python benchmarks/bench_linear.py [--device cpu|cuda] [--out FOLDER] [--quick] [--fresh]
-[--sweep default|full] [--peers NAME ...]``
+[--goals] [--sweep default|full] [--peers NAME ...]``
 
 Forward + backward of single linears, of groups that share x and of all linears of a layer. The
 clock sees routing that has to be done a layer; what a step does once for all layers (masks, sorted
@@ -66,6 +66,12 @@ def goal_cases() -> list:
     return goals + [(case, OURS) for case in few]
 
 
+def square_goals() -> list:
+    """Those of 4096-4096 without dropout, which have a figure to reach."""
+    trained = [entry for entry in goal_cases() if entry[0].step == "train"]
+    return [(c, names) for c, names in trained if c.groups == ((4096, (4096,)),) and not c.dropout]
+
+
 def gpu_cases() -> list:
     """bfloat16; float32 adapters unless the case says otherwise. bench_scaling.py has the axes."""
     half = {"dtype": "bfloat16", "adapters": "float32"}
@@ -126,11 +132,13 @@ def quick_cases(device: str) -> list:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = arguments(__doc__, "one or two small cases; on a GPU the goals")
+    parser = arguments(__doc__, "small cases; on a GPU the goals", "4096-4096 at m 8192 and 2048")
     parser.add_argument("--sweep", default="default", choices=("default", "full"))
     parser.add_argument("--peers", nargs="+", metavar="NAME", help="only these; NAME* for all such")
     options = parser.parse_args(argv)
-    if options.quick:
+    if options.goals and options.device == "cuda":
+        cases = square_goals()
+    elif options.quick or options.goals:
         cases = quick_cases(options.device)
     elif options.sweep == "full":
         cases = full_cases(options.device)

@@ -1,7 +1,7 @@
 """How does the cost grow with tasks, rank, rows and the mix of tasks, and where do peers cross?
 
-``python benchmarks/bench_scaling.py [--device cpu|cuda] [--out FOLDER] [--quick] [--fresh]
-[--peers NAME ...]``
+``python benchmarks/bench_scaling.py [--device cpu|cuda] [--out FOLDER] [--quick] [--goals]
+[--fresh] [--peers NAME ...]``
 
 Forward + backward of one linear (4096 x 4096 on a GPU, 576 x 1536 on a CPU), one axis at a time
 from T 4, r 16, balanced sequences. Same clock and same checks as ``bench_linear.py``.
@@ -66,10 +66,11 @@ def axis_rows(rows: list[dict], axis: str) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = arguments(__doc__, "three small cases; on a GPU T 2 and T 64")
+    parser = arguments(__doc__, "three small cases; on a GPU T 2 and T 64", "T 2 and T 64")
     parser.add_argument("--peers", nargs="+", metavar="NAME", help="only these; NAME* for all such")
     options = parser.parse_args(argv)
-    return run_cases("bench_scaling", cases(options.device, options.quick), options)
+    few = options.quick or options.goals
+    return run_cases("bench_scaling", cases(options.device, few), options)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A whole training step on rows of mixed tasks: tokens a second and peak memory, ckf and peers.
 
-``python benchmarks/bench_step.py [--device cpu|cuda] [--out FOLDER] [--quick] [--fresh]``
+``python benchmarks/bench_step.py [--device cpu|cuda] [--out FOLDER] [--quick] [--goals] [--fresh]``
 
 Random weights in the shape of a known model; the same rows, tokens and lengths for all; rows padded
 ("padded"), packed into one sequence ("packed"), or packed with logits at the label tokens alone
@@ -85,8 +85,11 @@ BESIDE_GRAPHS = {"contenders": "frozen,peft-big,ckf,ckf-graphs"}
 COMPILED = ("frozen", "peft-loop", "peft-big", "peft-big-compiled", "ckf*")
 
 
-def cases(device: str, quick: bool, memory: float = math.inf) -> list[dict]:
+def cases(device: str, quick: bool, memory: float = math.inf, goals: bool = False) -> list[dict]:
     """memory: bytes of the device."""
+    many = _case(*MANY_TOKENS, "float32", False, "labels") | BESIDE_GRAPHS
+    if goals and device == "cuda":
+        return [_case("1B", 16, 256, "bfloat16", "float32", False, "labels") | BESIDE_GRAPHS, many]
     if quick and device == "cuda":
         few = {"contenders": "frozen,peft-loop,peft-big,ckf*"}
         return [_case("1B", 16, 256, "bfloat16", "float32", False, "labels") | few]
@@ -102,7 +105,7 @@ def cases(device: str, quick: bool, memory: float = math.inf) -> list[dict]:
         padded,
         _case(*large, "bfloat16", False, "labels"),
         _case(*large, "float32", False, "packed"),
-        _case(*MANY_TOKENS, "float32", False, "labels") | BESIDE_GRAPHS,
+        many,
         _case(*small, "float32", False, "labels"),
         _case(*small, "float32", False, "padded"),
         padded | {"sigma": 0.0},  # equal lengths: no pads, the same attention for all
@@ -405,7 +408,8 @@ def _bytes(contender: Contender, device: torch.device) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = arguments(__doc__, "a tiny model, few rounds").parse_args(argv)
+    goals = "1B, and 8,192 tokens of 8B, beside PEFT's big LoRA"
+    options = arguments(__doc__, "a tiny model, few rounds", goals).parse_args(argv)
     device = chosen_device(options.device)
     about = environment(device)
     rounds = 3 if options.quick else 5 if device.type == "cuda" else 9
@@ -414,7 +418,7 @@ def main(argv: list[str] | None = None) -> int:
     memory = math.inf
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
-    wanted = cases(options.device, options.quick, memory)
+    wanted = cases(options.device, options.quick, memory, options.goals)
     open_cases = [case for case in wanted if not record.done(case)]
     progress = Progress(len(open_cases))
     for case in open_cases:

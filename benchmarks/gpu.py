@@ -1,6 +1,6 @@
 """Everything a GPU machine is needed for, in one command that needs no network.
 
-``python3 benchmarks/gpu.py [build|tests|sanitize|bench|all] [--out FOLDER] [--minutes N]
+``python3 benchmarks/gpu.py [build|tests|sanitize|bench|goals|all] [--out FOLDER] [--minutes N]
 [--archive FOLDER]``
 
 Uses the interpreter it is run with. Results go to FOLDER/<gpu>/: environment.json, one log a step
@@ -8,10 +8,12 @@ and summary.json, so that an interrupted run keeps what it has; all of it is pac
 <gpu>.tar.gz as it grows (beside the folder, or in --archive). Every step has a time limit, and
 together they keep to ``--minutes`` (9, so that the whole fits in ten). "all" is build, the tests of
 csrc, the benchmarks (each checks its figures), the Triton tests, compute-sanitizer: what is cut off
-is what can be run again alone. CKF_COMMIT names the commit of a copy.
+is what can be run again alone, and what there is no time for is not begun. With 25 minutes it is
+all done. "goals", about 8 minutes: what each goal is read from, then racecheck of what never had
+it. CKF_COMMIT names the commit of a copy.
 Without a GPU it is a rehearsal in build/gpu_rehearsal/: a build where nvcc is, the GPU tests only
 collected, and what a CPU can run.
-Exit status: 0 if no step failed, 1 if one did, 2 without a GPU or torch.
+Exit status: 0 if no step failed and time was left for each, 1 if not, 2 without a GPU or torch.
 """
 
 import argparse
@@ -25,6 +27,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -36,6 +39,13 @@ from benchmarks.gpu_runner import GRACE_SECONDS, Runner  # noqa: E402
 
 REHEARSAL = ROOT / "build" / "gpu_rehearsal"
 PARTS = ("build", "tests", "sanitize", "bench")
+GOALS = (  # script, its option, seconds at most
+    ("bench_decode", "--quick", 60),
+    ("bench_linear", "--goals", 55),
+    ("bench_scaling", "--goals", 35),
+    ("bench_gemm", "--goals", 40),
+    ("bench_step", "--goals", 150),
+)
 SANITIZER_ERROR = 86
 SANITIZERS = {
     "memcheck": ["--report-api-errors", "no"],  # the bridge raises on those itself
@@ -46,29 +56,31 @@ HOPPER_TESTS, CUDA_TESTS = "test_cuda_hopper_gpu.py", "test_cuda_gpu.py"
 LINEAR_TESTS = "test_cuda_linear_gpu.py"
 CSRC_TESTS = (("hopper", HOPPER_TESTS, 1), ("decode", CUDA_TESTS, 4), ("linear", LINEAR_TESTS, 4))
 TRITON_SANITIZED = "test_cuda_sanitized.py"
-# The most telling first, a process each: one that hangs costs no other its verdict.
+# What never had a verdict first. A process each: one that hangs costs no other its own; racecheck,
+# the slowest by far, in several.
 SANITIZED = (
+    ("hopper", HOPPER_TESTS, "racecheck"),
+    ("triton", TRITON_SANITIZED, "racecheck"),
     ("decode", CUDA_TESTS, "memcheck"),
     ("linear", LINEAR_TESTS, "memcheck"),
     ("hopper", HOPPER_TESTS, "memcheck"),
     ("triton", TRITON_SANITIZED, "memcheck"),
     ("decode", CUDA_TESTS, "racecheck"),
     ("linear", LINEAR_TESTS, "racecheck"),
-    ("hopper", HOPPER_TESTS, "racecheck"),
-    ("triton", TRITON_SANITIZED, "racecheck"),
     ("decode", CUDA_TESTS, "initcheck"),
     ("linear", LINEAR_TESTS, "initcheck"),
     ("hopper", HOPPER_TESTS, "initcheck"),
     ("triton", TRITON_SANITIZED, "initcheck"),
 )
+SHARDS = {"racecheck": 4}
 # The benchmarks' shares of the time, and the seconds below which a share is one for --quick.
 WEIGHTS = {
-    "bench_linear": 4,
-    "bench_gemm": 1,
-    "bench_decode": 3,
+    "bench_linear": 5,
+    "bench_gemm": 2,
+    "bench_decode": 4,
     "bench_training": 3,
-    "bench_step": 4,
-    "bench_scaling": 1,
+    "bench_step": 6,
+    "bench_scaling": 2,
 }
 FULL_FROM = {
     "bench_linear": 150,
@@ -78,12 +90,16 @@ FULL_FROM = {
     "bench_step": 240,
     "bench_scaling": 60,
 }
-# Seconds: the most a step may take, and what "all" leaves for the steps after a part.
+# Seconds: the most a step may take, what "all" leaves for the steps after a part, and what it
+# leaves for those after the benchmarks where these keep BENCH_SECONDS.
 LIMITS = {
-    "build": 300, "cuda_tests": 90, "triton_tests": 300, "sanitize": 100, "bench": 600, "plots": 60,
+    "build": 300, "cuda_tests": 120, "bench": 600, "plots": 60, "triton_tests": 300,
+    "sanitize": 100,
 }  # fmt: skip
-RESERVED = {"build": 400, "cuda_tests": 360, "bench": 120, "triton_tests": 0, "sanitize": 0}
-LEAST_SANITIZER = 45  # torch starts slowly under one
+RESERVED = {"build": 240, "cuda_tests": 300, "bench": 60}
+BENCH_SECONDS, AFTER_BENCH = 300, 720  # Triton tests and sanitizers
+LEAST_TRITON = 200  # all of these tests; a part of them tells little
+LEAST_SANITIZER = {"memcheck": 45, "racecheck": 90, "initcheck": 45}  # torch starts slowly
 TEST_SECONDS = 60  # a test: a kernel that hangs must not take the time of all
 TABLE = "table.json"  # what backend="auto" would choose by
 ARCHS = {(8, 0): "sm_80", (9, 0): "sm_90a", (10, 0): "sm_100"}
@@ -156,9 +172,21 @@ def gpu_tests(files: list[str], processes: int = 1) -> list[str]:
     return pytest_command(*arguments, *files)
 
 
-def run_tests(runner: Runner, name: str, command: list[str], seconds: float) -> bool:
-    # what xdist knows of a process that hangs, it says after ten seconds
-    return runner.run(name, command, seconds, grace=15, OMP_NUM_THREADS="1")
+def pytest_jobs(name: str, files: list[str], processes: int) -> list[tuple[str, list[str], dict]]:
+    """For ``Runner.run_beside``: one step, or without xdist one a process."""
+    command = gpu_tests(files, processes)
+    if processes == 1 or importlib.util.find_spec("xdist") is not None:
+        return [(name, command, {"OMP_NUM_THREADS": "1"})]
+    return sharded(name, command, processes, OMP_NUM_THREADS="1")
+
+
+def sharded(name: str, pytest: list[str], parts: int, **environment: str) -> list[tuple]:
+    """The command so many times, each with its part of the tests."""
+    command = [*pytest, "-p", "benchmarks.shard"]
+    return [
+        (f"{name}_{i}", command, environment | {"CKF_SHARD": f"{i}/{parts}"})
+        for i in range(1, parts + 1)
+    ]
 
 
 def gpu_test_files() -> list[str]:
@@ -238,18 +266,23 @@ def part_tests(runner: Runner, reserved: float) -> None:
 
 
 def part_cuda_tests(runner: Runner, reserved: float) -> None:
-    """csrc's own, those of the WGMMA kernel first and alone."""
-    for name, file, processes in CSRC_TESTS:
-        command = gpu_tests(named(file), processes)
-        run_tests(runner, f"tests_{name}", command, limit(runner, "cuda_tests", reserved))
+    """csrc's own side by side, a step a file: which kernel failed is asked later."""
+    jobs = [
+        job
+        for name, file, processes in CSRC_TESTS
+        for job in pytest_jobs(f"tests_{name}", named(file), processes)
+    ]
+    # what xdist knows of a process that hangs, it says after ten seconds
+    runner.run_beside(jobs, limit(runner, "cuda_tests", reserved), grace=15)
 
 
 def part_triton_tests(runner: Runner, reserved: float) -> None:
     """All others: most of their time is Triton compiling, a core a process."""
     own = tuple(file for _, file, _ in CSRC_TESTS)
     files = [f for f in gpu_test_files() if not f.endswith(own)]
-    command = gpu_tests(files, max(1, min(14, (os.cpu_count() or 2) - 2)))
-    run_tests(runner, "tests_triton", command, limit(runner, "triton_tests", reserved))
+    jobs = pytest_jobs("tests_triton", files, max(1, min(14, (os.cpu_count() or 2) - 2)))
+    seconds = limit(runner, "triton_tests", reserved)
+    runner.run_beside(jobs, seconds, least=LEAST_TRITON, grace=15)
 
 
 def rehearse_tests(runner: Runner, reserved: float) -> None:
@@ -272,25 +305,50 @@ def rehearse_tests(runner: Runner, reserved: float) -> None:
 
 
 def part_sanitize(runner: Runner, reserved: float) -> None:
+    for kernels, file, name in SANITIZED:
+        seconds = limit(runner, "sanitize", reserved)
+        sanitize(runner, [(kernels, file, name)], seconds, LEAST_SANITIZER[name])
+
+
+def sanitize(runner: Runner, chosen: Sequence[tuple], seconds: float, least: float) -> None:
+    """Those of SANITIZED at once, or why they are not run."""
     tool = shutil.which("compute-sanitizer") or shutil.which(
         "compute-sanitizer", path="/usr/local/cuda/bin"
     )
-    why = "no GPU" if not runner.has_gpu else "compute-sanitizer is not on PATH"
-    for kernels, file, name in SANITIZED:
+    jobs = []
+    for kernels, file, name in chosen:
         step = f"sanitize_{kernels}_{name}"
         if tool is None or not runner.has_gpu:
+            why = "compute-sanitizer is not on PATH" if runner.has_gpu else "no GPU"
             runner.skip(step, why)
             continue
+        if seconds < least:
+            why = f"{max(seconds, 0):.0f} s left, it takes {least} or more"
+            runner.skip(step, why, "not done")
+            continue
         command = [tool, "--tool", name, "--error-exitcode", str(SANITIZER_ERROR)]
-        tests = pytest_command("-m", "gpu", "-k", "small", *named(file))
+        command += [*SANITIZERS[name], *pytest_command("-m", "gpu", "-k", "small", *named(file))]
         # Without torch's pool every tensor is an allocation of its own, with borders to overrun
-        runner.run(
-            step,
-            [*command, *SANITIZERS[name], *tests],
-            limit(runner, "sanitize", reserved),
-            least=LEAST_SANITIZER,
-            PYTORCH_NO_CUDA_MEMORY_CACHING="1",
-        )
+        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        parts = SHARDS.get(name, 1)
+        if parts > 1:
+            jobs += sharded(step, command, parts, **environment)
+        else:
+            jobs.append((step, command, environment))
+    if jobs:
+        runner.run_beside(jobs, seconds)
+
+
+def part_goals(runner: Runner, reserved: float) -> None:
+    """What the goals are read from; then, for all that is left, what never had a verdict."""
+    if runner.has_gpu:
+        part_cuda_tests(runner, reserved)
+    else:
+        runner.skip("tests", "no GPU")
+    for name, option, seconds in GOALS:
+        left = runner.left() - reserved
+        run_bench(runner, name, min(seconds, left) if runner.has_gpu else left, option)
+    sanitize(runner, SANITIZED[:2], runner.left() - reserved, least=45)
 
 
 def part_bench(runner: Runner, reserved: float) -> None:
@@ -305,13 +363,7 @@ def part_bench(runner: Runner, reserved: float) -> None:
         # a share of what is left; what a script does not use goes to those after it
         share = (runner.left() - end) * WEIGHTS[name]
         share = min(LIMITS["bench"], share / sum(WEIGHTS[other] for other in found[i:]))
-        command = [sys.executable, f"benchmarks/{name}.py", "--out", str(runner.folder)]
-        command += ["--device", "cuda" if runner.has_gpu else "cpu"]
-        if not runner.has_gpu or share < FULL_FROM[name]:
-            command += ["--quick"]
-        if name == "bench_gemm" and "tests_hopper" in runner.failed():
-            command += ["--without", "hopper"]  # one that hangs would take the others' figures
-        runner.run(name, command, share, partial=runner.folder / f"{name}.json")
+        run_bench(runner, name, share, *(["--quick"] if share < FULL_FROM[name] else []))
         if name == "bench_linear":
             make_table(runner)
     if importlib.util.find_spec("matplotlib") is None:
@@ -319,6 +371,17 @@ def part_bench(runner: Runner, reserved: float) -> None:
         return
     command = [sys.executable, "benchmarks/plots.py", "--results", str(runner.folder)]
     runner.run("plots", command, LIMITS["plots"])
+
+
+def run_bench(runner: Runner, name: str, seconds: float, *options: str) -> None:
+    command = [sys.executable, f"benchmarks/{name}.py", "--out", str(runner.folder)]
+    if runner.has_gpu:
+        command += ["--device", "cuda", *options]
+    else:
+        command += ["--device", "cpu", "--quick"]
+    if name == "bench_gemm" and "tests_hopper" in runner.failed():
+        command += ["--without", "hopper"]  # one that hangs would take the others' figures
+    runner.run(name, command, seconds, partial=runner.folder / f"{name}.json")
 
 
 def make_table(runner: Runner) -> None:
@@ -341,8 +404,19 @@ STEPS = {
     "triton_tests": part_triton_tests,
     "sanitize": part_sanitize,
     "bench": part_bench,
+    "goals": part_goals,
 }
 ALL = ("build", "cuda_tests", "bench", "triton_tests", "sanitize")
+
+
+def reserved_by(runner: Runner, part: str) -> float:
+    """Seconds that "all" leaves for what comes after a part. The benchmarks go first where time is
+    short."""
+    if not runner.has_gpu:
+        return 120 if part == "tests" else 0
+    if part == "bench" and runner.left() >= BENCH_SECONDS + AFTER_BENCH:
+        return AFTER_BENCH
+    return RESERVED.get(part, 0)
 
 
 def run_parts(runner: Runner, part: str) -> None:
@@ -352,17 +426,16 @@ def run_parts(runner: Runner, part: str) -> None:
         return
     if part == "all":
         parts = ALL if runner.has_gpu else PARTS  # a rehearsal needs no order
-        reserved = RESERVED if runner.has_gpu else {"tests": 120}
-        ready = part_build(runner, reserved.get("build", 0))
+        ready = part_build(runner, reserved_by(runner, "build"))
         for name in parts[1:] if ready else ():
-            STEPS[name](runner, reserved.get(name, 0))
+            STEPS[name](runner, reserved_by(runner, name))
     elif build_if_needed(runner, 0):
         STEPS[part](runner, 0)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", nargs="?", default="all", choices=[*PARTS, "all"])
+    parser.add_argument("part", nargs="?", default="all", choices=[*PARTS, "goals", "all"])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--archive", type=Path, help="where to pack it to; beside the results")
     parser.add_argument("--minutes", type=float, help="for all steps together; 9, rehearsal 20")
@@ -399,10 +472,18 @@ def main(argv: list[str] | None = None) -> int:
         packed = runner.pack()
     for step in runner.steps:
         print(f"{step['state']:>11s}  {step['step']}  {step.get('why', '')}".rstrip())
+    print(f"results in {folder}, all of them in {packed}; {in_short(runner)}")
+    return 2 if not has_gpu else 1 if runner.failed() or runner.those("not done") else 0
+
+
+def in_short(runner: Runner) -> str:
+    """What failed, and what has no verdict or not all its figures."""
     failed = runner.failed()
-    state = f"NOT PASSED: {', '.join(failed)}" if failed else "no failure"
-    print(f"results in {folder}, all of them in {packed}; {state}")
-    return 2 if not has_gpu else 1 if failed else 0
+    words = [f"NOT PASSED: {', '.join(failed)}" if failed else "no failure"]
+    for state, name in (("not done", "NOT DONE"), ("skipped", "skipped"), ("partial", "cut off")):
+        if steps := runner.those(state):
+            words.append(f"{name}: {', '.join(steps)}")
+    return "; ".join(words)
 
 
 if __name__ == "__main__":

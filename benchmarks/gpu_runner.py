@@ -8,13 +8,15 @@ import subprocess
 import tarfile
 import threading
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 GRACE_SECONDS = 5  # for a step that is late, to write what it has
 LEAST_SECONDS = 5  # worth starting a step
 PACK_EVERY = 30  # seconds
-FINE = ("passed", "partial", "skipped")
+FINE = ("passed", "partial", "skipped", "not done")
 
 
 class Runner:
@@ -40,16 +42,18 @@ class Runner:
         self.folder, self.has_gpu, self.sources, self.archive = folder, has_gpu, sources, archive
         self.deadline = time.monotonic() + seconds
         self.steps: list[dict] = []
-        self._packing = threading.Lock()
+        self._packing, self._writing = threading.Lock(), threading.RLock()
+        self._ends, self._stopped = set(), False  # of the processes that run
         folder.mkdir(parents=True, exist_ok=True)
         self.earlier = self._earlier()
 
     def left(self) -> float:
         return self.deadline - time.monotonic()
 
-    def skip(self, name: str, why: str) -> None:
-        print(f"-- {name}: SKIPPED, {why}", flush=True)
-        self._add({"step": name, "state": "skipped", "why": why})
+    def skip(self, name: str, why: str, state: str = "skipped") -> None:
+        """``state``: "not done" where more time would do it."""
+        print(f"-- {name}: {state.upper()}, {why}", flush=True)
+        self._add({"step": name, "state": state, "why": why})
 
     def run(
         self,
@@ -70,7 +74,8 @@ class Runner:
             partial: a file that it writes as it goes: no failure if it did when its time is up.
         """
         if limit < least:
-            self.skip(name, f"{max(limit, 0):.0f} s left, it takes {least:.0f} or more")
+            why = f"{max(limit, 0):.0f} s left, it takes {least:.0f} or more"
+            self.skip(name, why, "not done")
             return False
         print(f"-- {name} (at most {limit:.0f} s): {' '.join(command)}", flush=True)
         step = {"step": name, "state": "interrupted", "command": command}
@@ -78,7 +83,9 @@ class Runner:
         start, clock = time.monotonic(), time.time()
         status, late = self._execute(name, command, limit, grace, extra_environment)
         step |= {"seconds": round(time.monotonic() - start, 1), "exit_status": status}
-        if late:
+        if self._stopped:
+            pass
+        elif late:
             wrote = partial is not None and partial.exists() and partial.stat().st_mtime >= clock
             step["state"] = "partial" if wrote else "TIMED OUT"
         else:
@@ -88,8 +95,30 @@ class Runner:
         print(f"-- {name}: {step['state']} in {step['seconds']} s", flush=True)
         return step["state"] == "passed"
 
+    def run_beside(
+        self, jobs: Sequence[tuple[str, list[str], dict]], limit: float, **options
+    ) -> bool:
+        """(name, command, environment) all at once, a step each; True if all pass."""
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            try:
+                runs = [
+                    pool.submit(self.run, name, command, limit, **options, **environment)
+                    for name, command, environment in jobs
+                ]
+                while wait(runs, timeout=0.5).not_done:  # so that a signal is seen
+                    pass
+                return all([run.result() for run in runs])
+            except BaseException:
+                self._stopped = True
+                for end in list(self._ends):
+                    threading.Thread(target=end).start()
+                raise
+
     def failed(self) -> list[str]:
         return [s["step"] for s in self.steps if s["state"] not in FINE]
+
+    def those(self, state: str) -> list[str]:
+        return [s["step"] for s in self.steps if s["state"] == state]
 
     def pack(self) -> Path | None:
         """All files of the folder in one, for machines that give back few."""
@@ -139,6 +168,7 @@ class Runner:
 
             timer = threading.Timer(limit, too_late)
             timer.start()
+            self._ends.add(end)
             threading.Thread(target=keep_packing, daemon=True).start()
             try:
                 for line in process.stdout:
@@ -150,6 +180,7 @@ class Runner:
                 end()
                 raise
             finally:
+                self._ends.discard(end)
                 timer.cancel()
                 over.set()
 
@@ -163,10 +194,15 @@ class Runner:
     def _add(self, step: dict) -> None:
         if self.sources:
             step["sources"] = self.sources
-        self.steps.append(step)
-        self._write()
+        with self._writing:
+            self.steps.append(step)
+            self._write()
 
     def _write(self) -> None:
+        with self._writing:
+            self._write_summary()
+
+    def _write_summary(self) -> None:
         again = {step["step"] for step in self.steps}
         steps = [s for s in self.earlier if s["step"] not in again] + self.steps
         temporary = self.folder / "summary.json.tmp"

@@ -338,12 +338,15 @@ def why_no_figure(error: Exception) -> str:
     return words(error) if isinstance(error, torch.OutOfMemoryError) else f"RED: {words(error)}"
 
 
-def arguments(doc: str, quick: str) -> argparse.ArgumentParser:
-    """The options that all benchmarks share."""
+def arguments(doc: str, quick: str, goals: str | None = None) -> argparse.ArgumentParser:
+    """The options that all benchmarks share; ``goals``: what --goals measures."""
     parser = argparse.ArgumentParser(description=doc.split("\n")[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--out", type=Path, help="folder for the record (.json and .csv)")
     parser.add_argument("--quick", action="store_true", help=quick)
+    if goals is not None:
+        what = f"on a GPU, in all rounds: {goals}"
+        parser.add_argument("--goals", action="store_true", help=what)
     parser.add_argument("--fresh", action="store_true", help="measure finished rows again")
     return parser
 

@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import (
     bench_decode,
+    bench_gemm,
     bench_linear,
     bench_scaling,
     bench_step,
@@ -100,6 +101,23 @@ def test_a_quick_scaling_on_a_gpu_has_the_goal():
         assert replace(case, tasks=4) == bench_scaling.start("cuda")
         assert names == ["dense", "grouped", "ckf*"]
     assert {case.m for case, _ in bench_scaling.cases("cpu", True)} == {128}
+
+
+def test_the_goals_alone():
+    """What ``make gpu PART=goals`` measures: the keys are those of the longer runs."""
+    squares = bench_linear.square_goals()
+    assert [(c.m, c.linears, c.dropout) for c, _ in squares] == [
+        (m, [(4096, 4096)], 0.0) for m in (8192, 2048)
+    ]
+    assert all(entry in bench_linear.gpu_cases() for entry in squares)
+    products = bench_gemm.cases("cuda", False, goals=True)
+    assert [(c["rank"], c["n"], c["product"]) for c in products] == [
+        (80, n, product) for n in (4096, 14336) for product in ("y", "dx")
+    ]
+    steps = bench_step.cases("cuda", False, goals=True)
+    assert [c["model"] for c in steps] == ["1B", "8B, 8 layers"]
+    assert {c["contenders"] for c in steps} == {"frozen,peft-big,ckf,ckf-graphs"}
+    assert steps[1] in bench_step.cases("cuda", False)
 
 
 def test_the_full_sweep_holds_the_rule_book():

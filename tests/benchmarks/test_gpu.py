@@ -2,16 +2,20 @@
 
 import contextlib
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
 import tarfile
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_runner
+from benchmarks import gpu, gpu_runner, shard
 from ckf.kernels import cuda
 
 
@@ -68,7 +72,45 @@ def test_the_deaf_are_killed(runner):
 
 def test_no_time_left(runner):
     assert not runner.run("never", python("print(1)"), 0)
-    assert summary(runner) == {"never": "skipped"}
+    assert summary(runner) == {"never": "not done"} and runner.failed() == []
+
+
+def test_steps_side_by_side(runner):
+    """Each waits for the other; one fails."""
+    paths = [runner.folder / name for name in "ab"]
+    wait = "import os, time, sys; open(sys.argv[1], 'w').close()\n"
+    wait += "while not os.path.exists(sys.argv[2]): time.sleep(0.05)\n"
+    wait += "print(os.environ['WHO']); raise SystemExit(os.environ['WHO'] == 'b')"
+    jobs = [
+        (name, [*python(wait), str(own), str(other)], {"WHO": name})
+        for name, own, other in (("a", *paths), ("b", *paths[::-1]))
+    ]
+    assert not runner.run_beside(jobs, 60)
+    assert summary(runner) == {"a": "passed", "b": "FAILED"}
+    assert (runner.folder / "a.log").read_text() == "a\n"
+    assert runner.run_beside(jobs[:1], 60)
+
+
+def test_an_interrupt_ends_all_that_run_side_by_side(runner):
+    """SIGTERM comes as one; those that are deaf to it are killed."""
+    code = "import signal, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    code += "open(sys.argv[1], 'w').close(); time.sleep(60)"
+    paths = [runner.folder / name for name in "abc"]
+    jobs = [(path.name, [*python(code), str(path)], {}) for path in paths]
+
+    def interrupt():
+        while not all(path.exists() for path in paths):
+            time.sleep(0.05)
+        signal.raise_signal(signal.SIGINT)
+
+    timer = threading.Thread(target=interrupt)
+    start = time.monotonic()
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        runner.run_beside(jobs, 50, grace=0.5)
+    timer.join()
+    assert time.monotonic() - start < 40
+    assert set(summary(runner).values()) == {"interrupted"} and len(runner.failed()) == 3
 
 
 def test_a_benchmark_that_is_cut_off_counts_if_it_wrote(runner):
@@ -128,6 +170,9 @@ class Calls(dict):
         monkeypatch.setattr(gpu, "extension_is_current", lambda: extension)
 
     def note(self, name, command, limit, least=0, grace=None, partial=None, **environment):
+        if limit < least:
+            self.runner.skip(name, "no time", "not done")
+            return False
         self[name] = {"command": command, "limit": limit, "environment": environment}
         self.runner.steps.append({"step": name, "state": "passed"})
         return True
@@ -186,7 +231,7 @@ def test_shares_of_the_time(runner, monkeypatch, tree):
     gpu.part_bench(runner, 0)
     shares = [calls[name]["limit"] for name in gpu.WEIGHTS]
     assert shares == pytest.approx(
-        [480 * 4 / 16, 480 / 12, 480 * 3 / 11, 480 * 3 / 8, 480 * 4 / 5, 480]
+        [480 * 5 / 22, 480 * 2 / 17, 480 * 4 / 15, 480 * 3 / 11, 480 * 6 / 8, 480]
     )
 
 
@@ -197,7 +242,7 @@ def test_no_pictures_without_matplotlib(runner, monkeypatch, tree):
     assert "plots" not in calls and summary(runner)["plots"] == "skipped"
 
 
-@pytest.mark.parametrize("part", ["tests", "sanitize", "bench"])
+@pytest.mark.parametrize("part", ["tests", "sanitize", "bench", "goals"])
 def test_a_fresh_machine_builds_the_extension_once(runner, monkeypatch, tree, part):
     (tree / "tests").mkdir()
     calls = Calls(runner, monkeypatch, extension=False)
@@ -241,43 +286,134 @@ def test_archs_that_were_asked_for_are_built(runner, monkeypatch, asked, own):
     assert calls["build"]["environment"] == {"CKF_BUILD_CUDA": "1", "CKF_BUILD_CPU": "0"}
 
 
-@pytest.mark.parametrize(
-    ("found", "cores", "flags"), [(1, 16, "14"), (1, 3, None), (None, 16, None)]
-)
-def test_gpu_tests_run_side_by_side_where_xdist_is(runner, monkeypatch, found, cores, flags):
-    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: found)
+@pytest.mark.parametrize(("cores", "processes"), [(16, 14), (3, 1)])
+@pytest.mark.parametrize("xdist", [True, False])
+def test_gpu_tests_run_side_by_side(runner, monkeypatch, cores, processes, xdist):
+    """Where xdist is missing, processes with a part of the tests each."""
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: xdist or None)
     monkeypatch.setattr(gpu.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(runner, "left", lambda: 500.0)
     calls = Calls(runner, monkeypatch)
     gpu.part_tests(runner, 0)
-    assert list(calls) == ["tests_hopper", "tests_decode", "tests_linear", "tests_triton"]
-    command = calls["tests_triton"]["command"]
+    wanted = {"tests_hopper": 1, "tests_decode": 4, "tests_linear": 4, "tests_triton": processes}
+    names = set()
+    for name, count in wanted.items():
+        names |= {name} if xdist or count == 1 else {f"{name}_{i + 1}" for i in range(count)}
+    assert set(calls) == names
     assert "-n" not in calls["tests_hopper"]["command"], "one that hangs would hide the others"
-    assert ("-n" in command) == (flags is not None)
-    assert flags is None or command[command.index("-n") + 1] == flags
-    assert ("timeout_method=thread" in command) == (found is not None)
-    files = [a for call in calls.values() for a in call["command"] if a.startswith("tests/")]
-    assert sorted(files) == sorted(gpu.gpu_test_files())
-    assert all(call["environment"] == {"OMP_NUM_THREADS": "1"} for call in calls.values())
+    files = set()
+    for name, call in calls.items():
+        command, count = call["command"], wanted["_".join(name.split("_")[:2])]
+        assert ("timeout_method=thread" in command) == xdist
+        assert call["environment"]["OMP_NUM_THREADS"] == "1"
+        files |= {a for a in command if a.startswith("tests/")}
+        if xdist and count > 1:
+            assert command[command.index("-n") + 1] == str(count)
+        elif count > 1:
+            part = name.split("_")[-1]
+            assert call["environment"]["CKF_SHARD"] == f"{part}/{count}"
+            assert command[-2:] == ["-p", "benchmarks.shard"] and "-n" not in command
+    assert files == set(gpu.gpu_test_files())
 
 
-@pytest.mark.parametrize(("reserved", "most"), [(0, 100), (140, 60)])
-def test_sanitizers_see_every_kernel(runner, monkeypatch, reserved, most):
+def test_the_parts_of_a_shard_are_the_whole(monkeypatch):
+    found = []
+    for i in "1234":
+        monkeypatch.setenv("CKF_SHARD", f"{i}/4")
+        items = list(range(10))
+        shard.pytest_collection_modifyitems(items)
+        found += items
+    assert sorted(found) == list(range(10))
+
+
+def test_a_shard_is_of_what_was_asked_for(tmp_path):
+    """By pytest itself: after -k."""
+    lines = [f"def test_{kind}_{i}(): pass" for i in range(4) for kind in ("small", "large")]
+    (tmp_path / "test_them.py").write_text("\n".join(lines))
+    command = [*gpu.pytest_command("-k", "small", "-vv"), "-p", "benchmarks.shard", str(tmp_path)]
+    environment = os.environ | {"CKF_SHARD": "2/2", "PYTHONPATH": str(gpu.ROOT)}
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=True
+    )
+    passed = [line.split("::")[1].split()[0] for line in done.stdout.splitlines() if "::" in line]
+    assert passed == ["test_small_1", "test_small_3"], done.stdout
+
+
+@pytest.mark.parametrize(("left", "most"), [(200.0, 100), (80.0, 80)])
+def test_sanitizers_see_every_kernel(runner, monkeypatch, left, most):
+    """Racecheck in four processes; without the time for one it is not begun."""
     calls = Calls(runner, monkeypatch)
-    monkeypatch.setattr(runner, "left", lambda: 200.0)
+    monkeypatch.setattr(runner, "left", lambda: left)
     monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: f"/x/{name}")
-    gpu.part_sanitize(runner, reserved)
+    gpu.part_sanitize(runner, 0)
     assert {call["limit"] for call in calls.values()} == {most}
-    kinds = ("decode", "linear", "hopper", "triton")
-    tools = ("memcheck", "racecheck", "initcheck")
-    assert list(calls) == [f"sanitize_{kind}_{tool}" for tool in tools for kind in kinds]
+    kinds, races = ("decode", "linear", "hopper", "triton"), left > 90
+    names = {f"sanitize_{kind}_{tool}" for tool in ("memcheck", "initcheck") for kind in kinds}
+    parts = [f"racecheck_{i}" for i in range(1, 5)] if races else []
+    assert set(calls) == names | {f"sanitize_{kind}_{part}" for kind in kinds for part in parts}
+    undone = [] if races else [f"sanitize_{k}_racecheck" for k in ("hopper", "triton", *kinds[:2])]
+    assert runner.those("not done") == undone
     of_kind = {"decode": "test_cuda_gpu", "linear": "linear_gpu"}
     of_kind |= {"hopper": "hopper_gpu", "triton": "cuda_sanitized"}
     for name, call in calls.items():
         command = call["command"]
-        kind, tool = name.split("_")[1:]
-        assert command[-1] == next(f for f in gpu.gpu_test_files() if of_kind[kind] in f)
+        kind, tool = name.split("_")[1:3]
+        assert next(f for f in gpu.gpu_test_files() if of_kind[kind] in f) in command
         assert command[command.index("--tool") + 1] == tool
         assert command[command.index("-k") + 1] == "small"
+        assert call["environment"].get("CKF_SHARD", "/4").endswith("/4") or tool != "racecheck"
+
+
+def test_the_goals_in_one_call(runner, monkeypatch):
+    """csrc's tests, the figures, then racecheck with all that is left."""
+    monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: f"/x/{name}")
+    monkeypatch.setattr(runner, "left", lambda: 465.0)
+    calls = Calls(runner, monkeypatch)
+    gpu.run_parts(runner, "goals")
+    names = [name for name in calls if name.startswith("bench")]
+    goals = ["bench_linear", "bench_scaling", "bench_gemm", "bench_step"]
+    assert names == ["bench_decode", *goals]
+    assert list(calls).index("bench_decode") > list(calls).index("tests_hopper")
+    assert "--quick" in calls["bench_decode"]["command"]
+    assert all("--goals" in calls[name]["command"] for name in goals)
+    assert "table" not in calls, "a few rows are no table"
+    races = [name for name in list(calls)[-8:]]
+    assert {name[:-2] for name in races} == {
+        f"sanitize_{k}_racecheck" for k in ("hopper", "triton")
+    }
+    assert {calls[name]["limit"] for name in races} == {465.0}
+    seconds = sum(most for _, _, most in gpu.GOALS)
+    assert 60 + gpu.LIMITS["cuda_tests"] + seconds <= 525, "they fit after a build of a minute"
+
+
+@pytest.mark.parametrize(("minutes", "kept"), [(9, 60), (25, gpu.AFTER_BENCH)])
+def test_the_benchmarks_leave_time_where_there_is_enough_for_all(runner, minutes, kept):
+    runner.deadline = time.monotonic() + minutes * 60 - 150  # the build and csrc's tests
+    assert gpu.reserved_by(runner, "bench") == kept
+    assert gpu.reserved_by(runner, "sanitize") == 0
+
+
+def test_the_last_line_names_what_was_not_done(runner):
+    assert gpu.in_short(runner) == "no failure"
+    states = {"a": "passed", "b": "not done", "c": "skipped", "d": "partial", "e": "not done"}
+    runner.steps += [{"step": name, "state": state} for name, state in states.items()]
+    words = "NOT DONE: b, e; skipped: c; cut off: d"
+    assert gpu.in_short(runner) == f"no failure; {words}"
+    runner.steps.append({"step": "f", "state": "TIMED OUT"})
+    assert gpu.in_short(runner) == f"NOT PASSED: f; {words}"
+
+
+@pytest.mark.parametrize(("state", "status"), [("passed", 0), ("skipped", 0), ("not done", 1)])
+def test_what_was_not_done_is_no_success(monkeypatch, tmp_path, state, status):
+    def run(runner, part):
+        runner.steps.append({"step": "sanitize", "state": state})
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        gpu, "environment", lambda torch: dict.fromkeys(("gpu", "commit"), "x") | {"sources": "y"}
+    )
+    monkeypatch.setattr(gpu, "run_parts", run)
+    assert gpu.main(["all", "--out", str(tmp_path)]) == status
 
 
 def test_all_of_it_in_order(runner, monkeypatch, tree):
@@ -289,7 +425,7 @@ def test_all_of_it_in_order(runner, monkeypatch, tree):
     monkeypatch.setattr(gpu, "part_build", lambda r, reserved: True)
     gpu.run_parts(runner, "all")
     names = ["cuda_tests", "bench", "triton_tests", "sanitize"]
-    assert asked == [(name, gpu.RESERVED[name]) for name in names]
+    assert asked == [(name, gpu.RESERVED.get(name, 0)) for name in names]
 
 
 def test_a_failed_build_stops_the_rest(runner, monkeypatch):
