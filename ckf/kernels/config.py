@@ -105,7 +105,7 @@ def _measured_once(index: int, dtype: torch.dtype, call: Call) -> tuple[str, str
     usable, floats = ["torch"], dtype in _FLOATS
     if floats and _triton_usable()[0]:
         usable.append("triton")
-    if floats and _outside_cuda(call) is None and _cuda_usable()[0]:
+    if floats and _outside_cuda(call) is None and _cuda_usable(index)[0]:
         usable.append("cuda")
         if _outside_linear(dtype, call) is None:
             usable.append("cuda:linear")
@@ -148,8 +148,8 @@ def _cpu_usable() -> tuple[bool, str]:
 
 
 @torch.compiler.assume_constant_result
-def _cuda_usable() -> tuple[bool, str]:
-    return cuda.available()
+def _cuda_usable(index: int | None) -> tuple[bool, str]:
+    return cuda.available(index)
 
 
 @torch.compiler.assume_constant_result
@@ -193,7 +193,7 @@ def _why_not_cuda(x: torch.Tensor, call: Call) -> str | None:
         return outside
     if x.dtype not in _FLOATS:
         return f"dtype {x.dtype}; the CUDA kernel takes float32, float16 and bfloat16"
-    usable, why = _cuda_usable()
+    usable, why = _cuda_usable(x.device.index)
     return None if usable else why
 
 

@@ -25,8 +25,8 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # CkfDtype in csrc/launchers.h
 
 
-def available() -> tuple[bool, str]:
-    """Whether the CUDA kernels can run on the current device, and if not, why."""
+def available(device: torch.device | int | None = None) -> tuple[bool, str]:
+    """Whether the CUDA kernels can run on a device (None: the current one), and if not, why."""
     extension, reason = _load_extension()
     if extension is None:
         return False, reason
@@ -34,7 +34,7 @@ def available() -> tuple[bool, str]:
         return False, "torch is built for ROCm; the kernels are CUDA code"
     if not torch.cuda.is_available():
         return False, "torch sees no CUDA device"
-    capability = torch.cuda.get_device_capability()
+    capability = torch.cuda.get_device_capability(device)
     archs = _built_for(extension)
     if not _covers(archs, capability):
         name = f"sm_{capability[0]}{capability[1]}"

@@ -42,21 +42,27 @@ _STEPS = _Steps()
 
 @dataclass(frozen=True)
 class Made:
-    """A place in the work of a CUDA stream, which other streams have to wait for."""
+    """A place in the work of a CUDA stream, which other streams of its GPU have to wait for.
 
+    Its GPU is that of the tensors: it need not be the process' current one.
+    """
+
+    device: int
     stream: int
     event: torch.cuda.Event
 
     @classmethod
-    def here(cls) -> "Made":
-        stream = torch.cuda.current_stream()
-        return cls(stream.cuda_stream, stream.record_event())
+    def here(cls, tensor: Tensor) -> "Made":
+        """On the stream that works on the tensor now."""
+        device = tensor.get_device()
+        stream = torch.cuda.current_stream(device)
+        return cls(device, stream.cuda_stream, stream.record_event())
 
     def wait(self, made: Any) -> None:
         """Before the current stream reads what was made; its memory is not given out again before
         that stream is done with it."""
-        if cuda._raw_stream(torch.cuda.current_device()) != self.stream:
-            stream = torch.cuda.current_stream()
+        if cuda._raw_stream(self.device) != self.stream:
+            stream = torch.cuda.current_stream(self.device)
             stream.wait_event(self.event)
             for tensor in _tensors(made):
                 tensor.record_stream(stream)
@@ -74,7 +80,13 @@ def _tensors(made: Any) -> Iterator[Tensor]:
 
 def capturing(tensor: Tensor) -> bool:
     """Whether what is done with the tensor now is kept in a CUDA graph."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not tensor.is_cuda:
+        return False
+    device = tensor.get_device()
+    if torch.cuda.current_device() == device:  # a guard takes longer than the question
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 class DecodeCache:
@@ -110,7 +122,7 @@ class DecodeCache:
             made = make(shape, gates, a, b, dtype)
             if not in_graph:  # else only replays of the graph compute it
                 _STEPS.watch()
-                where = Made.here() if tensors[0].is_cuda else None
+                where = Made.here(tensors[0]) if tensors[0].is_cuda else None
                 self._kept[make] = (key, made, where, tuple(t.detach() for t in tensors))
             return made
         if kept[2] is not None and not in_graph:

@@ -63,11 +63,11 @@ def available(device: torch.device | int | None = None) -> tuple[bool, str]:
 @lru_cache
 def _usable(device: torch.device | int | None) -> tuple[bool, str]:
     """Asked once a device: a pass has many products, and torch takes its time to answer."""
-    usable, reason = cuda.available()
-    if not usable:
-        return False, reason
     if isinstance(device, torch.device) and device.type != cuda._DEVICE_TYPE:
         return False, f"the input is on {device.type}"
+    usable, reason = cuda.available(device)
+    if not usable:
+        return False, reason
     capability = torch.cuda.get_device_capability(device)
     if capability != CAPABILITY:
         return False, f"compute capability {capability}; the Hopper GEMM needs {CAPABILITY}"

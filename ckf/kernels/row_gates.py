@@ -56,7 +56,7 @@ def gate_table(shape: GroupShape, gates: Sequence[Tensor], dtype: torch.dtype) -
     table = _make(shape, gates, dtype)
     if -1 not in versions:
         others = [weakref.ref(gate) for gate in gates[1:]]  # one may be the key itself
-        where = Made.here() if on_gpu else None
+        where = Made.here(first) if on_gpu else None
         _KEPT[first] = _Kept(shape.ranks, others, dtype, versions, table, where)
     return table
 

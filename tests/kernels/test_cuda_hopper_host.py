@@ -116,7 +116,7 @@ def pretend(there: Host, monkeypatch) -> None:
     hopper._usable.cache_clear()
     monkeypatch.setattr(cuda, "_DEVICE_TYPE", "cpu")
     monkeypatch.setattr(cuda, "_load_extension", lambda: (there, ""))
-    monkeypatch.setattr(cuda, "available", lambda: (True, ""))
+    monkeypatch.setattr(cuda, "available", lambda device=None: (True, ""))
     monkeypatch.setattr(cuda, "_raw_stream", lambda index: 77)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
@@ -411,7 +411,7 @@ def test_the_gemm_plan_takes_it_unless_told_not_to(monkeypatch):
     from ckf.kernels import triton_gemm, triton_update
 
     operands = [torch.zeros(16, 16, dtype=torch.bfloat16)] * 4
-    monkeypatch.setattr(hopper.cuda, "available", lambda: (True, ""))
+    monkeypatch.setattr(hopper.cuda, "available", lambda device=None: (True, ""))
     monkeypatch.setattr(hopper.cuda, "build_info", lambda: {"archs": [hopper.ARCH]})
     monkeypatch.setattr(hopper.cuda, "_DEVICE_TYPE", "cpu")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from ckf.kernels import config, multi_lora_linear
+from ckf.kernels import config, cuda, multi_lora_linear
 from ckf.kernels.config import check_backend, choose_backend, explain_auto
 from ckf.kernels.dispatch import TABLES, Call, Choice, device_slug, load_table, measured_choice
 from tests.kernels.cases import random_case
@@ -101,7 +101,7 @@ def test_what_that_plan_is_asked_for_by_name(tables, monkeypatch, changes, why):
     """By name it raises; "auto" does not take it."""
     monkeypatch.setattr("ckf.kernels.dispatch.TABLES", tables)
     monkeypatch.setattr("ckf.kernels.dispatch.own_tables", lambda: tables / "none")
-    monkeypatch.setattr(config, "_cuda_usable", lambda: (True, ""))
+    monkeypatch.setattr(config, "_cuda_usable", lambda index: (True, ""))
     monkeypatch.setattr(config, "_triton_usable", lambda: (True, ""))
     monkeypatch.setattr(config, "_device_name", lambda index: GPU)
     seen = []
@@ -164,6 +164,34 @@ def test_far_shapes_and_unknown_gpus_take_torch(tables):
     assert far.why == "no measured shape is near"
     unknown = measured_choice("NVIDIA Other", call(), ALL, tables)
     assert unknown.backend == "torch" and "nothing was measured on NVIDIA Other" in unknown.why
+
+
+def test_two_gpus_have_a_verdict_each(tables, monkeypatch):
+    """csrc's kernels were built for the second; the first, the current one, is older."""
+    monkeypatch.setattr(cuda, "_load_extension", lambda: (object(), ""))
+    monkeypatch.setattr(cuda, "_built_for", lambda extension: ("sm_90a",))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    capabilities = {None: (7, 5), 0: (7, 5), 1: (9, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: capabilities[index])
+    monkeypatch.setattr(config, "_triton_usable", lambda: (False, ""))
+    monkeypatch.setattr(config, "_device_name", lambda index: GPU)
+    usable = []
+    monkeypatch.setattr(
+        config, "measured_choice", lambda *args: (usable.append(args[2]), Choice("torch", ""))[1]
+    )
+    asked = call(m=16, train=False)
+    config.forget_choices()
+    for index in (0, 1):
+        x = SimpleNamespace(device=torch.device("cuda", index), dtype=torch.bfloat16)
+        config.choose_backend("auto", x, asked)
+        if index == 1:
+            assert config.choose_backend("cuda", x, asked).backend == "cuda"
+        else:
+            with pytest.raises(ValueError, match="the device is sm_75"):
+                config.choose_backend("cuda", x, asked)
+    config.forget_choices()
+    assert ["cuda" in names for names in usable] == [False, True]
+    assert not cuda.available()[0] and cuda.available(1)[0]
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """A few rows without gradients on the torch backend: the same results from stacks that are kept."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -152,13 +153,14 @@ def test_another_stream_waits_for_all_that_was_made(monkeypatch):
     monkeypatch.setattr(
         torch.Tensor, "record_stream", lambda t, stream: recorded.append((t, stream))
     )
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: one)
+    current = {0: Stream(0), 1: one}  # by GPU; the process' own is the first
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=0: current[device])
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(cuda, "_raw_stream", lambda index: torch.cuda.current_stream().cuda_stream)
-    place = decode_cache.Made.here()
+    monkeypatch.setattr(cuda, "_raw_stream", lambda index: current[index].cuda_stream)
+    place = decode_cache.Made.here(SimpleNamespace(get_device=lambda: 1))
     place.wait(made)
     assert not recorded
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: other)
+    current[1] = other
     place.wait(made)
     assert (one.waited, other.waited) == ([], ["event of 1"])
     owned = [made.stacks[0], *made.stacks[1], made.gates.values, made.gates.mask]
