@@ -15,7 +15,8 @@ def clean(raw: Interactions, config: DataConfig, log: Callable[[str], None]) -> 
     """Drop exact duplicates and what the k-core leaves out, make ids dense, sort the rows.
 
     Rows come out sorted by (user, time, input order); users and items are numbered by first
-    appearance in the input. `counts` gains what was dropped. DataError if nothing is left.
+    appearance in the input. `counts` gains what was dropped; the first broken lines are logged by
+    file and line. DataError if nothing is left.
     """
     counts = dict(raw.counts)
     keep = first_of_duplicates(raw.user, raw.item, raw.time)
@@ -41,6 +42,8 @@ def clean(raw: Interactions, config: DataConfig, log: Callable[[str], None]) -> 
         f"{counts['broken_lines']:,} broken lines, {counts['duplicates']:,} duplicates, "
         f"{counts['outside_k_core']:,} rows outside the k-core"
     )
+    for line in counts["first_broken_lines"]:
+        log(f"broken: {line}")
     return rows
 
 

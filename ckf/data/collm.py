@@ -13,7 +13,7 @@ from ckf.data.config import SPLITS, DataConfig
 from ckf.data.delimited import header_columns
 from ckf.data.errors import DataError
 from ckf.data.files import find_file, lines
-from ckf.data.interactions import Broken, Builder, parse_time
+from ckf.data.interactions import Broken, Builder, parse_time, show
 from ckf.data.titles import movie_title
 
 
@@ -63,9 +63,9 @@ def _add_row(line: bytes, split: int, out: Builder) -> None:
     except (TypeError, AttributeError) as error:
         raise Broken("not a JSON object") from error
     if label not in (0, 1):
-        raise Broken(f"label {label!r} is neither 0 nor 1")
+        raise Broken(f"label {show(label)} is neither 0 nor 1")
     if not_cold not in (-1, 0, 1):
-        raise Broken(f"not_cold {not_cold!r} is neither 0 nor 1")
+        raise Broken(f"not_cold {show(not_cold)} is neither 0 nor 1")
     out.add(
         _id(user),
         _id(item),
@@ -79,5 +79,5 @@ def _add_row(line: bytes, split: int, out: Builder) -> None:
 
 def _id(value) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise Broken(f"id {value!r} is neither a number nor a string")
+        raise Broken(f"id {show(value)} is neither a number nor a string")
     return str(value)

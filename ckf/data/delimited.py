@@ -10,7 +10,7 @@ import polars as pl
 
 from ckf.data.errors import DataError
 from ckf.data.files import Limits, blocks, is_text, lines
-from ckf.data.interactions import Broken, Builder, parse_rating, parse_time
+from ckf.data.interactions import Broken, Builder, parse_rating, parse_time, show
 
 FIELDS = ("user", "item", "rating", "time")
 
@@ -152,4 +152,4 @@ def _reason(row: str, sep: str, columns: dict[str, int | None]) -> str:
         parse_time(parts[columns["time"]])
     except Broken as error:
         return str(error)
-    return f"time {parts[columns['time']]!r} is not a number of seconds"
+    return f"time {show(parts[columns['time']])} is not a number of seconds"

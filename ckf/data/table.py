@@ -206,11 +206,11 @@ def _flag(value, what: str) -> int:
         return 1
     if word in ("0", "0.0", "false", "no"):
         return 0
-    raise Broken(f"{what} {value!r} is neither 0 nor 1")
+    raise Broken(f"{what} {show(value)} is neither 0 nor 1")
 
 
 def _split(value) -> int:
     name = str(value).strip().lower()
     if name not in _SPLIT_NAMES:
-        raise Broken(f"split {value!r} is none of train, valid, test")
+        raise Broken(f"split {show(value)} is none of train, valid, test")
     return _SPLIT_NAMES[name]

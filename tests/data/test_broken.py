@@ -6,7 +6,9 @@ import re
 
 import pytest
 
+from ckf.data.config import DataConfig, TaskRows
 from ckf.data.errors import DataError
+from ckf.data.prepare import prepare
 from tests.data import samples
 
 EVENTS = samples.events()
@@ -198,3 +200,39 @@ def test_no_such_path(tmp_path):
         samples.prepared(tmp_path / "nowhere", tmp_path / "out", format="recbole")
     with pytest.raises(DataError, match="no data: give the folder"):
         samples.prepared(None, tmp_path / "out", format="recbole")
+
+
+def test_preparing_prints_the_first_broken_lines(tmp_path):
+    """A file in Latin-1 loses every line with an accent: that has to be seen, not looked up."""
+    lines = [f"u{u},i{i},{r},{t},Café {i}" for u, i, r, t in EVENTS]
+    lines = [line if k % 20 == 7 else line.replace("é", "e") for k, line in enumerate(lines)]
+    lines[3] = "u1,i2,good,5,x"
+    head = "who,what,stars,when,name"
+    (tmp_path / "mine.csv").write_bytes("\n".join([head, *lines]).encode("latin-1"))
+    said = []
+    config = DataConfig("x", "table", columns=MAPPED | {"title": "name"}, max_bad_share=0.1)
+    prepare(config, {"ctr": TaskRows()}, tmp_path, tmp_path / "out", 0, said.append)
+    assert "dropped 7 broken lines" in said[1]
+    assert said[2:7] == ["broken: mine.csv:5: rating 'good' is not a number"] + [
+        f"broken: mine.csv:{k}: not valid UTF-8" for k in (9, 29, 49, 69)
+    ]
+    assert sum(line.startswith("broken: ") for line in said) == 5
+
+
+@pytest.mark.parametrize(("name", "end"), [("label", "0 nor 1"), ("split", "train, valid, test")])
+def test_the_reason_of_a_broken_line_is_short(name, end, tmp_path):
+    lines = [f"u{u},i{i},{r},{t},{r % 2},train" for u, i, r, t in EVENTS]
+    lines[3] = "u1,i2,4,5," + ("y" * 9999 + ",train" if name == "label" else "1," + "y" * 9999)
+    text = "\n".join(["who,what,stars,when,label,split", *lines])
+    samples.write(tmp_path / "raw" / "mine.csv", text)
+    columns = MAPPED | {"label": "label", "split": "split"}
+    with pytest.raises(DataError, match=f"mine.csv:5: {name} 'y") as error:
+        samples.prepared(
+            tmp_path / "raw",
+            tmp_path / "out",
+            format="table",
+            columns=columns,
+            split="given",
+            max_bad_share=0.0,
+        )
+    assert end in str(error.value) and len(str(error.value)) < 300
