@@ -21,6 +21,7 @@ import numpy as np
 from ckf.data.errors import DataError
 
 _GZIP = b"\x1f\x8b"
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")  # byte order marks
 _LONGEST = 255  # characters of a file name
 
 
@@ -95,7 +96,7 @@ def find_file(root: Path, what: str, patterns: list[str], avoid: tuple[str, ...]
 
 
 def open_bytes(path: Path, limits: Limits) -> BinaryIO:
-    """Open a file for reading bytes, unpacked if its first bytes say that it is gzip."""
+    """Open a file of text for reading bytes, unpacked if its first bytes say that it is gzip."""
     try:
         file = open(path, "rb")
         head = file.read(2)
@@ -106,7 +107,16 @@ def open_bytes(path: Path, limits: Limits) -> BinaryIO:
         file.close()
         raise DataError(f"{path} is empty; download or copy it again")
     if head == _GZIP:
-        return io.BufferedReader(_Unpacked(path, file, limits.unpacked), 1 << 20)
+        file = io.BufferedReader(_Unpacked(path, file, limits.unpacked), 1 << 20)
+    try:
+        if file.peek(2)[:2] in _UTF16:
+            raise DataError(
+                f"{path} is UTF-16 by its first bytes; expected UTF-8: convert it, for example "
+                "with iconv -f UTF-16 -t UTF-8"
+            )
+    except BaseException:
+        file.close()
+        raise
     return file
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from ckf.data.config import SPLITS, TIME_UNITS, DataConfig
 from ckf.data.errors import DataError
-from ckf.data.files import Limits, csv_records, find_file, lines, too_long
+from ckf.data.files import Limits, csv_records, find_file, guarded, lines, open_bytes, too_long
 from ckf.data.interactions import CHUNK, Broken, Builder, parse_rating, parse_time, show
 from ckf.data.titles import clean_title
 
@@ -23,6 +24,8 @@ _SPLIT_NAMES = {name: index for index, name in enumerate(SPLITS)} | {
 _MISSING = (None, "")
 _VALUE = 16  # bytes of a value in memory, at least
 _SLICE = 4 * CHUNK  # rows read at a time
+_HEAD = 4096
+_ARRAY = re.compile(rb"\s*\[\s*(\{|$)")  # of objects; a line alone may be another array
 
 
 def files(config: DataConfig, root: Path) -> list[Path]:
@@ -70,6 +73,12 @@ def _check_columns(path: Path, columns: dict[str, str], there: list[str]) -> Non
             f"{path.name} has no column {', '.join(missing)}; its columns are: "
             f"{', '.join(there)}. Correct data.columns"
         )
+    doubled = [column for column in dict.fromkeys(columns.values()) if there.count(column) > 1]
+    if doubled:
+        raise DataError(
+            f"{path.name} has more than one column {', '.join(map(repr, doubled))}; its columns "
+            f"are: {', '.join(there)}. Rename all but the one that is meant"
+        )
 
 
 def _csv_rows(
@@ -95,6 +104,7 @@ def _csv_rows(
 def _json_rows(
     path: Path, columns: dict[str, str], limits: Limits
 ) -> Iterator[tuple[int, dict | Broken]]:
+    _refuse_array(path, limits)
     there: dict[str, None] = {}
     seen_all = False
     for number, line in lines(path, limits):
@@ -110,8 +120,18 @@ def _json_rows(
             there.update(dict.fromkeys(record))
             seen_all = all(column in there for column in columns.values())
         yield number, {name: record.get(column) for name, column in columns.items()}
-    if not seen_all:
+    if there and not seen_all:  # without any object the broken lines say what is wrong
         _check_columns(path, columns, list(there))
+
+
+def _refuse_array(path: Path, limits: Limits) -> None:
+    with guarded(path), open_bytes(path, limits) as file:
+        head = file.read(_HEAD).removeprefix(b"\xef\xbb\xbf")
+    if _ARRAY.match(head):
+        raise DataError(
+            f"{path.name} holds one JSON array; expected an object a line: convert it, for example "
+            "with jq -c '.[]'"
+        )
 
 
 def _parquet_rows(

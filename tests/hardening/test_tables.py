@@ -261,3 +261,42 @@ def test_a_file_that_cannot_be_read_is_said_with_the_reason(tmp_path):
         pytest.skip("needs /proc")
     with pytest.raises(DataError, match=r"mem cannot be read \(Input/output error\)"):
         read(Path("/proc/self/mem"), tmp_path / "out")
+
+
+# ---- files of another make
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("name", ["mine.json", "mine.json.gz"])
+def test_a_json_array_is_named_with_the_fix(name, indent, tmp_path):
+    rows = [{"who": f"u{k % 6}", "what": k % 17, "stars": 4, "when": k} for k in range(60)]
+    samples.write(tmp_path / "raw" / name, json.dumps(rows, indent=indent))
+    with pytest.raises(DataError, match=f"{name} holds one JSON array; .* jq -c"):
+        read(tmp_path / "raw", tmp_path / "out", max_line_bytes=100)
+
+
+def test_without_a_json_object_the_broken_lines_speak(tmp_path):
+    samples.write(tmp_path / "raw" / "mine.jsonl", "[1, 2]\nx\n" * 3)
+    with pytest.raises(DataError, match="6 of 6 lines are broken.*mine.jsonl:1: not a JSON object"):
+        read(tmp_path / "raw", tmp_path / "out")
+
+
+def test_a_mapped_column_that_stands_twice_is_refused(tmp_path):
+    """The other one may be the one that is meant."""
+    head = HEAD.replace(b"words", b"stars")
+    raw = csv_file(tmp_path / "raw", head, *ROWS)
+    columns = {name: column for name, column in COLUMNS.items() if name != "text"}
+    with pytest.raises(DataError, match="more than one column 'stars'; its columns are: who, what"):
+        read(raw, tmp_path / "out", columns=columns)
+    raw = csv_file(tmp_path / "other", HEAD.replace(b"name,words", b"more,more"), *ROWS)
+    columns = {name: column for name, column in columns.items() if name != "title"}
+    assert len(read(raw, tmp_path / "out", columns=columns)) == 60
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["mine.csv", "mine.csv.gz", "mine.jsonl"])
+def test_utf_16_is_named_with_the_fix(name, encoding, tmp_path):
+    text = "\ufeff" + (HEAD + b"".join(ROWS)).decode()
+    samples.write(tmp_path / "raw" / name, text, encoding)
+    with pytest.raises(DataError, match=f"{name} is UTF-16 .* expected UTF-8: .*iconv"):
+        read(tmp_path / "raw", tmp_path / "out")
