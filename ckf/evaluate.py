@@ -56,6 +56,8 @@ class Evaluator:
     def rows(self, task: str) -> int:
         """Prompts that evaluating a task takes, for progress bars."""
         count = len(self.data.rows(task, self.split))
+        if task == "explain":  # once for the loss, once to write
+            return 2 * count
         if task != "topk":
             return count
         if not self.assembly.maker.ranks_by_title:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
+from ckf.evaluate import Evaluator
 from ckf.run import load_run, train_run
 from ckf.scoring import Scorer
 from ckf.train import TrainStream
@@ -28,6 +29,20 @@ def predictions(run, task):
 
 
 # ---- metrics.json
+
+
+def test_progress_ends_at_its_total(small_run):
+    totals, seen = {}, dict.fromkeys(TASKS, 0)
+    for task in TASKS:
+        evaluator = Evaluator(small_run.assembly, "test")
+        evaluator.samples, totals[task] = 0, evaluator.rows(task)
+
+        def advance(rows, task=task):
+            seen[task] += rows
+
+        evaluator.scorer.progress = advance
+        evaluator.task(task)
+    assert seen == totals
 
 
 @pytest.mark.parametrize("system", ["test", "untrained"])
