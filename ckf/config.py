@@ -195,6 +195,11 @@ class RunConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def __post_init__(self) -> None:
+        if not self.name or {*self.name} & {*"/\\\0"} or self.name in (".", ".."):
+            raise ValueError(
+                f"name is {self.name!r}; expected the name of one folder (runs/NAME is the run's): "
+                "leave out slashes"
+            )
         if not self.tasks:
             raise ValueError(f"tasks is empty; name one or more of {', '.join(TASKS)}")
         for task in self.tasks:

@@ -161,6 +161,13 @@ def test_the_ends_of_the_ranges_are_allowed():
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["a/b", "/tmp/a", "..", ".", "", "a\\b", "a\0"])
+def test_a_name_is_that_of_one_folder(name):
+    with pytest.raises(ValueError, match="name is .*; expected the name of one folder"):
+        build(name=name)
+    assert build(name="été 2.5").name == "été 2.5"
+
+
 def test_more_titles_than_the_data_keep_is_an_error():
     with pytest.raises(ValueError, match="history_titles is 7.*data.history = 6"):
         build(prompt__history_titles=7)
