@@ -271,8 +271,9 @@ def _fit_weights(assembly: Assembly, seconds: dict, log: Log) -> dict[str, float
 
 def _take_weights(assembly: Assembly, folder: Path) -> None:
     """Count the language model beside its prior as the run says."""
+    about = read_about(folder)
     try:
-        weights = check_weights(read_about(folder).get("weights", {}))
+        weights = check_weights(about.get("weights", {}))
     except ValueError as error:
         raise ValueError(f"{folder / ABOUT} has {error}; train the run again") from error
     assembly.weights = weights if assembly.config.evaluate.weigh else {}

@@ -368,6 +368,13 @@ def test_damaged_files_are_named(run_copy, name, words):
         load_run(run_copy).evaluate(quiet)
 
 
+def test_a_damaged_run_json_is_named_once(run_copy):
+    (run_copy / "run.json").write_text("{")
+    with pytest.raises(ValueError, match="run.json is missing or broken") as error:
+        load_run(run_copy)
+    assert str(error.value).count("train the run again") == 1
+
+
 def test_a_run_opens_where_its_model_lies_elsewhere(small_run, small_model, run_copy, tmp_path):
     file = run_copy / "config.yaml"
     saved = file.read_text().replace(str(small_model), str(tmp_path / "gone"))
