@@ -63,8 +63,8 @@ class ModelConfig:
     """The language model.
 
     name: a Hugging Face name, a folder, a .gguf file, or the known download "smollm2-135m".
-    dtype: "auto" is bfloat16 on a GPU and float32 on a CPU; float16 is for evaluation: nothing
-    scales the loss, so small gradients would be lost. layers: only the first of its decoder
+    dtype: "auto" is bfloat16 on a GPU and float32 on a CPU; float16 is for evaluation alone:
+    nothing scales the loss, so small gradients would be lost. layers: only the first of its decoder
     layers, for quick trials; None keeps all.
     """
 

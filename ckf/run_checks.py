@@ -31,8 +31,19 @@ def _check_settings(config: RunConfig, data: PreparedData) -> None:
                 )
 
 
+def check_dtype(config: RunConfig) -> None:
+    """ValueError for a dtype that does not train."""
+    if config.model.dtype == "float16":
+        raise ValueError(
+            "model.dtype is float16, in which small gradients are lost; expected auto, float32 or "
+            "bfloat16 to train: leave model.dtype out"
+        )
+
+
 def check_rows(config: RunConfig, data: PreparedData) -> None:
-    """ValueError where prepared data lack what the settings ask for, or were made by others."""
+    """ValueError before training: float16, or prepared data that lack what the settings ask for or
+    were made by others."""
+    check_dtype(config)
     for task in config.tasks:
         for split in ("train", "test"):
             if len(data.rows(task, split)) == 0:

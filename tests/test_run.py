@@ -315,6 +315,13 @@ def test_an_empty_split_is_named_and_leaves_nothing_behind(small_model, raw_data
     assert list(tmp_path.iterdir()) == []
 
 
+def test_float16_is_refused_before_training(small_model, prepared, tmp_path):
+    config = small_config(small_model, model__dtype="float16")
+    with pytest.raises(ValueError, match="model.dtype is float16.* expected auto, float32 or bf"):
+        train_run(config, tmp_path / "run", prepared=str(prepared), log=quiet)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_prompt_longer_than_the_models_window_is_named(small_model, prepared, tmp_path):
     config = small_config(small_model, prompt__max_tokens=300)
     with pytest.raises(ValueError, match="max_tokens is 300.* at most 256 tokens; lower it"):
