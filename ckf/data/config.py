@@ -173,6 +173,12 @@ class DataConfig:
                     "for format 'table' only: remove them or set data.format: table"
                 )
             return
+        if self.metadata is not None:
+            raise DataError(
+                f"data.metadata is {self.metadata!r}, but format 'table' reads one file: join the "
+                "titles to its rows by the item's id, name their column as title in data.columns, "
+                "and leave data.metadata out"
+            )
         columns = dict(self.columns or {})
         for name in columns:
             _choice("a name in data.columns", name, COLUMNS)

@@ -293,6 +293,7 @@ def test_tasks_without_rows_are_refused(tmp_path):
         ({"format": "amazon", "columns": {"user": "u"}}, "for format 'table' only"),
         ({"format": "table", "columns": {"user": "u"}}, r"lacks item, time, rating \(or label\)"),
         ({"format": "table", "columns": {"usr": "u"}}, "'usr'; it must be one of: user"),
+        ({"format": "table", "metadata": "i.csv"}, "metadata is 'i.csv', .* name .* as title"),
     ],
 )
 def test_wrong_settings(settings, said):
