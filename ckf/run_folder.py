@@ -71,9 +71,11 @@ def start_run(config: RunConfig, folder: Path, log: Log | None = None) -> bool:
         if there != config or list(there.tasks) != list(config.tasks):  # the order gives the ids
             other = "; ".join(_differences(asdict(there), asdict(config))) or "the tasks' order"
             if log is None or not _takes(there, config, folder):
+                fix = "or give another --out"
+                if log is not None:  # an experiment has no --overwrite
+                    fix = "give another --out, or --overwrite to remove it"
                 raise ValueError(
-                    f"{folder} holds a run with other settings ({other}); set them, give another "
-                    "--out, or --overwrite to remove it"
+                    f"{folder} holds a run with other settings ({other}); set them, {fix}"
                 )
             log(f"{folder} takes new settings ({other})")
             _write(config, file)

@@ -205,6 +205,8 @@ def test_a_run_with_other_settings_is_refused(small_model, run_copy):
     for changes in ({"train__steps": 9}, {"seed": 1}):
         with pytest.raises(ValueError, match="holds a run with other settings.*--overwrite"):
             train_run(small_config(small_model, **changes), run_copy, log=quiet)
+        with pytest.raises(ValueError, match="other settings.*set them, or give another --out$"):
+            start_run(small_config(small_model, **changes), run_copy)  # as an experiment does
     values = settings(small_model)
     values["tasks"] = dict(reversed(values["tasks"].items()))  # the order gives the task ids
     with pytest.raises(ValueError, match="other settings"):
