@@ -154,11 +154,11 @@ def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
-def _modes(x: Tensor) -> tuple[bool, bool, torch.dtype | None]:
-    """Of gradients, of inference, and what autocast makes of x (None: nothing)."""
+def _modes(x: Tensor) -> tuple[bool, torch.dtype | None]:
+    """Whether gradients are kept, and what autocast makes of x (None: nothing)."""
     kind = x.device.type
     cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), cast
+    return torch.is_grad_enabled(), cast
 
 
 class Router:
