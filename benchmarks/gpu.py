@@ -463,7 +463,10 @@ def main(argv: list[str] | None = None) -> int:
         print("no GPU: torch.cuda.is_available() is False; this is a rehearsal", file=sys.stderr)
     if found["commit"] is None:
         print("no .git here and no CKF_COMMIT: the records will name no commit", file=sys.stderr)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the step that runs as well
+    # SIGTERM ends the step that runs as well; SIGINT, which ends a late step, is one that a shell's
+    # background job ignores, and so would all that it starts
+    for ending in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(ending, signal.default_int_handler)
     try:
         run_parts(runner, options.part)
     except KeyboardInterrupt:
