@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from ckf.kernels import cpu, decode, torch_backend
@@ -118,6 +119,11 @@ def run_group(
     group's own, for calls without gradients (of few rows, but on the CPU kernels).
     """
     dropout_threshold(dropout_p)
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            "forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad) would be lost in "
+            "ckf's kernels: use backward, or ckf.kernels.reference"
+        )
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)

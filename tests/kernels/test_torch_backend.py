@@ -271,3 +271,17 @@ def test_unusable_backends_say_why():
     for backend, message in (("cuda", "on cpu"), ("fast", "expected one of auto")):
         with pytest.raises(ValueError, match=message):
             multi_lora_linear(*case.arguments(), backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_forward_mode_is_refused_and_not_lost(backend):
+    x, weight = torch.randn(3, 4), torch.randn(5, 4)
+    a, b, gates = [torch.randn(2, 4)], [torch.randn(5, 2)], torch.ones(1, 1)
+
+    def run(x):
+        ids = torch.zeros(3, dtype=torch.int64)
+        return multi_lora_linear(x, weight, None, a, b, gates, ids, backend=backend)
+
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(run, (x,), (x,))
+    assert run(x).shape == (3, 5)
