@@ -67,7 +67,8 @@ def test_figures_and_verdicts_are_those_of_the_record(record):
     assert claims[-1].endswith(": ckf over cf; ckf over one")  # of the latter, two seeds disagree
     assert "| ckf over cf | ckf - cf | 0.005 [" in text
     assert "| ckf over one | ckf - one | 0.050 [" in text
-    assert "(../results/small.json)" in text and "Reduced" not in text and "Not complete" not in text
+    assert "(../results/small.json)" in text
+    assert "Reduced" not in text and "Not complete" not in text
 
 
 def test_weights_beside_a_prior_are_said(record):
