@@ -9,8 +9,6 @@ every provider's loss and gradients must equal those of a plain row-by-row compu
 on a small model; at full size they must agree with the loop over tasks. Routing is timed.
 """
 
-import contextlib
-import gc
 import math
 import os
 import statistics
@@ -42,7 +40,7 @@ from benchmarks.harness import (  # noqa: E402
     why_no_figure,
     words,
 )
-from benchmarks.memory import peak_bytes, saved_bytes  # noqa: E402
+from benchmarks.memory import forget, free, peak_bytes, saved_bytes  # noqa: E402
 from benchmarks.models import (  # noqa: E402
     LAYOUTS,
     SHAPES,
@@ -221,7 +219,7 @@ def measure(
         wanted = case["layouts"].split(",")
         layouts = [la for la in wanted if kind.layouts is None or la in kind.layouts]
         good[kind] = [la for la in layouts if _right_when_small(kind, la, device, outcome)]
-    _forget(device)
+    forget(device)
     rows = _rows(case)
     contenders = _built(case, good, rows, device, outcome)
     floors = {la: _floor(case, rows, la, device) for la in {c.layout for c in contenders}}
@@ -315,21 +313,8 @@ def _built(
                 continue
             outcome.fails(f"{kind.name} {layout}", failure)
             del contender
-            _free(device)
+            free(device)
     return contenders
-
-
-def _free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        with contextlib.suppress(RuntimeError):  # a broken context says so at the next step
-            torch.cuda.empty_cache()
-
-
-def _forget(device: torch.device) -> None:
-    """Compiled code as well."""
-    torch._dynamo.reset()
-    _free(device)
 
 
 def _optimizer(provider: ModelProvider | None, device) -> torch.optim.AdamW | None:
@@ -378,7 +363,7 @@ def _time(
                 outcome.fails(contender.title, why_no_figure(error))
                 contenders.remove(contender)
                 contender.clear()
-                _free(device)
+                free(device)
                 continue
             if index > 0:
                 contender.ms.append((middle - start, end - start))
@@ -433,7 +418,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"no figure: {name}: {why}")
             red += why.startswith("RED")
         _show(case, found)
-        _forget(device)
+        forget(device)
     return 1 if red else 0
 
 

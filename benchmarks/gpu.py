@@ -21,20 +21,18 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
 STARTED = time.monotonic()  # importing torch takes its share of the time as well
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.gpu_environment import environment, find_nvcc, output_of  # noqa: E402
 from benchmarks.gpu_runner import GRACE_SECONDS, Runner  # noqa: E402
 
 REHEARSAL = ROOT / "build" / "gpu_rehearsal"
@@ -103,53 +101,6 @@ LEAST_SANITIZER = {"memcheck": 45, "racecheck": 90, "initcheck": 45}  # torch st
 TEST_SECONDS = 60  # a test: a kernel that hangs must not take the time of all
 TABLE = "table.json"  # what backend="auto" would choose by
 ARCHS = {(8, 0): "sm_80", (9, 0): "sm_90a", (10, 0): "sm_100"}
-
-
-def output_of(command: list[str]) -> str:
-    """The command's last line of output, or why there is none."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"unavailable: {error}"
-    lines = (done.stdout.strip() or done.stderr.strip()).splitlines()
-    return lines[-1] if lines else ""
-
-
-def environment(torch) -> dict:
-    """What a reader needs to repeat or to doubt the numbers."""
-    from benchmarks.harness import commit, sources_digest  # imports torch
-
-    in_git = (ROOT / ".git").exists() and not os.environ.get("CKF_COMMIT")
-    versions = {}
-    for name in ("torch", "triton", "transformers", "numpy", "peft", "pytest"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    found = {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "uncommitted": output_of(["git", "status", "--porcelain"]) != "" if in_git else None,
-        "sources": sources_digest(),
-        "cuda": torch.version.cuda,
-        "nvcc": output_of([find_nvcc() or "nvcc", "--version"]),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "versions": versions,
-        "gpu": None,
-    }
-    if not torch.cuda.is_available():
-        return found
-    properties = torch.cuda.get_device_properties(0)
-    driver = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return found | {
-        "gpu": properties.name,
-        "gpus": torch.cuda.device_count(),
-        "capability": list(torch.cuda.get_device_capability(0)),
-        "multiprocessors": properties.multi_processor_count,
-        "memory_bytes": properties.total_memory,
-        "driver": output_of(driver),
-    }
 
 
 def limit(runner: Runner, part: str, reserved: float = 0) -> float:
@@ -222,11 +173,6 @@ def part_build(runner: Runner, reserved: float) -> bool:
     return built or not runner.has_gpu
 
 
-def find_nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which("nvcc", path=os.pathsep.join([f"{home}/bin", os.environ.get("PATH", "")]))
-
-
 def own_arch() -> str | None:
     """The name by which setup.py builds for the GPU at hand alone, if it is one of its own."""
     import torch
@@ -245,7 +191,7 @@ def extension_is_current() -> bool:
         "module = u.module_from_spec(spec); spec.loader.exec_module(module); "
         "print(module.build_info()['sources'] == setup.sources_hash())"
     )
-    return output_of([sys.executable, "-c", code]) == "True"
+    return output_of([sys.executable, "-c", code], ROOT) == "True"
 
 
 def build_if_needed(runner: Runner, reserved: float) -> bool:

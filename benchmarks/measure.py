@@ -1,7 +1,5 @@
 """One case through all its providers: build, check, time, count bytes; red ones get no figure."""
 
-import contextlib
-import gc
 import statistics
 import time
 from collections.abc import Sequence
@@ -19,7 +17,7 @@ from benchmarks.harness import (
     time_in_turn,
     words,
 )
-from benchmarks.memory import peak_bytes, saved_bytes
+from benchmarks.memory import forget, peak_bytes, saved_bytes
 from benchmarks.peers import COMPETITORS_EXCLUDED, providers_for
 from benchmarks.peers.base import Provider, check, references
 from benchmarks.problems import Case, make_problem
@@ -58,7 +56,7 @@ def run_cases(name: str, cases: Sequence[Case | tuple[Case, list[str]]], options
             rows, skipped, failures = measure(case, device, names, **settings)
         except Exception as error:  # costs this case alone
             rows, skipped, failures = [], {}, {"case": words(error)}
-        _forget(device)
+        forget(device)
         for provider, why in failures.items():
             print(f"RED {provider}: {why}; no figure")
         record.add(key, rows, skipped | {p: f"RED: {why}" for p, why in failures.items()})
@@ -140,15 +138,6 @@ def _checked(kind: type[Provider], problem, known: dict) -> tuple[float, str | N
     except Exception as error:  # a peer that breaks costs its own rows alone, and says so
         return float("inf"), words(error)
     return verdict.error, verdict.failure
-
-
-def _forget(device: torch.device) -> None:
-    """Before the next case: graphs, compiled code and cached memory of this one."""
-    torch._dynamo.reset()
-    gc.collect()
-    if device.type == "cuda":
-        with contextlib.suppress(RuntimeError):  # of a broken context every later call says so
-            torch.cuda.empty_cache()
 
 
 def title(case: Case) -> str:

@@ -1,7 +1,9 @@
 """Bytes: kept for backward, and at the peak of a call."""
 
+import contextlib
 import ctypes
 import ctypes.util
+import gc
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -56,3 +58,17 @@ def _status_bytes(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     line = next(s for s in lines if s.startswith(name + ":"))
     return int(line.split()[1]) * 1024
+
+
+def free(device: torch.device) -> None:
+    """Cached memory of what is gone."""
+    gc.collect()
+    if device.type == "cuda":
+        with contextlib.suppress(RuntimeError):  # of a broken context every later call says so
+            torch.cuda.empty_cache()
+
+
+def forget(device: torch.device) -> None:
+    """Before the next case: graphs, compiled code and cached memory of this one."""
+    torch._dynamo.reset()
+    free(device)

@@ -46,6 +46,7 @@ from ckf.run_folder import (
     remove_run,
     run_folder,
     start_run,
+    take_settings,
 )
 from ckf.scoring import Scorer
 from ckf.train import load_trained, train
@@ -220,7 +221,8 @@ def train_run(
         if overwrite and is_main_process():
             remove_run(folder)
         with main_process_first(chosen):
-            made = start_run(config, folder, log)
+            take_settings(config, folder, log)
+            made = start_run(config, folder, "give another --out, or --overwrite to remove it")
             set_seed(config.seed)
             try:
                 data = _data_of(config, folder, data_path, prepared, log)

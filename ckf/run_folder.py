@@ -45,23 +45,26 @@ def opened_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
     return config
 
 
-def _differences(there: dict, here: dict, name: str = "") -> list[str]:
+def _differences(there: RunConfig, config: RunConfig) -> str:
+    return "; ".join(_different(asdict(there), asdict(config))) or "the tasks' order"
+
+
+def _different(there: dict, here: dict, name: str = "") -> list[str]:
     """What differs, with dots between the levels: "cf.dim: 8, not 16"."""
     found = []
     for key in sorted(there.keys() | here.keys()):
         one, two = there.get(key), here.get(key)
         if isinstance(one, dict) and isinstance(two, dict):
-            found += _differences(one, two, f"{name}{key}.")
+            found += _different(one, two, f"{name}{key}.")
         elif one != two:
             found.append(f"{name}{key}: {one!r}, not {two!r}")
     return found
 
 
-def start_run(config: RunConfig, folder: Path, log: Log | None = None) -> bool:
+def start_run(config: RunConfig, folder: Path, fix: str = "or give another --out") -> bool:
     """Make the run's folder, True, or check that it holds a run with these very settings, False.
 
-    With a log, a run that is not trained yet takes new settings, but those of its data; and any
-    takes its model's new place, where nothing is left at the old one.
+    fix: what the command that asks has besides, for its error.
     """
     file = folder / CONFIG
     if folder.exists() and not folder.is_dir():
@@ -69,16 +72,10 @@ def start_run(config: RunConfig, folder: Path, log: Log | None = None) -> bool:
     if file.exists():
         there = opened_config(folder)
         if there != config or list(there.tasks) != list(config.tasks):  # the order gives the ids
-            other = "; ".join(_differences(asdict(there), asdict(config))) or "the tasks' order"
-            if log is None or not _takes(there, config, folder):
-                fix = "or give another --out"
-                if log is not None:  # an experiment has no --overwrite
-                    fix = "give another --out, or --overwrite to remove it"
-                raise ValueError(
-                    f"{folder} holds a run with other settings ({other}); set them, {fix}"
-                )
-            log(f"{folder} takes new settings ({other})")
-            _write(config, file)
+            raise ValueError(
+                f"{folder} holds a run with other settings ({_differences(there, config)}); set "
+                f"them, {fix}"
+            )
         return False
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} exists and holds other files; give another --out")
@@ -93,21 +90,38 @@ def _write(config: RunConfig, file: Path) -> None:
     temporary.replace(file)
 
 
-def _takes(there: RunConfig, config: RunConfig, folder: Path) -> bool:
-    """Whether a run with the settings there may go on with these; removes CF vectors of others."""
-    if list(there.tasks) != list(config.tasks):
-        return False
-    old, new = Path(there.model.name), Path(config.model.name)
-    if old.is_absolute() and not old.exists() and new.exists():  # the model has moved
-        if replace(there, model=replace(there.model, name=config.model.name)) == config:
-            return True
-    if (folder / "checkpoints").exists() or (folder / ABOUT).exists():
-        return False
-    if (there.data, there.tasks, there.seed) != (config.data, config.tasks, config.seed):
-        return False
-    if (there.cf, there.model, there.prompt) != (config.cf, config.model, config.prompt):
+def take_settings(config: RunConfig, folder: Path, log: Log) -> None:
+    """Let the run of a folder, if there is one, go on with other settings where nothing is lost.
+
+    A run that is not trained yet takes all but those of its data, and its CF vectors are fitted
+    anew where they may be others; any run takes its model's new place, where nothing is left at
+    the old one. Other runs stay as they are, and `start_run` refuses the settings.
+    """
+    if not (folder / CONFIG).is_file():
+        return
+    there = opened_config(folder)
+    if there == config or list(there.tasks) != list(config.tasks):
+        return
+    moved = _is_the_same_moved(there, config)
+    trained = (folder / "checkpoints").exists() or (folder / ABOUT).exists()
+    data = all(getattr(there, name) == getattr(config, name) for name in ("data", "tasks", "seed"))
+    if not moved and (trained or not data):
+        return
+    log(f"{folder} takes new settings ({_differences(there, config)})")
+    fitted = all(
+        getattr(there, name) == getattr(config, name) for name in ("cf", "model", "prompt")
+    )
+    if not moved and not fitted:
         (folder / VECTORS).unlink(missing_ok=True)
-    return True
+    _write(config, folder / CONFIG)
+
+
+def _is_the_same_moved(there: RunConfig, config: RunConfig) -> bool:
+    """Whether the settings differ in the model's folder alone, which is gone from its old place."""
+    old, new = Path(there.model.name), Path(config.model.name)
+    if not old.is_absolute() or old.exists() or not new.exists():
+        return False
+    return replace(there, model=replace(there.model, name=config.model.name)) == config
 
 
 @contextmanager

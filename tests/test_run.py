@@ -15,7 +15,7 @@ import torch
 import ckf
 from ckf.config import write_config
 from ckf.run import Run, load_run, train_run
-from ckf.run_folder import alone_in, opened_config, start_run
+from ckf.run_folder import alone_in, opened_config, start_run, take_settings
 from tests.ckf_fixtures import STEPS, quiet, read_log, settings, small_config
 
 # ---- predict
@@ -234,10 +234,10 @@ def test_an_untrained_run_keeps_its_data_and_refits_other_vectors(small_model, r
     shutil.rmtree(run_copy / "checkpoints", ignore_errors=True)
     (run_copy / "run.json").unlink()
     config = small_config(small_model)
-    start_run(replace(config, cf=replace(config.cf, dim=3)), run_copy, quiet)
+    take_settings(replace(config, cf=replace(config.cf, dim=3)), run_copy, quiet)
     assert not (run_copy / "cf.safetensors").exists()
     with pytest.raises(ValueError, match="other settings"):
-        start_run(replace(config, seed=5), run_copy, quiet)
+        train_run(replace(config, seed=5), run_copy, log=quiet)
 
 
 def test_a_model_that_moved_is_found_at_its_new_place(small_model, run_copy, tmp_path):

@@ -17,6 +17,7 @@ from ckf.cf.fold_in import fit_fold_in
 from ckf.cf.folds import Folds, fit_folds, train_rows
 from ckf.cf.held_out import HeldOut
 from ckf.cf.models import LightGCNWithBiases, MatrixFactorisation
+from ckf.cf.tables import MAPPED_BYTES
 from ckf.cf.training import Problem, Training, part_of, problem_of, rows_of
 from ckf.cf.vectors import CFVectors
 
@@ -167,12 +168,11 @@ def fit_cf(
 
 
 def _read_files(config: CFConfig, data: PreparedData, log: Log, titles: Tensor | None) -> CFVectors:
-    sizes = data.n_users, data.n_items
-    if not config.fold_users:
-        vectors = load_vectors(config.users, config.items, *sizes)
-    else:
+    above = MAPPED_BYTES
+    if config.fold_users:  # in memory, as the folds' tables are
         _check_before_folds(config, problem_of(data, config.seed), titles)
-        vectors = load_vectors(config.users, config.items, *sizes, mapped_above=float("inf"))
+        above = float("inf")
+    vectors = load_vectors(config.users, config.items, data.n_users, data.n_items, above)
     log(f"cf file: {vectors.dim} dimensions, {int(vectors.user_known.sum())} users with a vector")
     if not config.fold_users:
         return _with_fold_in(vectors, data)

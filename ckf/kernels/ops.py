@@ -120,7 +120,7 @@ def run_group(
     """
     dropout_threshold(dropout_p)
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
-        raise NotImplementedError(
+        raise ValueError(
             "forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad) would be lost in "
             "ckf's kernels: use backward, or ckf.kernels.reference"
         )

@@ -278,10 +278,16 @@ def test_forward_mode_is_refused_and_not_lost(backend):
     x, weight = torch.randn(3, 4), torch.randn(5, 4)
     a, b, gates = [torch.randn(2, 4)], [torch.randn(5, 2)], torch.ones(1, 1)
 
+    ids = torch.zeros(3, dtype=torch.int64)
+
     def run(x):
-        ids = torch.zeros(3, dtype=torch.int64)
         return multi_lora_linear(x, weight, None, a, b, gates, ids, backend=backend)
 
-    with pytest.raises(NotImplementedError, match="forward-mode"):
+    def reference(x):
+        return multi_lora_reference(x, weight, None, a, b, gates, ids)
+
+    with pytest.raises(ValueError, match=r"forward-mode .* ckf\.kernels\.reference"):
         torch.func.jvp(run, (x,), (x,))
-    assert run(x).shape == (3, 5)
+    y, along = torch.func.jvp(reference, (x,), (x,))  # linear in x
+    torch.testing.assert_close(along, y)
+    torch.testing.assert_close(run(x), y)
