@@ -67,7 +67,7 @@ class MultiLoraDecode {
     // The outputs with their bases; false, and nothing done, where that kernel is not for the call.
     bool linears(const std::vector<uintptr_t>& y, const std::vector<uintptr_t>& w,
                  const std::vector<int64_t>& w_strides, const std::vector<uintptr_t>& bias,
-                 uintptr_t x, int64_t x_stride, uintptr_t task_ids, int64_t m, bool bulk,
+                 uintptr_t x, int64_t x_stride, uintptr_t task_ids, int64_t m, int form,
                  uintptr_t stream) const {
         if (y.size() != count_ || w.size() != count_ || w_strides.size() != count_ ||
             bias.size() != count_)
@@ -82,11 +82,16 @@ class MultiLoraDecode {
                          w_strides[l],
                          linears_[l].n,
                          linears_[l].rank};
-        const int code = ckf_decode_linear(frozen.data(), static_cast<int>(count_),
-                                           pointer<const void>(x), a_, gates_,
-                                           pointer<const int64_t>(task_ids), m, k_, tasks_,
-                                           x_stride, dtype_, device_, bulk,
-                                           pointer<void>(stream));
+        const int count = static_cast<int>(count_);
+        const auto rows = pointer<const void>(x);
+        const auto ids = pointer<const int64_t>(task_ids);
+        const int code =
+            form == kCkfWgmma
+                ? ckf_decode_wgmma(frozen.data(), count, rows, a_, gates_, ids, m, k_, tasks_,
+                                   x_stride, dtype_, device_, pointer<void>(stream))
+                : ckf_decode_linear(frozen.data(), count, rows, a_, gates_, ids, m, k_, tasks_,
+                                    x_stride, dtype_, device_, form == kCkfBulk,
+                                    pointer<void>(stream));
         constexpr int kNotSupported = 801;  // cudaErrorNotSupported
         if (code != kNotSupported) check(code, "decode_linear");
         return code != kNotSupported;
@@ -128,7 +133,7 @@ PYBIND11_MODULE(_C, module) {
              py::arg("overlap"), py::arg("stream"))
         .def("linears", &MultiLoraDecode::linears, py::arg("y"), py::arg("w"), py::arg("w_strides"),
              py::arg("bias"), py::arg("x"), py::arg("x_stride"), py::arg("task_ids"), py::arg("m"),
-             py::arg("bulk"), py::arg("stream"));
+             py::arg("form"), py::arg("stream"));
     module.def(
         "hopper_gemm",
         [](const py::bytes& arguments, uintptr_t stream) { hopper_gemm(arguments, stream); },

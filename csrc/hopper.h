@@ -125,6 +125,36 @@ __device__ __forceinline__ void load_tile_for(unsigned blocks, uint32_t to, cons
         : "memory");
 }
 
+// A hint: copies by this map will be asked for soon.
+__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// Ordinary stores to shared memory come before the copies from there that follow a barrier.
+__device__ __forceinline__ void fence_shared_for_copies() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Copies `bytes` (a multiple of 16) from this address to the same in block `rank` of the cluster,
+// and counts them at its barrier. Until it has landed this block may not leave.
+__device__ __forceinline__ void send_rows(uint32_t address, unsigned bytes, uint32_t barrier,
+                                          unsigned rank) {
+    asm volatile(
+        "{\n.reg .b32 to, count;\n"
+        "mapa.shared::cluster.u32 to, %0, %3;\n"
+        "mapa.shared::cluster.u32 count, %2, %3;\n"
+        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes"
+        " [to], [%0], %1, [count];\n}" ::"r"(address),
+        "r"(bytes), "r"(barrier), "r"(rank)
+        : "memory");
+}
+
+// A barrier of the first kThreads threads of a block.
+template <int kThreads>
+__device__ __forceinline__ void sync_threads() {
+    asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
+}
+
 // A warp has written rows to global memory that tile copies of other blocks will read: counts it.
 // Ordinary stores and copies go through different proxies, hence the fence on either side. The
 // release covers the stores of all lanes, which the barrier of the warp has put before it.
@@ -204,14 +234,53 @@ __device__ __forceinline__ void wait_products([[maybe_unused]] float (&d)[kFragm
         "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {"               \
         CKF_NAMES64A "}, %64, %65, p, 1, 1, 0, " ROWS_OF_N ";\n}"                       \
         : CKF_D64(0) : "l"(a), "l"(b), "r"(static_cast<int>(add)))
+#define CKF_NAMES24A                                                                    \
+    CKF_NAMES8(0, 1, 2, 3, 4, 5, 6, 7) "," CKF_NAMES8(8, 9, 10, 11, 12, 13, 14, 15) "," \
+    CKF_NAMES8(16, 17, 18, 19, 20, 21, 22, 23)
+#define CKF_NAMES32A CKF_NAMES24A "," CKF_NAMES8(24, 25, 26, 27, 28, 29, 30, 31)
+#define CKF_D24 CKF_D8(0), CKF_D8(8), CKF_D8(16)
+// Of few columns: NAMES and the rest as the numbers of d, a, b and add.
+#define CKF_PRODUCT_FEW(COLUMNS, TYPE, NAMES, A, B, ADD, ...)                           \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " ADD ", 0;\n"                       \
+        "wgmma.mma_async.sync.aligned.m64n" COLUMNS "k16.f32." TYPE "." TYPE " {"       \
+        NAMES "}, " A ", " B ", p, 1, 1, 0, 0;\n}"                                      \
+        : __VA_ARGS__ : "l"(a), "l"(b), "r"(static_cast<int>(add)))
+#define CKF_PRODUCT48(TYPE)                                                             \
+    CKF_PRODUCT_FEW("48", TYPE, CKF_NAMES24A, "%24", "%25", "%26", CKF_D24)
+#define CKF_PRODUCT56(TYPE)                                                             \
+    CKF_PRODUCT_FEW("56", TYPE, CKF_NAMES24A ",%24,%25,%26,%27", "%28", "%29", "%30",   \
+                    CKF_D24, "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]))
+#define CKF_PRODUCT64(TYPE)                                                             \
+    CKF_PRODUCT_FEW("64", TYPE, CKF_NAMES32A, "%32", "%33", "%34", CKF_D24, CKF_D8(24))
+#define CKF_PRODUCT80(TYPE)                                                             \
+    CKF_PRODUCT_FEW("80", TYPE,                                                         \
+                    CKF_NAMES32A "," CKF_NAMES8(32, 33, 34, 35, 36, 37, 38, 39), "%40", \
+                    "%41", "%42", CKF_D24, CKF_D8(24), CKF_D8(32))
 // clang-format on
 
 // d (64 x kColumns, over the warpgroup, in its first values) = a b, plus d where `add`; kStepK of k.
 template <typename T, bool kRowsOfN, int kColumns>
 __device__ __forceinline__ void product(float (&d)[kFragment], uint64_t a, uint64_t b, bool add) {
     constexpr bool kHalf = std::is_same_v<T, __half>;
-    static_assert(kColumns == 256 || (kColumns == 128 && !kRowsOfN));
-    if constexpr (kColumns == 128 && kHalf)
+    constexpr bool kFew = kColumns == 48 || kColumns == 56 || kColumns == 64 || kColumns == 80;
+    static_assert(kColumns == 256 || ((kColumns == 128 || kFew) && !kRowsOfN));
+    if constexpr (kColumns == 48 && kHalf)
+        CKF_PRODUCT48("f16");
+    else if constexpr (kColumns == 48)
+        CKF_PRODUCT48("bf16");
+    else if constexpr (kColumns == 56 && kHalf)
+        CKF_PRODUCT56("f16");
+    else if constexpr (kColumns == 56)
+        CKF_PRODUCT56("bf16");
+    else if constexpr (kColumns == 64 && kHalf)
+        CKF_PRODUCT64("f16");
+    else if constexpr (kColumns == 64)
+        CKF_PRODUCT64("bf16");
+    else if constexpr (kColumns == 80 && kHalf)
+        CKF_PRODUCT80("f16");
+    else if constexpr (kColumns == 80)
+        CKF_PRODUCT80("bf16");
+    else if constexpr (kColumns == 128 && kHalf)
         CKF_PRODUCT128("f16", "0");
     else if constexpr (kColumns == 128)
         CKF_PRODUCT128("bf16", "0");

@@ -25,6 +25,9 @@ struct Copy {
     const TensorMap* map;
     uint32_t to, barrier;
     int column, row, block;
+    const char* from = nullptr;  // of a copy between blocks, which has no map
+    int64_t bytes = 0;
+    int sender = 0;
 };
 struct Product {
     uint64_t a, b;
@@ -43,6 +46,7 @@ inline std::vector<std::vector<char>> dynamic;  // of the blocks that run
 inline std::map<std::pair<int, uint32_t>, PhaseBarrier> phase_barriers;
 inline std::deque<Copy> copies;
 inline std::vector<ProductState> products;
+inline std::vector<Barrier> some_threads;  // a block's barrier of its first threads
 inline std::mt19937 chance;
 
 inline void fail(const char* what) {
@@ -66,6 +70,7 @@ inline void begin_hopper() {
     phase_barriers.clear();
     copies.clear();
     products.assign(fibers.size(), ProductState{});
+    some_threads.assign(blocks.size(), Barrier{});
     chance.seed(order_seed);
 }
 inline void end_hopper() {
@@ -101,6 +106,13 @@ inline void settle(PhaseBarrier& barrier) {
 inline uint32_t swizzled(uint32_t address) { return address ^ ((address >> 7 & 7) << 4); }
 
 inline void complete(const Copy& copy) {
+    PhaseBarrier& barrier = barrier_at(copy.block, copy.barrier);
+    if (copy.map == nullptr) {
+        if (blocks[copy.sender].left != 0) fail("a sender that has left");
+        memcpy(shared_at(copy.block, copy.to, copy.bytes), copy.from, copy.bytes);
+        barrier.bytes -= copy.bytes;
+        return settle(barrier);
+    }
     const TensorMap& map = *copy.map;
     for (int r = 0; r < map.box_rows; ++r) {
         for (int c = 0; c < 64; ++c) {
@@ -111,7 +123,6 @@ inline void complete(const Copy& copy) {
             memcpy(shared_at(copy.block, swizzled(copy.to + r * 128 + c * 2), 2), &value, 2);
         }
     }
-    PhaseBarrier& barrier = barrier_at(copy.block, copy.barrier);
     barrier.bytes -= map.box_rows * 128;
     settle(barrier);
 }
@@ -209,12 +220,28 @@ inline void load_tile_for(unsigned to_blocks, uint32_t to, const TensorMap& map,
         if ((to_blocks >> rank & 1) == 0) continue;
         const int block = ckf_host::index_of(rank);
         const size_t bytes = map.box_rows * 128;
+        ckf_host::barrier_at(block, barrier);
         memset(ckf_host::shared_at(block, to, bytes), 0xff, bytes);
         ckf_host::copies.push_back({&map, to, barrier, column, row, block});
     }
 }
 inline void load_tile(uint32_t to, const TensorMap& map, uint32_t barrier, int column, int row) {
     load_tile_for(1u << ckf_host::own_index() % ckf_host::cluster_size, to, map, barrier, column, row);
+}
+
+inline void prefetch_map(const TensorMap&) {}
+inline void fence_shared_for_copies() {}
+inline void send_rows(uint32_t address, unsigned bytes, uint32_t barrier, unsigned rank) {
+    if (address % 16 != 0 || bytes % 16 != 0 || bytes == 0) ckf_host::fail("a copy off its alignment");
+    const int block = ckf_host::index_of(rank), own = ckf_host::own_index();
+    memset(ckf_host::shared_at(block, address, bytes), 0xff, bytes);
+    const char* from = ckf_host::shared_at(own, address, bytes);
+    ckf_host::copies.push_back({nullptr, address, barrier, 0, 0, block, from, bytes, own});
+}
+
+template <int kThreads>
+void sync_threads() {
+    ckf_host::wait(ckf_host::some_threads[ckf_host::own_index()], kThreads);
 }
 
 inline void store_words(void* to, const uint32_t (&word)[4]) {

@@ -17,6 +17,10 @@ struct CkfLinear {
     int64_t y_stride, n, rank;
 };
 
+// The kernels that compute the base as well: A by loads, A by bulk copies where it fits, all operands
+// by tile copies. The numbers are shared with ckf/kernels/cuda.py.
+enum CkfDecodeForm : int { kCkfLoads = 0, kCkfBulk = 1, kCkfWgmma = 2 };
+
 // A frozen linear of a group with its update: w (n, k) and y (m, n) with row strides in elements,
 // bias (n,) or null, b (rank, n).
 struct CkfFrozenLinear {
@@ -89,6 +93,12 @@ int ckf_decode_linear(const CkfFrozenLinear* linears, int count, const void* x, 
                       const float* gates, const int64_t* task_ids, int64_t m, int64_t k,
                       int64_t tasks, int64_t x_stride, int dtype, int device, int bulk,
                       void* stream);
+
+// The same for up to 64 rows by copies of tiles and warpgroup products, where the code is for sm_90a:
+// ranks of at most 128.
+int ckf_decode_wgmma(const CkfFrozenLinear* linears, int count, const void* x, const void* a,
+                     const float* gates, const int64_t* task_ids, int64_t m, int64_t k,
+                     int64_t tasks, int64_t x_stride, int dtype, int device, void* stream);
 
 // Launches it on `stream`. float16 and bfloat16, compute capability 9.0, code for sm_90a; else
 // cudaErrorNotSupported. Returns a cudaError_t as above.

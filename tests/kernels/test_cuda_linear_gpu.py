@@ -1,4 +1,4 @@
-"""decode_linear on a GPU, both forms: values, bits, spans, streams, graphs, the backend's plans.
+"""The decode kernels that own the base on a GPU: values, bits, spans, streams, graphs, plans.
 
 Tests named "small" also run under compute-sanitizer (benchmarks/gpu.py).
 """
@@ -37,7 +37,18 @@ MODEL = [
     for ns in ((4096,), (4096, 1024, 1024), (14336, 14336))
 ] + [{"m": 4, "k": 14336, "ns": (4096,), "ranks": [(32,) * 5]}]
 HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-FORMS = pytest.mark.parametrize("bulk", [False, True], ids=["loads", "bulk"])
+MANY = [
+    {"m": 17, "k": 64, "ns": (40,), "ranks": ((4, 4, 4),)},
+    {"m": 64, "k": 136, "ns": (264, 24), "ranks": ((16,) * 5, (26, 26, 26, 26, 24))},
+    {"m": 40, "k": 1032, "ns": (300,), "ranks": ((0, 3, 0),)},
+    {"m": 33, "k": 200, "ns": (72, 8), "ranks": ((0, 0), (5, 2))},
+    {"m": 50, "k": 64, "ns": (20000,), "ranks": ((4, 4, 4),)},
+]
+FORMS = pytest.mark.parametrize("form", list(cuda.FORMS))
+
+
+def forms_for(ranks) -> list[str]:
+    return [form for form in cuda.FORMS if max(map(sum, ranks)) <= cuda.MAX_LINEAR_RANK[form]]
 
 
 @pytest.fixture
@@ -46,42 +57,57 @@ def gpu(extension):  # noqa: F811
         pytest.skip("no clusters")
 
 
-def run(case: FrozenCase, bulk: bool, rows: slice = slice(None)) -> list[torch.Tensor]:
+def run(case: FrozenCase, form: str, rows: slice = slice(None)) -> list[torch.Tensor]:
     """The results on the host."""
     there = case.to("cuda")
     group = there.group
     prepared = cuda.DecodeGroup(group.a, group.bs, group.column_gates)
     ids = group.task_ids[rows]
-    ys = prepared.linears(group.x[rows], there.weights, there.biases, ids, bulk)
+    ys = prepared.linears(group.x[rows], there.weights, there.biases, ids, form)
     assert ys is not None, "the kernel was not for it"
     return [y.cpu() for y in ys]
 
 
 @HALVES
 @pytest.mark.parametrize(
-    ("bulk", "options"),
+    ("form", "options"),
     [
-        *((False, options) for options in ({}, {"padding": 8, "bias": False}, {"soft": True})),
-        (True, {"padding": 8, "soft": True}),
+        *(("linear", options) for options in ({}, {"padding": 8, "bias": False}, {"soft": True})),
+        ("bulk", {"padding": 8, "soft": True}),
+        ("wgmma", {}),
+        ("wgmma", {"padding": 8, "bias": False, "soft": True}),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("sizes", SMALL, ids=lambda s: f"small{s['m']}x{s['k']}x{s['ns'][0]}")
-def test_small(gpu, sizes, bulk, options, dtype):
+def test_small(gpu, sizes, form, options, dtype):
+    if form not in forms_for(sizes["ranks"]):
+        pytest.skip("ranks above what this kernel takes")
     case = frozen_case(**sizes, **options, dtype=dtype)
-    assert_frozen_right(case, run(case, bulk))
+    assert_frozen_right(case, run(case, form))
+
+
+@HALVES
+@pytest.mark.parametrize("sizes", MANY, ids=lambda s: f"small{s['m']}x{s['k']}x{s['ns'][0]}")
+def test_small_more_rows(gpu, sizes, dtype):
+    case = frozen_case(**sizes, padding=8, soft=True, dtype=dtype)
+    first = run(case, "wgmma")
+    assert_frozen_right(case, first)
+    for _ in range(3):
+        again = run(case, "wgmma")
+        assert all(torch.equal(r, s) for r, s in zip(first, again, strict=True)), "other bits"
 
 
 @HALVES
 @FORMS
-def test_small_ids_and_dead_experts(gpu, bulk, dtype):
+def test_small_ids_and_dead_experts(gpu, form, dtype):
     ids = [-1, 0, 2, 3, -2, 2**40, -(2**62), 1]
     case = frozen_case(m=8, k=264, ns=(520,), ranks=((4, 4, 4, 4),), ids=ids, dtype=dtype)
-    (clean,) = run(case, bulk)
+    (clean,) = run(case, form)
     assert_frozen_right(case, [clean])
     case.group.a[4:6] = float("nan")  # of task 0
     case.group.bs[0][6:8] = float("inf")
-    (result,) = run(case, bulk)
+    (result,) = run(case, form)
     others = [0, 2, 7]
     assert torch.equal(result[others], clean[others])
     assert not result[1].isfinite().any()
@@ -90,33 +116,47 @@ def test_small_ids_and_dead_experts(gpu, bulk, dtype):
 @HALVES
 @pytest.mark.parametrize("sizes", MODEL, ids=lambda s: f"{s['m']}x{s['k']}x{s['ns'][0]}")
 def test_model_sizes(gpu, sizes, dtype):
-    """Both forms have the same bits (at k 14336 A does not fit, and they are one)."""
+    """Loads and bulk copies have the same bits (at k 14336 A does not fit, and they are one)."""
     case = frozen_case(**sizes, dtype=dtype)
-    results = run(case, False)
+    results = run(case, "linear")
     assert_frozen_right(case, results)
-    for bulk in [True, False] * 3:
-        again = run(case, bulk)
+    for form in ["bulk", "linear"] * 3:
+        again = run(case, form)
         assert all(torch.equal(r, s) for r, s in zip(results, again, strict=True)), "other bits"
+    if "wgmma" in forms_for(sizes["ranks"]):
+        tiles = [run(case, "wgmma") for _ in range(3)]
+        assert_frozen_right(case, tiles[0])
+        for again in tiles[1:]:
+            assert all(torch.equal(r, s) for r, s in zip(tiles[0], again, strict=True)), "bits"
+
+
+@HALVES
+@pytest.mark.parametrize("ns", [(4096,), (4096, 1024, 1024), (14336, 14336)], ids=str)
+def test_model_sizes_of_more_rows(gpu, ns, dtype):
+    for m in (29, 64):
+        case = frozen_case(m=m, k=4096, ns=ns, ranks=[(16,) * 5] * len(ns), dtype=dtype)
+        assert_frozen_right(case, run(case, "wgmma"))
 
 
 @FORMS
-def test_same_bits_for_fewer_rows(gpu, bulk):
+def test_same_bits_for_fewer_rows(gpu, form):
     """A row's bits do not depend on the other rows."""
-    case = frozen_case(m=16, k=4096, ns=(4096, 1024), ranks=[(16,) * 5] * 2)
-    together = run(case, bulk)
-    for rows in (slice(0, 9), slice(3, 4), slice(5, 13)):
-        for some, y in zip(run(case, bulk, rows), together, strict=True):
+    most = cuda.MAX_LINEAR_ROWS[form]
+    case = frozen_case(m=most, k=4096, ns=(4096, 1024), ranks=[(16,) * 5] * 2)
+    together = run(case, form)
+    for rows in (slice(0, 9), slice(3, 4), slice(5, most - 3)):
+        for some, y in zip(run(case, form, rows), together, strict=True):
             assert torch.equal(some, y[rows])
 
 
 @FORMS
-def test_stress(gpu, bulk):
+def test_stress(gpu, form):
     """Many launches one after another on fresh memory: the same bits every time."""
-    for m in (3, 9, 16):
+    for m in (3, 9, cuda.MAX_LINEAR_ROWS[form]):
         there = frozen_case(m=m, k=2048, ns=(2048, 512), ranks=[(16,) * 5] * 2).to("cuda")
         group = there.group
         prepared = cuda.DecodeGroup(group.a, group.bs, group.column_gates)
-        arguments = (group.x, there.weights, there.biases, group.task_ids, bulk)
+        arguments = (group.x, there.weights, there.biases, group.task_ids, form)
         first = [y.clone() for y in prepared.linears(*arguments)]
         wrong = torch.zeros((), dtype=torch.int64, device="cuda")
         for _ in range(300):
@@ -127,11 +167,11 @@ def test_stress(gpu, bulk):
 
 
 @FORMS
-def test_graph_and_no_synchronisation(gpu, bulk):
+def test_graph_and_no_synchronisation(gpu, form):
     there = frozen_case(m=4, k=512, ns=(512,), ranks=((8, 8, 8),)).to("cuda")
     group = there.group
     prepared = cuda.DecodeGroup(group.a, group.bs, group.column_gates)
-    arguments = (group.x, there.weights, there.biases, group.task_ids, bulk)
+    arguments = (group.x, there.weights, there.biases, group.task_ids, form)
     (wanted,) = prepared.linears(*arguments)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -147,10 +187,11 @@ def test_graph_and_no_synchronisation(gpu, bulk):
     assert torch.equal(y, wanted)
 
 
-@pytest.mark.parametrize("backend", ["cuda:linear", "cuda:bulk"])
+@FORMS
 @pytest.mark.parametrize("rows", [4, 16])
-def test_as_a_plan_of_the_backend(gpu, rows, backend):
+def test_as_a_plan_of_the_backend(gpu, rows, form):
     """At most twice the error of same-dtype torch; not for more rows."""
+    backend, most = f"cuda:{form}", cuda.MAX_LINEAR_ROWS[form]
     made = random_case(m=rows, k=264, n=136, ranks=[16, 16, 16], tasks=2)
     case = to_gpu(made, torch.bfloat16)
     with torch.no_grad():
@@ -162,13 +203,14 @@ def test_as_a_plan_of_the_backend(gpu, rows, backend):
         assert (ours.double() - exact).abs().max() <= allowed
         compiled = torch.compile(partial(multi_lora_linear, backend=backend), fullgraph=True)
         assert torch.equal(compiled(*case.arguments()), ours)
-        many = to_gpu(random_case(m=17, k=264, n=136, ranks=[16, 16, 16], tasks=2), torch.bfloat16)
-        with pytest.raises(ValueError, match="17 rows; this plan is for 16"):
+        many = random_case(m=most + 1, k=264, n=136, ranks=[16, 16, 16], tasks=2)
+        many = to_gpu(many, torch.bfloat16)
+        with pytest.raises(ValueError, match=f"{most + 1} rows; this plan is for {most}"):
             multi_lora_linear(*many.arguments(), backend=backend)
 
 
 @FORMS
-def test_the_first_call_inside_a_capture_on_a_side_stream(gpu, bulk):
+def test_the_first_call_inside_a_capture_on_a_side_stream(gpu, form):
     """In a process of its own: modules are loaded, attributes asked while a graph is captured."""
     code = f"""
 import torch
@@ -182,7 +224,7 @@ prepared = cuda.DecodeGroup(group.a, group.bs, group.column_gates)
 torch.cuda.synchronize()
 graph = torch.cuda.CUDAGraph()
 with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
-    ys = prepared.linears(group.x, there.weights, there.biases, group.task_ids, {bulk})
+    ys = prepared.linears(group.x, there.weights, there.biases, group.task_ids, {form!r})
 graph.replay()
 torch.cuda.synchronize()
 assert_frozen_right(case, [y.cpu() for y in ys])

@@ -1,4 +1,5 @@
-"""decode_linear's own source on the host (csrc/host_shim.h), as in test_cuda_host.py; each form."""
+"""The decode kernels that own the base, their own sources on the host, as in test_cuda_host.py:
+decode_linear in both forms (csrc/host_shim.h), decode_wgmma (csrc/hopper_host.h)."""
 
 import ctypes
 from dataclasses import dataclass
@@ -28,10 +29,18 @@ class FrozenLinear(ctypes.Structure):
 
 @dataclass
 class Form:
-    """The kernel with A by bulk copies, or by loads."""
+    """A kernel by its name in ckf/kernels/cuda.py."""
 
     library: ctypes.CDLL
-    bulk: bool
+    name: str
+
+    @property
+    def most_rows(self) -> int:
+        return cuda.MAX_LINEAR_ROWS[self.name]
+
+    @property
+    def most_rank(self) -> int:
+        return cuda.MAX_LINEAR_RANK[self.name]
 
     def brought(self) -> int:
         """Bytes of bulk copies so far."""
@@ -45,9 +54,15 @@ def library(tmp_path_factory) -> ctypes.CDLL:
     return found
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["loads", "bulk"])
-def form(library, request) -> Form:
-    return Form(library, request.param)
+@pytest.fixture(scope="module")
+def tiles(tmp_path_factory) -> Form:
+    folder = tmp_path_factory.mktemp("host")
+    return Form(compile_for_host(CSRC / "decode_wgmma.cu", folder), "wgmma")
+
+
+@pytest.fixture(scope="module", params=list(cuda.FORMS))
+def form(library, tiles, request) -> Form:
+    return tiles if request.param == tiles.name else Form(library, request.param)
 
 
 def call(form: Form, case: FrozenCase, order: int = 0, clusters: int = 1 << 20, **changes) -> int:
@@ -78,17 +93,19 @@ def call(form: Form, case: FrozenCase, order: int = 0, clusters: int = 1 << 20, 
 def launch(
     form: Form, linears, pointers, sizes, dtype: int, device=0, stream=None, count=None
 ) -> int:
-    """ckf_decode_linear; pointers: x, a, gates, ids; sizes: m, k, tasks, x_stride."""
-    return form.library.ckf_decode_linear(
+    """The launcher; pointers: x, a, gates, ids; sizes: m, k, tasks, x_stride."""
+    arguments = (
         (FrozenLinear * len(linears))(*linears),
         ctypes.c_int(len(linears) if count is None else count),
         *map(ctypes.c_void_p, pointers),
         *map(ctypes.c_int64, sizes),
         ctypes.c_int(dtype),
         ctypes.c_int(device),
-        ctypes.c_int(form.bulk),
-        ctypes.c_void_p(stream),
     )
+    if form.name == "wgmma":
+        return form.library.ckf_decode_wgmma(*arguments, ctypes.c_void_p(stream))
+    bulk = ctypes.c_int(form.name == "bulk")
+    return form.library.ckf_decode_linear(*arguments, bulk, ctypes.c_void_p(stream))
 
 
 def run(form: Form, case: FrozenCase, order=0, clusters=1 << 20) -> list[torch.Tensor]:
@@ -119,6 +136,8 @@ def run(form: Form, case: FrozenCase, order=0, clusters=1 << 20) -> list[torch.T
 )
 @pytest.mark.parametrize("options", [{}, {"padding": 8, "bias": False}, {"soft": True}], ids=str)
 def test_against_float64(form, sizes, dtype, options):
+    if max(map(sum, sizes["ranks"])) > form.most_rank:
+        pytest.skip("another test's: what it refuses")
     case = frozen_case(**sizes, dtype=dtype, **options)
     assert_frozen_right(case, run(form, case))
 
@@ -135,9 +154,39 @@ def test_spans_one_after_the_other(form, m, clusters):
         assert torch.equal(one.view(torch.int16), other.view(torch.int16))
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"m": 17, "k": 64, "ns": (40,), "ranks": ((4, 4, 4),)},
+        {"m": 64, "k": 136, "ns": (264, 24), "ranks": ((16,) * 5, (26, 26, 26, 26, 24))},
+        {"m": 40, "k": 1032, "ns": (300,), "ranks": ((0, 3, 0),)},
+        {"m": 33, "k": 200, "ns": (72, 8), "ranks": ((0, 0), (5, 2))},
+    ],
+    ids=lambda s: f"{s['m']}x{s['k']}",
+)
+@pytest.mark.parametrize("clusters", [1 << 20, 1])
+def test_more_rows(tiles, sizes, clusters):
+    """Rows of x that the blocks of a cluster copy for each other; every order of threads."""
+    case = frozen_case(**sizes, padding=8, soft=True)
+    first = run(tiles, case, 0, clusters)
+    assert_frozen_right(case, first)
+    for order in (1, 2, 3):
+        for one, other in zip(first, run(tiles, case, order, clusters), strict=True):
+            assert torch.equal(one.view(torch.int16), other.view(torch.int16)), f"order {order}"
+
+
+@pytest.mark.parametrize(("clusters", "n"), [(16, 4096), (13, 4096), (11, 4096), (9, 4096)])
+def test_every_width_of_a_tile_has_the_same_bits(tiles, clusters, n):
+    """32, 40, 48 and 64 columns of n a block, by how many clusters run at once."""
+    case = frozen_case(m=3, k=72, ns=(n,), ranks=((5, 5, 5),), seed=6)
+    wide, narrow = run(tiles, case), run(tiles, case, 2, clusters)
+    assert_frozen_right(case, narrow)
+    assert torch.equal(wide[0].view(torch.int16), narrow[0].view(torch.int16))
+
+
 @settings(max_examples=40, deadline=None)
 @given(
-    m=st.integers(0, 16),
+    m=st.integers(0, 64),
     k=st.integers(1, 40).map(lambda k: 8 * k),
     n=st.integers(0, 300),
     ranks=st.lists(st.integers(0, 20), min_size=1, max_size=6),
@@ -148,6 +197,7 @@ def test_spans_one_after_the_other(form, m, clusters):
     seed=st.integers(0, 99),
 )
 def test_any_sizes(form, m, k, n, ranks, dtype, soft, padding, order, seed):
+    m = min(m, form.most_rows) if m % 3 else m % 17
     ids = torch.randint(-3, len(ranks) + 1, (m,), generator=torch.Generator().manual_seed(seed))
     case = frozen_case(m, k, (n,), (ranks,), seed, dtype=dtype, ids=ids, soft=soft, padding=padding)
     assert_frozen_right(case, run(form, case, order))
@@ -254,7 +304,8 @@ def test_launcher_refuses(form):
     case = frozen_case(k=64)
     for wrong in ({"m": -1}, {"k": -1}, {"rank": 2**31}, {"tasks": 2**40}, {"count": 9}):
         assert call(form, case, **wrong) == INVALID_VALUE, wrong
-    for unable in ({"m": 17}, {"k": 60}, {"rank": 257}, {"x_stride": 63}, {"dtype": torch.float32}):
+    most = {"m": form.most_rows + 1}, {"rank": form.most_rank + 1}
+    for unable in (*most, {"k": 60}, {"x_stride": 63}, {"dtype": torch.float32}):
         assert call(form, case, **unable) == NOT_SUPPORTED, unable
     assert call(form, case, clusters=0) == NOT_SUPPORTED
     shifted = frozen_case(k=64, offset=1)
@@ -265,11 +316,11 @@ def test_launcher_refuses(form):
 @pytest.mark.parametrize("m", [1, 16])
 def test_python_knows_the_most_columns(form, m):
     """What "auto" goes by is what the launcher takes."""
-    most = cuda.most_linear_rank(m)
+    most = cuda.most_linear_rank(m, form.name)
     for rank, wanted in ((most, 0), (most + 1, NOT_SUPPORTED)):
         case = frozen_case(m=m, k=8, ns=(8,), ranks=((rank,),), ids=[-1] * m)
         assert call(form, case) == wanted
-    assert cuda.most_linear_rank(cuda.MAX_LINEAR_ROWS + 1) == 0
+    assert cuda.most_linear_rank(form.most_rows + 1, form.name) == 0
 
 
 def test_through_the_bridge(form, monkeypatch):
@@ -280,8 +331,8 @@ def test_through_the_bridge(form, monkeypatch):
             self.own = (a, gates, k, tasks, dtype, device)
             self.linears_of = list(zip(b, n, rank, strict=True))
 
-        def linears(self, y, w, w_strides, bias, x, x_stride, task_ids, m, bulk, stream):
-            assert bulk is form.bulk
+        def linears(self, y, w, w_strides, bias, x, x_stride, task_ids, m, kind, stream):
+            assert kind == cuda.FORMS[form.name]
             a, gates, k, tasks, dtype, device = self.own
             frozen = [
                 FrozenLinear(y_l, w_l, bias_l or None, b, n, stride, n, rank)
@@ -300,7 +351,7 @@ def test_through_the_bridge(form, monkeypatch):
     group, weights, biases = case.group, case.weights, [case.biases[0], None]
     case.biases[1] = None
     prepared = cuda.DecodeGroup(group.a, group.bs, group.column_gates)
-    ids, kind = group.task_ids, {"bulk": form.bulk}
+    ids, kind = group.task_ids, {"form": form.name}
     assert_frozen_right(case, prepared.linears(group.x, weights, biases, ids, **kind))
     assert prepared.linears(group.x[:0], weights, biases, ids[:0], **kind)[1].shape == (0, 40)
     shorter = frozen_case(m=6, k=60, ns=(264, 40)).group  # rows that do not begin at 16 bytes
@@ -349,8 +400,8 @@ def test_what_the_bridge_leaves_to_others(monkeypatch):
 )
 def test_both_forms_give_the_same_bits(library, m, k, ranks):
     """A by copies or by loads: one order of the sums; and each column is copied once a cluster."""
-    case, bulk = frozen_case(m=m, k=k, ns=(300, 40), ranks=ranks, seed=4), Form(library, True)
-    plain = run(Form(library, False), case)
+    case, bulk = frozen_case(m=m, k=k, ns=(300, 40), ranks=ranks, seed=4), Form(library, "bulk")
+    plain = run(Form(library, "linear"), case)
     for order in (0, 1, 2, 3):
         before = bulk.brought()
         for one, other in zip(plain, run(bulk, case, order, 2), strict=True):
@@ -360,7 +411,7 @@ def test_both_forms_give_the_same_bits(library, m, k, ranks):
 
 def test_by_loads_where_a_does_not_fit(library):
     """16 columns of A beside all else in 227 KiB."""
-    bulk = Form(library, True)
+    bulk = Form(library, "bulk")
     for k, fits in ((4832, True), (4840, False)):
         case, before = frozen_case(m=2, k=k, ns=(8,), ranks=((128,),), seed=5), bulk.brought()
         assert_frozen_right(case, run(bulk, case, 2))
