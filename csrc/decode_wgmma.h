@@ -9,8 +9,8 @@
 // copies tiles of x, W and A through a ring in shared memory (TMA), as far ahead as the ring is
 // long, and never stops for the update. To the product the rows of A are further rows of W: one
 // instruction (WGMMA 64 x (kTile + 16) x 16) multiplies both, so S costs no second pass over x. The
-// columns of A are shared out over a cluster of eight blocks; from 17 rows on so is the reading of
-// x, eight rows a block, which are copied to all.
+// columns of A are shared out over a cluster of eight blocks; with many rows a group of them shares
+// the reading of x, each bringing some rows to all of the group.
 // At the end of k each block adds up and gates its columns of S, sends h to the other seven, and adds
 // h b to its columns of y. Warpgroups take the tiles in turn, so y and S are sums of kTeams parts,
 // always in the same order. A row's bits depend on the shapes and that row alone. A gate of zero
@@ -30,7 +30,6 @@ constexpr int kCluster = 8;
 constexpr int kShare = 16;                    // columns of A, of a block, at most
 constexpr int kMostRank = kCluster * kShare;  // of a linear
 constexpr int kAtomRows = 8;
-constexpr int kMostOwnRows = 16;  // of x that each block copies for itself
 constexpr int kTeams = 2;         // warpgroups that multiply
 constexpr int kTeamWarps = kGroupThreads / kLanes;
 constexpr int kConsumers = kTeams * kGroupThreads;
@@ -39,6 +38,7 @@ constexpr int kElements = (kRows * kShare + kConsumers - 1) / kConsumers;  // of
 constexpr int kHPitch = kShare + 4;      // floats: rows of h in different banks, 16 bytes each
 constexpr uint32_t kDead = 0x80000000u;  // -0 in h: the gate is zero; a live h is never -0
 constexpr int kInvalid = -2;             // the task of a row that becomes NaN; -1: base only
+constexpr uint32_t kTf32 = 0xffffe000u;  // the bits of a float32 that a tensor core reads
 constexpr unsigned kMostShared = 227 * 1024;
 constexpr unsigned kXBytes = kRows * kRowBytes, kABytes = kShare * kRowBytes;
 
@@ -62,7 +62,8 @@ struct Args {
     const int64_t* task_ids;
     int m, k, rank, tasks, count;
     int spans;   // of n for each block, one after the other
-    int x_rows;  // that one copy brings
+    int group;   // blocks that bring each other rows of x
+    int x_rows;  // that one of them brings
     int share;   // columns of A that one copy brings, 0: there are none
 };
 
@@ -72,7 +73,7 @@ struct alignas(16) Tail {
     static constexpr int kPitch = (kTile + 7) / 16 * 16 + 8;  // no two lanes of a store share a bank
     float part[kTeams][kRows][kPitch];       // of S first, then of y
     float h[kCluster][kRows][kHPitch];       // by the block that made it
-    uint16_t b[kMostRank][kTile];
+    uint16_t b[kMostRank][kPitch];
     float bias[kTile];
     int task[kRows];
 };
@@ -103,7 +104,6 @@ struct Block {
     int first_n, spans;          // spans: those of the cluster
     int first_column, columns;   // of A's, within the linear
     int chunks;                  // of k
-    bool shared_x;
 };
 
 template <int kTile, typename T>
@@ -122,8 +122,11 @@ __device__ __forceinline__ Block find_block(const Args<T>& p) {
             max(1, min(p.spans, (linear.n - first + kTile - 1) / kTile)),
             first_column,
             min(columns, linear.rank - first_column),
-            (p.k + kRowElements - 1) / kRowElements,
-            p.m > kMostOwnRows};
+            (p.k + kRowElements - 1) / kRowElements};
+}
+
+__device__ __forceinline__ bool is_finite(float v) {
+    return (bits_of(v) & 0x7f800000u) != 0x7f800000u;
 }
 
 template <typename T>
@@ -160,40 +163,46 @@ struct Copier {
     __device__ __forceinline__ void bring_own(const Step& to) const {
         const uint32_t full = memory.full(to.stage);
         const Linear<T>& linear = p.linears[block.linear];
-        const int x_rows = block.shared_x ? (p.m + kAtomRows - 1) / kAtomRows * kAtomRows : p.x_rows;
+        const int x_rows = (p.m + p.x_rows - 1) / p.x_rows * p.x_rows;
         const int a_rows = to.span == 0 ? p.share : 0;
         expect_bytes(full, (x_rows + kTile + a_rows) * kRowBytes);
         load_tile(memory.w(to.stage), linear.w, full, to.depth, block.first_n + to.span * kTile);
-        if (!block.shared_x) load_tile(memory.x(to.stage), p.x, full, to.depth, 0);
         if (a_rows > 0)
             load_tile(memory.a(to.stage), p.a, full, to.depth,
                       linear.first_column + block.first_column);
     }
 
-    // The block's rows of x, to all.
-    __device__ __forceinline__ void bring_shared(const Step& to) const {
-        if (!block.shared_x || block.rank * kAtomRows >= p.m) return;
-        constexpr unsigned kAll = (1u << kCluster) - 1;
-        load_tile_for(kAll, memory.x(to.stage) + block.rank * kAtomBytes, p.x,
-                      memory.full(to.stage), to.depth, block.rank * kAtomRows);
+    // The block's rows of x, to all of its group.
+    __device__ __forceinline__ void bring_x(const Step& to) const {
+        const int place = block.rank % p.group, row = place * p.x_rows;
+        const unsigned all = ((1u << p.group) - 1) << (block.rank - place);
+        const uint32_t x = memory.x(to.stage) + row * kRowBytes, full = memory.full(to.stage);
+        if (p.group == 1)
+            load_tile(x, p.x, full, to.depth, 0);
+        else if (row < p.m)
+            load_tile_for(all, x, p.x, full, to.depth, row);
     }
 
-    // What needs no other block: before its barriers are there. `ahead` tiles fill the ring.
+    // What needs no other block's barriers. `ahead` tiles fill the ring.
     __device__ __forceinline__ void begin(int ahead) const {
         Step step{0, 0, 0, 1};  // every stage is empty at first
 #pragma unroll 1
-        for (int i = 0; i < ahead; ++i, step.next(p.k)) bring_own(step);
+        for (int i = 0; i < ahead; ++i, step.next(p.k)) {
+            bring_own(step);
+            if (p.group == 1) bring_x(step);
+        }
     }
 
     __device__ __forceinline__ void run(int ahead, int all) const {
         Step step{0, 0, 0, 1};  // every stage is empty at first
 #pragma unroll 1
-        for (int i = 0; i < ahead; ++i, step.next(p.k)) bring_shared(step);
+        for (int i = 0; i < ahead; ++i, step.next(p.k))
+            if (p.group > 1) bring_x(step);
 #pragma unroll 1
         for (int i = ahead; i < all; ++i, step.next(p.k)) {
             wait_barrier(memory.empty(step.stage), step.parity);
             bring_own(step);
-            bring_shared(step);
+            bring_x(step);
         }
         if (all < M::kStages) step = Step{0, 0, 0, 0};
         // What others still have to say to this block's barriers, before it may leave.
@@ -217,8 +226,8 @@ struct Consumer {
     int row, quad;         // of the thread's part of a product: `row` and the eighth after it
 
     __device__ __forceinline__ void release(int stage) const {
-        if (lane < (block.shared_x ? kCluster : 1))
-            arrive_at(memory.empty(stage), block.shared_x ? lane : block.rank);
+        if (lane < p.group)
+            arrive_at(memory.empty(stage), block.rank / p.group * p.group + lane);
     }
 
     // This team's part of x (W, A)^T in a span.
@@ -248,7 +257,6 @@ struct Consumer {
     // Columns [kFirst, kFirst + kCount) of the sums, where others find them.
     template <int kFirst, int kCount>
     __device__ __forceinline__ void write_part(const float (&acc)[kFragment]) const {
-        if (warp * 16 >= p.m) return;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -309,11 +317,11 @@ struct Consumer {
             const int column = i / kPieces, at = i % kPieces * kVec<T>;
             const T* from = linear.b + static_cast<int64_t>(column) * linear.n + first + at;
             T* to = reinterpret_cast<T*>(&tail.b[column][at]);
-            if (linear.aligned_b) {
-                if (first + at < linear.n) copy_async<16>(to, from);
-            } else {
-                for (int v = 0; v < kVec<T> && first + at + v < linear.n; ++v) to[v] = from[v];
-            }
+            if (linear.aligned_b && first + at < linear.n)
+                copy_async<16>(to, from);
+            else
+                for (int v = 0; v < kVec<T>; ++v)
+                    to[v] = first + at + v < linear.n ? from[v] : from_float<T>(0.0f);
         }
         for (int i = threadIdx.x; i < kTile; i += kConsumers)
             tail.bias[i] = linear.bias != nullptr && first + i < linear.n
@@ -321,42 +329,70 @@ struct Consumer {
                                : 0.0f;
     }
 
-    // h b over the team's share of the blocks that made h.
-    __device__ __forceinline__ void add_update(float (&acc)[kFragment]) const {
-        if (warp * 16 >= p.m) return;
-        constexpr int kAtOnce = 4;
+    __device__ __forceinline__ float b_at(int column, int at) const {
+        T value;
+        memcpy(&value, &tail.b[column][at], sizeof(value));
+        return to_float(value);
+    }
+
+    // h b over the team's share of the blocks that made h, on tensor cores: h as a sum of two tf32
+    // values, 21 bits of it. Whether all was finite; what was not is left to add_wild.
+    __device__ __forceinline__ bool add_update(float (&acc)[kFragment]) const {
+        constexpr int kDepth = 8;  // of a product
+        const int columns = (linear.rank + kCluster - 1) / kCluster;
+        bool tame = true;
+#pragma unroll 1
+        for (int from = team; from < kCluster; from += kTeams) {
+            const int first = from * columns, count = min(columns, linear.rank - first);
+#pragma unroll 1
+            for (int c = 0; c < count; c += kDepth) {
+                float high[4], low[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int at_row = row + i % 2 * 8;
+                    const float h = tail.h[from][at_row][c + quad + i / 2 * 4];
+                    const bool exists = at_row < p.m, counts = exists && is_finite(h);
+                    tame = tame && counts == exists;
+                    high[i] = counts ? float_of(bits_of(h) & kTf32) : 0.0f;
+                    low[i] = counts ? h - high[i] : 0.0f;
+                }
+#pragma unroll
+                for (int j = 0; j < kTile / 8; ++j) {
+                    float b[2], d[4];
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {  // past the share h is dead
+                        const int at = first + min(c + quad + i * 4, count - 1);
+                        b[i] = b_at(at, 8 * j + lane / 4);
+                        const bool counts = is_finite(b[i]);
+                        tame = tame && counts;
+                        if (!counts) b[i] = 0.0f;
+                    }
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) d[i] = acc[4 * j + i];
+                    product_tf32(d, high, b[0], b[1]);
+                    product_tf32(d, low, b[0], b[1]);
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) acc[4 * j + i] = d[i];
+                }
+            }
+        }
+        return tame;
+    }
+
+    // The products with an infinity or a NaN, where the gate is not zero.
+    __device__ __forceinline__ void add_wild(float (&acc)[kFragment]) const {
         const int columns = (linear.rank + kCluster - 1) / kCluster;
 #pragma unroll 1
         for (int from = team; from < kCluster; from += kTeams) {
             const int first = from * columns, count = min(columns, linear.rank - first);
 #pragma unroll 1
-            for (int c = 0; c < count; c += kAtOnce) {
-                Words<kAtOnce> h[2];
-                Words<1> b[kAtOnce][kTile / 8];
+            for (int c = 0; c < count; ++c) {
 #pragma unroll
-                for (int half = 0; half < 2; ++half)
-                    h[half] = *reinterpret_cast<const Words<kAtOnce>*>(
-                        &tail.h[from][row + 8 * half][c]);
-#pragma unroll
-                for (int u = 0; u < kAtOnce; ++u) {
-                    const int at = first + min(c + u, count - 1);
-#pragma unroll
-                    for (int j = 0; j < kTile / 8; ++j)
-                        b[u][j] =
-                            *reinterpret_cast<const Words<1>*>(&tail.b[at][8 * j + 2 * quad]);
-                }
-#pragma unroll
-                for (int u = 0; u < kAtOnce; ++u) {
-#pragma unroll
-                    for (int half = 0; half < 2; ++half) {
-                        const uint32_t live = h[half].w[u];  // dead past the share
-#pragma unroll
-                        for (int i = 0; i < kTile / 4; ++i) {
-                            float& sum = acc[4 * (i / 2) + 2 * half + i % 2];
-                            const float value = element<T>(b[u][i / 2], i % 2);
-                            sum = live != kDead ? fmaf(float_of(live), value, sum) : sum;
-                        }
-                    }
+                for (int i = 0; i < kTile / 2; ++i) {
+                    const float h = tail.h[from][row + i / 2 % 2 * 8][c];
+                    const float b = b_at(first + c, 8 * (i / 4) + 2 * quad + i % 2);
+                    if (bits_of(h) != kDead && !(is_finite(h) && is_finite(b)))
+                        acc[i] = fmaf(h, b, acc[i]);
                 }
             }
         }
@@ -380,7 +416,7 @@ struct Consumer {
 #pragma unroll 1
         for (int span = 0; span < block.spans; ++span) {
             multiply(acc, span);
-            if (span == 0) write_part<kTile, kShare>(acc);
+            if (span == 0 && warp * 16 < p.m) write_part<kTile, kShare>(acc);
             wait_for_copies();
             sync_threads<kConsumers>();
             if (span == 0) {
@@ -394,8 +430,11 @@ struct Consumer {
                 __syncwarp();
                 cluster_begin();
             }
-            add_update(acc);
-            write_part<0, kTile>(acc);
+            if (warp * 16 < p.m) {
+                const bool tame = add_update(acc);
+                if (__ballot_sync(kFull, !tame) != 0) add_wild(acc);
+                write_part<0, kTile>(acc);
+            }
             sync_threads<kConsumers>();
             write_y(span);
             if (span + 1 < block.spans) {
@@ -425,7 +464,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (copies) {
         for (int stage = 0; stage < M::kStages; ++stage) {
             init_barrier(memory.full(stage), 1);
-            init_barrier(memory.empty(stage), (block.shared_x ? kCluster : 1) * kTeamWarps);
+            init_barrier(memory.empty(stage), p.group * kTeamWarps);
         }
         init_barrier(memory.arrivals(), 1);
         fence_barriers();
