@@ -33,7 +33,10 @@ constexpr int kAtomRows = 8;
 constexpr int kTeams = 2;         // warpgroups that multiply
 constexpr int kTeamWarps = kGroupThreads / kLanes;
 constexpr int kConsumers = kTeams * kGroupThreads;
-constexpr int kThreads = kConsumers + kLanes;
+constexpr int kThreads = kConsumers + kGroupThreads;
+// What the warps after those that multiply do: a thread each copies tiles of W, x and A; one warp
+// makes b ready.
+enum Role : int { kCopiesW, kCopiesX, kCopiesA, kReadiesB };
 constexpr int kElements = (kRows * kShare + kConsumers - 1) / kConsumers;  // of S, of a thread
 constexpr int kHPitch = kShare + 4;      // floats: rows of h in different banks, 16 bytes each
 constexpr uint32_t kDead = 0x80000000u;  // -0 in h: the gate is zero; a live h is never -0
@@ -73,9 +76,10 @@ struct alignas(16) Tail {
     static constexpr int kPitch = (kTile + 7) / 16 * 16 + 8;  // no two lanes of a store share a bank
     float part[kTeams][kRows][kPitch];       // of S first, then of y
     float h[kCluster][kRows][kHPitch];       // by the block that made it
-    uint16_t b[kMostRank][kPitch];
+    float b[kMostRank][kPitch];  // zero for what is not finite
     float bias[kTile];
     int task[kRows];
+    int wild;                                // whether something of b was not finite
 };
 
 template <int kTile>
@@ -85,7 +89,7 @@ struct Memory {
     static constexpr unsigned kOthers = kAtomBytes + sizeof(Tail<kTile>) + 512;
     static constexpr int kStages = (kMostShared - kOthers) / kStageBytes;
     static constexpr unsigned kBytes = kOthers + kStages * kStageBytes;
-    static_assert(kStages >= 4 && 16 * kStages + 8 <= 512, "barriers have 512 bytes");
+    static_assert(kStages >= 4 && 16 * kStages + 24 <= 512, "barriers have 512 bytes");
 
     uint32_t base;
     __device__ __forceinline__ uint32_t x(int stage) const { return base + stage * kStageBytes; }
@@ -96,6 +100,8 @@ struct Memory {
     }
     __device__ __forceinline__ uint32_t empty(int stage) const { return full(kStages + stage); }
     __device__ __forceinline__ uint32_t arrivals() const { return full(2 * kStages); }
+    __device__ __forceinline__ uint32_t b_ready() const { return full(2 * kStages + 1); }
+    __device__ __forceinline__ uint32_t b_read() const { return full(2 * kStages + 2); }
     __device__ __forceinline__ uint32_t tail() const { return full(64); }
 };
 
@@ -140,77 +146,133 @@ __device__ __forceinline__ int find_task(const Args<T>& p, int row) {
 inline const bool clusters_in_turn = [] { return ckf_host::together = false, true; }();
 #endif
 
-// One thread: the tiles of all spans, as stages become empty.
+// A tile and where it goes; its turn through the ring, as a barrier's parity.
+template <int kStages>
+struct Step {
+    int span = 0, depth = 0, stage = 0;
+    unsigned parity = 1;  // every stage is empty at first
+    __device__ __forceinline__ void next(int k) {
+        depth += kRowElements;
+        if (depth >= k) depth = 0, ++span;
+        if (++stage == kStages) stage = 0, parity ^= 1;
+    }
+};
+
+// A thread that copies tiles of all spans, as stages become empty.
 template <typename T, int kTile>
 struct Copier {
     using M = Memory<kTile>;
     const Args<T>& p;
-    const Block& block;
+    const Linear<T>& linear;
     const M& memory;
+    int k, group, tiles, ahead;  // ahead: that fill the ring
+    int n, x_row, a_row;         // the first of n, of x and of A that this block brings
+    unsigned bytes_of_x, blocks;
 
-    // A tile and where it goes; its turn through the ring, as a barrier's parity.
-    struct Step {
-        int span, depth, stage;
-        unsigned parity;
-        __device__ __forceinline__ void next(int k) {
-            depth += kRowElements;
-            if (depth >= k) depth = 0, ++span;
-            if (++stage == M::kStages) stage = 0, parity ^= 1;
-        }
-    };
+    __device__ __forceinline__ Copier(const Args<T>& p_, const Block& block, const M& memory_)
+        : p(p_), linear(p_.linears[block.linear]), memory(memory_), k(p_.k), group(p_.group) {
+        tiles = block.spans * block.chunks;
+        ahead = min(tiles, M::kStages);
+        n = block.first_n;
+        x_row = block.rank % group * p.x_rows;
+        a_row = linear.first_column + block.first_column;
+        bytes_of_x = (p.m + p.x_rows - 1) / p.x_rows * p.x_rows * kRowBytes;
+        blocks = ((1u << group) - 1) << (block.rank - block.rank % group);
+    }
 
-    // The block's own operands, and the bytes that a stage waits for.
-    __device__ __forceinline__ void bring_own(const Step& to) const {
+    // Of W, and the bytes that the stage waits for.
+    __device__ __forceinline__ void bring_w(const Step<M::kStages>& to) const {
         const uint32_t full = memory.full(to.stage);
-        const Linear<T>& linear = p.linears[block.linear];
-        const int x_rows = (p.m + p.x_rows - 1) / p.x_rows * p.x_rows;
-        const int a_rows = to.span == 0 ? p.share : 0;
-        expect_bytes(full, (x_rows + kTile + a_rows) * kRowBytes);
-        load_tile(memory.w(to.stage), linear.w, full, to.depth, block.first_n + to.span * kTile);
-        if (a_rows > 0)
-            load_tile(memory.a(to.stage), p.a, full, to.depth,
-                      linear.first_column + block.first_column);
+        const unsigned of_a = to.span == 0 ? p.share * kRowBytes : 0;
+        expect_bytes(full, bytes_of_x + kTile * kRowBytes + of_a);
+        load_tile(memory.w(to.stage), linear.w, full, to.depth, n + to.span * kTile);
     }
 
-    // The block's rows of x, to all of its group.
-    __device__ __forceinline__ void bring_x(const Step& to) const {
-        const int place = block.rank % p.group, row = place * p.x_rows;
-        const unsigned all = ((1u << p.group) - 1) << (block.rank - place);
-        const uint32_t x = memory.x(to.stage) + row * kRowBytes, full = memory.full(to.stage);
-        if (p.group == 1)
+    // Rows of x, to all of the group.
+    __device__ __forceinline__ void bring_x(const Step<M::kStages>& to) const {
+        const uint32_t x = memory.x(to.stage) + x_row * kRowBytes, full = memory.full(to.stage);
+        if (group == 1)
             load_tile(x, p.x, full, to.depth, 0);
-        else if (row < p.m)
-            load_tile_for(all, x, p.x, full, to.depth, row);
+        else if (x_row < p.m)
+            load_tile_for(blocks, x, p.x, full, to.depth, x_row);
     }
 
-    // What needs no other block's barriers. `ahead` tiles fill the ring.
-    __device__ __forceinline__ void begin(int ahead) const {
-        Step step{0, 0, 0, 1};  // every stage is empty at first
+    __device__ __forceinline__ void bring_a(const Step<M::kStages>& to) const {
+        if (to.span == 0 && p.share > 0)
+            load_tile(memory.a(to.stage), p.a, memory.full(to.stage), to.depth, a_row);
+    }
+
+    // One thread for all: what needs no other block's barriers.
+    __device__ __forceinline__ void begin() const {
+        Step<M::kStages> step;
 #pragma unroll 1
-        for (int i = 0; i < ahead; ++i, step.next(p.k)) {
-            bring_own(step);
-            if (p.group == 1) bring_x(step);
+        for (int i = 0; i < ahead; ++i, step.next(k)) {
+            bring_w(step);
+            if (group == 1) bring_x(step);
+            bring_a(step);
         }
     }
 
-    __device__ __forceinline__ void run(int ahead, int all) const {
-        Step step{0, 0, 0, 1};  // every stage is empty at first
+    // A thread for each role.
+    __device__ __forceinline__ void run(int role) const {
+        Step<M::kStages> step;
 #pragma unroll 1
-        for (int i = 0; i < ahead; ++i, step.next(p.k))
-            if (p.group > 1) bring_x(step);
+        for (int i = 0; i < ahead; ++i, step.next(k))
+            if (role == kCopiesX && group > 1) bring_x(step);
 #pragma unroll 1
-        for (int i = ahead; i < all; ++i, step.next(p.k)) {
+        for (int i = ahead; i < tiles; ++i, step.next(k)) {
+            if (role == kCopiesA && step.span > 0) break;
             wait_barrier(memory.empty(step.stage), step.parity);
-            bring_own(step);
-            bring_x(step);
+            if (role == kCopiesW)
+                bring_w(step);
+            else if (role == kCopiesX)
+                bring_x(step);
+            else
+                bring_a(step);
         }
-        if (all < M::kStages) step = Step{0, 0, 0, 0};
+        if (role != kCopiesW) return;
+        if (tiles < M::kStages) step.stage = 0, step.parity = 0;
         // What others still have to say to this block's barriers, before it may leave.
 #pragma unroll 1
-        for (int i = 0; i < ahead; ++i, step.next(p.k))
+        for (int i = 0; i < ahead; ++i, step.next(k))
             wait_barrier(memory.empty(step.stage), step.parity);
     }
 };
+
+// A warp that brings the block's columns of b for each span and the bias, as float32, while the
+// products go on.
+template <typename T, int kTile>
+__device__ __forceinline__ void ready_b(const Linear<T>& linear, const Block& block,
+                                        const Memory<kTile>& memory, Tail<kTile>& tail) {
+    constexpr int kPieces = kTile / kVec<T>;
+    const int lane = threadIdx.x % kLanes;
+#pragma unroll 1
+    for (int span = 0; span < block.spans; ++span) {
+        if (span > 0) wait_barrier(memory.b_read(), (span - 1) & 1);
+        const int first = block.first_n + span * kTile;
+        bool wild = false;
+#pragma unroll 4
+        for (int i = lane; i < linear.rank * kPieces; i += kLanes) {
+            const int column = i / kPieces, at = i % kPieces * kVec<T>;
+            const int left = linear.n - first - at;
+            const T* from = linear.b + static_cast<int64_t>(column) * linear.n + first + at;
+            const Pack<T> pack = linear.aligned_b ? load<T, true>(from, left) : load<T, false>(from, left);
+#pragma unroll
+            for (int v = 0; v < kVec<T>; ++v) {
+                const float value = to_float(pack.v[v]);
+                wild = wild || !is_finite(value);
+                tail.b[column][at + v] = is_finite(value) ? value : 0.0f;
+            }
+        }
+        for (int i = lane; i < kTile; i += kLanes)
+            tail.bias[i] = linear.bias != nullptr && first + i < linear.n
+                               ? to_float(linear.bias[first + i])
+                               : 0.0f;
+        const bool any = __ballot_sync(kFull, wild) != 0;
+        if (lane == 0) tail.wild = any;
+        arrive_at(memory.b_ready(), block.rank);
+    }
+}
 
 // A thread of the warpgroups that multiply.
 template <typename T, int kTile>
@@ -224,10 +286,10 @@ struct Consumer {
     Tail<kTile>& tail;
     int team, warp, lane;  // warp: in the team
     int row, quad;         // of the thread's part of a product: `row` and the eighth after it
+    int partners;          // the first block of the group
 
     __device__ __forceinline__ void release(int stage) const {
-        if (lane < p.group)
-            arrive_at(memory.empty(stage), block.rank / p.group * p.group + lane);
+        if (lane < p.group) arrive_at(memory.empty(stage), partners + lane);
     }
 
     // This team's part of x (W, A)^T in a span.
@@ -254,15 +316,15 @@ struct Consumer {
         if (held >= 0) release(held);
     }
 
-    // Columns [kFirst, kFirst + kCount) of the sums, where others find them.
+    // Columns [kFirst, kFirst + kCount) of the sums, where others find them: rows from `to` on.
     template <int kFirst, int kCount>
-    __device__ __forceinline__ void write_part(const float (&acc)[kFragment]) const {
+    __device__ __forceinline__ void write_part(const float (&acc)[kFragment], int to_row) const {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
 #pragma unroll
             for (int j = 0; j < kCount / 8; ++j) {
                 const float* from = acc + 4 * (kFirst / 8 + j) + 2 * half;
-                float* to = &tail.part[team][row + 8 * half][8 * j + 2 * quad];
+                float* to = &tail.part[team][to_row + 8 * half][8 * j + 2 * quad];
                 *reinterpret_cast<Pair*>(to) = {{from[0], from[1]}};
             }
         }
@@ -309,93 +371,113 @@ struct Consumer {
         send_rows(own, p.m * kHPitch * sizeof(float), memory.arrivals(), to);
     }
 
-    // This block's columns of b for a span, on their way, and the bias.
-    __device__ __forceinline__ void copy_b(int span) const {
-        const int first = block.first_n + span * kTile;
-        constexpr int kPieces = kTile / kVec<T>;
-        for (int i = threadIdx.x; i < linear.rank * kPieces; i += kConsumers) {
-            const int column = i / kPieces, at = i % kPieces * kVec<T>;
-            const T* from = linear.b + static_cast<int64_t>(column) * linear.n + first + at;
-            T* to = reinterpret_cast<T*>(&tail.b[column][at]);
-            if (linear.aligned_b && first + at < linear.n)
-                copy_async<16>(to, from);
-            else
-                for (int v = 0; v < kVec<T>; ++v)
-                    to[v] = first + at + v < linear.n ? from[v] : from_float<T>(0.0f);
-        }
-        for (int i = threadIdx.x; i < kTile; i += kConsumers)
-            tail.bias[i] = linear.bias != nullptr && first + i < linear.n
-                               ? to_float(linear.bias[first + i])
-                               : 0.0f;
-    }
-
-    __device__ __forceinline__ float b_at(int column, int at) const {
-        T value;
-        memcpy(&value, &tail.b[column][at], sizeof(value));
-        return to_float(value);
-    }
-
-    // h b over the team's share of the blocks that made h, on tensor cores: h as a sum of two tf32
-    // values, 21 bits of it. Whether all was finite; what was not is left to add_wild.
-    __device__ __forceinline__ bool add_update(float (&acc)[kFragment]) const {
+    // h b over the columns of A of one block, on tensor cores, of rows at_row and the eighth after
+    // it: h as a sum of two tf32 values, 21 bits of it. Whether h was finite.
+    __device__ __forceinline__ bool update_from(int from, int at_row,
+                                                float (&sums)[kTile / 8][4]) const {
         constexpr int kDepth = 8;  // of a product
-        const int columns = (linear.rank + kCluster - 1) / kCluster;
+        const int columns = (linear.rank + kCluster - 1) / kCluster, first = from * columns;
+        const int count = min(columns, linear.rank - first);
         bool tame = true;
-#pragma unroll 1
-        for (int from = team; from < kCluster; from += kTeams) {
-            const int first = from * columns, count = min(columns, linear.rank - first);
-#pragma unroll 1
-            for (int c = 0; c < count; c += kDepth) {
-                float high[4], low[4];
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int at_row = row + i % 2 * 8;
-                    const float h = tail.h[from][at_row][c + quad + i / 2 * 4];
-                    const bool exists = at_row < p.m, counts = exists && is_finite(h);
-                    tame = tame && counts == exists;
-                    high[i] = counts ? float_of(bits_of(h) & kTf32) : 0.0f;
-                    low[i] = counts ? h - high[i] : 0.0f;
-                }
+        for (int c = 0; c < kShare; c += kDepth) {
+            if (c >= count) break;
+            float high[4], low[4];
 #pragma unroll
-                for (int j = 0; j < kTile / 8; ++j) {
-                    float b[2], d[4];
-#pragma unroll
-                    for (int i = 0; i < 2; ++i) {  // past the share h is dead
-                        const int at = first + min(c + quad + i * 4, count - 1);
-                        b[i] = b_at(at, 8 * j + lane / 4);
-                        const bool counts = is_finite(b[i]);
-                        tame = tame && counts;
-                        if (!counts) b[i] = 0.0f;
-                    }
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) d[i] = acc[4 * j + i];
-                    product_tf32(d, high, b[0], b[1]);
-                    product_tf32(d, low, b[0], b[1]);
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) acc[4 * j + i] = d[i];
-                }
+            for (int i = 0; i < 4; ++i) {
+                const bool exists = at_row + i % 2 * 8 < p.m;
+                const float h = tail.h[from][at_row + i % 2 * 8][c + quad + i / 2 * 4];
+                const bool counts = exists && is_finite(h);
+                tame = tame && counts == exists;
+                high[i] = counts ? float_of(bits_of(h) & kTf32) : 0.0f;
+                low[i] = counts ? h - high[i] : 0.0f;
             }
+            const float* b[2];  // past the share h is dead
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+                b[i] = &tail.b[first + min(c + quad + i * 4, count - 1)][lane / 4];
+#pragma unroll
+            for (int j = 0; j < kTile / 8; ++j) product_tf32(sums[j], high, b[0][8 * j], b[1][8 * j]);
+#pragma unroll
+            for (int j = 0; j < kTile / 8; ++j) product_tf32(sums[j], low, b[0][8 * j], b[1][8 * j]);
         }
         return tame;
     }
 
     // The products with an infinity or a NaN, where the gate is not zero.
-    __device__ __forceinline__ void add_wild(float (&acc)[kFragment]) const {
-        const int columns = (linear.rank + kCluster - 1) / kCluster;
+    __device__ __forceinline__ void add_wild(int from, int at_row, int span,
+                                             float (&sums)[kTile / 8][4]) const {
+        const int columns = (linear.rank + kCluster - 1) / kCluster, first = from * columns;
+        const int count = min(columns, linear.rank - first);
+        const int first_n = block.first_n + span * kTile + 2 * quad;
 #pragma unroll 1
-        for (int from = team; from < kCluster; from += kTeams) {
-            const int first = from * columns, count = min(columns, linear.rank - first);
-#pragma unroll 1
-            for (int c = 0; c < count; ++c) {
+        for (int c = 0; c < count; ++c) {
+            const T* own = linear.b + static_cast<int64_t>(first + c) * linear.n + first_n;
 #pragma unroll
-                for (int i = 0; i < kTile / 2; ++i) {
-                    const float h = tail.h[from][row + i / 2 % 2 * 8][c];
-                    const float b = b_at(first + c, 8 * (i / 4) + 2 * quad + i % 2);
-                    if (bits_of(h) != kDead && !(is_finite(h) && is_finite(b)))
-                        acc[i] = fmaf(h, b, acc[i]);
-                }
+            for (int i = 0; i < kTile / 2; ++i) {
+                const float h = tail.h[from][at_row + i / 2 % 2 * 8][c];
+                const int n = 8 * (i / 4) + i % 2;
+                const float b = first_n + n < linear.n ? to_float(own[n]) : 0.0f;
+                if (bits_of(h) != kDead && !(is_finite(h) && is_finite(b)))
+                    sums[i / 4][i % 4] = fmaf(h, b, sums[i / 4][i % 4]);
             }
         }
+    }
+
+    // The update of a share that is `from`, from zero on.
+    __device__ __forceinline__ void make_update(int from, int at_row, int span,
+                                                float (&sums)[kTile / 8][4]) const {
+#pragma unroll
+        for (int i = 0; i < kTile / 2; ++i) sums[i / 4][i % 4] = 0.0f;
+        const bool tame = update_from(from, at_row, sums) && tail.wild == 0;
+        if (__ballot_sync(kFull, !tame) != 0) add_wild(from, at_row, span, sums);
+    }
+
+    // y of the team's tiles and the updates of its share of the blocks, where others find it: base
+    // and four updates u, added as ((base + u0) + u1) + (u2 + u3) whoever does it. Up to 16 rows each
+    // warp makes one of these; else each has 16 rows.
+    __device__ __forceinline__ void write_parts(float (&acc)[kFragment], int span) const {
+        static_assert(kCluster == 4 * kTeams && kTeamWarps == 4);
+        float sums[kTile / 8][4];
+        const auto add = [&] {
+#pragma unroll
+            for (int i = 0; i < kTile / 2; ++i) acc[i] += sums[i / 4][i % 4];
+        };
+        if (p.m <= 16) {
+            make_update(team + warp * kTeams, lane / 4, span, sums);
+            if (warp > 0) {
+#pragma unroll
+                for (int i = 0; i < kTile / 2; ++i) acc[i] = 0.0f;
+            }
+            add();
+            write_part<0, kTile>(acc, row);
+        } else if (warp * 16 < p.m) {
+            make_update(team, row, span, sums);
+            add();
+            make_update(team + kTeams, row, span, sums);
+            add();
+            make_update(team + 2 * kTeams, row, span, sums);
+            float other[kTile / 8][4];
+            make_update(team + 3 * kTeams, row, span, other);
+#pragma unroll
+            for (int i = 0; i < kTile / 2; ++i) sums[i / 4][i % 4] += other[i / 4][i % 4];
+            add();
+            write_part<0, kTile>(acc, row);
+        }
+    }
+
+    // What write_parts has written, added up.
+    __device__ __forceinline__ float add_updated(int at_row, int column) const {
+        if (p.m > 16) return add_parts(at_row, column);
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kTeams; ++i) {
+            const auto& part = tail.part[i];
+            const float one = (part[at_row][column] + part[16 + at_row][column]) +
+                              (part[32 + at_row][column] + part[48 + at_row][column]);
+            sum = i == 0 ? one : sum + one;
+        }
+        return sum;
     }
 
     __device__ __forceinline__ void write_y(int span) const {
@@ -404,7 +486,7 @@ struct Consumer {
         for (int i = threadIdx.x; i < p.m * kTile; i += kConsumers) {
             const int at_row = i / kTile, column = i % kTile;
             if (first + column >= linear.n) continue;
-            const float sum = add_parts(at_row, column) + tail.bias[column];
+            const float sum = add_updated(at_row, column) + tail.bias[column];
             linear.y[at_row * linear.y_stride + first + column] =
                 from_float<T>(tail.task[at_row] == kInvalid ? nanf("") : sum);
         }
@@ -416,10 +498,9 @@ struct Consumer {
 #pragma unroll 1
         for (int span = 0; span < block.spans; ++span) {
             multiply(acc, span);
-            if (span == 0 && warp * 16 < p.m) write_part<kTile, kShare>(acc);
-            wait_for_copies();
-            sync_threads<kConsumers>();
             if (span == 0) {
+                if (warp * 16 < p.m) write_part<kTile, kShare>(acc, row);
+                sync_threads<kConsumers>();
                 make_h(gate);
                 fence_shared_for_copies();
                 sync_threads<kConsumers>();
@@ -430,16 +511,13 @@ struct Consumer {
                 __syncwarp();
                 cluster_begin();
             }
-            if (warp * 16 < p.m) {
-                const bool tame = add_update(acc);
-                if (__ballot_sync(kFull, !tame) != 0) add_wild(acc);
-                write_part<0, kTile>(acc);
-            }
+            wait_barrier(memory.b_ready(), span & 1);
+            write_parts(acc, span);
             sync_threads<kConsumers>();
             write_y(span);
             if (span + 1 < block.spans) {
-                sync_threads<kConsumers>();  // what write_y reads of the bias
-                copy_b(span + 1);
+                arrive_at(memory.b_read(), block.rank);
+                sync_threads<kConsumers>();  // the parts are read
             }
         }
     }
@@ -457,38 +535,42 @@ __global__ void __launch_bounds__(kThreads, 1)
     const M memory{(start + kAtomBytes - 1) / kAtomBytes * kAtomBytes};
     auto& tail = *reinterpret_cast<Tail<kTile>*>(bytes + (memory.tail() - start));
     const Block block = find_block<kTile>(p);
-    const int thread = threadIdx.x, tiles = block.spans * block.chunks;
-    const int ahead = min(tiles, M::kStages);
-    const Copier<T, kTile> copier{p, block, memory};
-    const bool copies = thread == kConsumers;
-    if (copies) {
+    const int thread = threadIdx.x;
+    const int team = __shfl_sync(kFull, thread / kGroupThreads, 0);  // the same for the warp
+    const int warp = __shfl_sync(kFull, thread % kGroupThreads / kLanes, 0);
+    const int lane = thread % kLanes;
+    const Copier<T, kTile> copier(p, block, memory);
+    const bool copies = team == kTeams && lane == 0 && warp != kReadiesB;
+    if (copies && warp == kCopiesW) {
         for (int stage = 0; stage < M::kStages; ++stage) {
             init_barrier(memory.full(stage), 1);
             init_barrier(memory.empty(stage), p.group * kTeamWarps);
         }
         init_barrier(memory.arrivals(), 1);
+        init_barrier(memory.b_ready(), kLanes);
+        init_barrier(memory.b_read(), kConsumers);
         fence_barriers();
         expect_bytes(memory.arrivals(), (kCluster - 1) * p.m * kHPitch * sizeof(float));
-        prefetch_map(p.x);
-        copier.begin(ahead);
+        copier.begin();
     }
+    if (copies && warp == kCopiesX) prefetch_map(p.x);
     __syncwarp();
     cluster_begin();
-    const int team = __shfl_sync(kFull, thread / kGroupThreads, 0);  // the same for the warp
-    const int warp = thread % kGroupThreads / kLanes, lane = thread % kLanes;
-    const Consumer<T, kTile> consumer{p,    p.linears[block.linear],  block,   memory, tail, team,
-                                      warp, lane, warp * 16 + lane / 4, lane % 4};
+    const Linear<T>& linear = p.linears[block.linear];
+    const Consumer<T, kTile> consumer{
+        p,    linear,        block,    memory, tail, team, warp, lane, warp * 16 + lane / 4,
+        lane % 4, block.rank - block.rank % p.group};
     float gate[kElements];
     if (team < kTeams) {
         consumer.load_gates(gate);
-        consumer.copy_b(0);
         if (thread < kRows) tail.task[thread] = find_task(p, thread);
     }
     cluster_wait<kCluster>();  // all barriers are there
     if (team < kTeams) {
         consumer.run(gate);
     } else {
-        if (copies) copier.run(ahead, tiles);
+        if (copies) copier.run(warp);
+        if (warp == kReadiesB) ready_b(linear, block, memory, tail);
         __syncwarp();
         cluster_begin();
     }

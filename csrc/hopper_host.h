@@ -88,7 +88,8 @@ inline const bool hooked = [] {
 }();
 
 inline PhaseBarrier& barrier_at(int block, uint32_t address) {
-    if (blocks[block].left != 0) fail("a barrier of a block that has left");
+    if (block != own_index() && blocks[block].left != 0)
+        fail("a barrier of a block that has left");
     const auto found = phase_barriers.find({block, address});
     if (found != phase_barriers.end()) return found->second;
     fail("a barrier before its start");
