@@ -82,17 +82,15 @@ class MultiLoraDecode {
                          w_strides[l],
                          linears_[l].n,
                          linears_[l].rank};
-        const int count = static_cast<int>(count_);
-        const auto rows = pointer<const void>(x);
-        const auto ids = pointer<const int64_t>(task_ids);
-        const int code =
-            form == kCkfWgmma
-                ? ckf_decode_wgmma(frozen.data(), count, rows, a_, gates_, ids, m, k_, tasks_,
-                                   x_stride, dtype_, device_, pointer<void>(stream))
-                : ckf_decode_linear(frozen.data(), count, rows, a_, gates_, ids, m, k_, tasks_,
-                                    x_stride, dtype_, device_, form == kCkfBulk,
-                                    pointer<void>(stream));
         constexpr int kNotSupported = 801;  // cudaErrorNotSupported
+        const auto launch = [&](auto launcher) {
+            return launcher(frozen.data(), static_cast<int>(count_), pointer<const void>(x), a_,
+                            gates_, pointer<const int64_t>(task_ids), m, k_, tasks_, x_stride,
+                            dtype_, device_, pointer<void>(stream));
+        };
+        int code = kNotSupported;
+        if (form != kCkfLoads) code = launch(ckf_decode_wgmma);
+        if (code == kNotSupported && form != kCkfWgmma) code = launch(ckf_decode_linear);
         if (code != kNotSupported) check(code, "decode_linear");
         return code != kNotSupported;
     }

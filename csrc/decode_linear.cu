@@ -1,4 +1,4 @@
-// Launches the kernel of decode_linear.h: whether A comes in bulk, how many clusters share n.
+// Launches the kernel of decode_linear.h: how many clusters share n.
 #include "decode_linear.h"
 #include "group_sizes.h"
 
@@ -8,23 +8,12 @@ namespace ckf {
 namespace {
 namespace decode_linear {
 
-// Shared memory of a block.
 template <typename P, typename T>
-size_t shared_bytes(const Args<T>& p, int most_rank) {
-    size_t bytes = sizeof(Shared<T, P>);
-    const int columns = std::min((most_rank + P::kCluster - 1) / P::kCluster, P::kShare);
-    if (P::kBulk) bytes += size_t{sizeof(T)} * columns * pitch_of_a(p.k);
-    return bytes;
-}
-
-template <typename P, typename T>
-cudaError_t launch_plan(Args<T> p, int most_rank, int device, cudaStream_t stream) {
+cudaError_t launch_plan(Args<T> p, int device, cudaStream_t stream) {
     constexpr auto kKernel = decode_linear_kernel<T, P>;
     constexpr int kCluster = P::kCluster;
-    const size_t bytes = shared_bytes<P>(p, most_rank);
-    const size_t allowed = P::kBulk ? kMostShared : bytes;  // a block a multiprocessor either way
-    if (bytes > allowed) return cudaErrorNotSupported;
-    const int most = most_clusters<kKernel>(device, P::kThreads, kCluster, allowed);
+    constexpr size_t kBytes = sizeof(Shared<T, P>);
+    const int most = most_clusters<kKernel>(device, P::kThreads, kCluster, kBytes);
     if (most <= 0) return cudaErrorNotSupported;
     p.spans = 1;
     int64_t clusters = place(p, kCluster * kOwn);
@@ -41,12 +30,12 @@ cudaError_t launch_plan(Args<T> p, int most_rank, int device, cudaStream_t strea
                false,
                stream,
                {},
-               bytes};
+               kBytes};
     return launch<kKernel>(how, p);
 }
 
 template <typename T>
-cudaError_t launch_typed(const CkfFrozenLinear* linears, Args<T> p, bool bulk, int device,
+cudaError_t launch_typed(const CkfFrozenLinear* linears, Args<T> p, int device,
                          cudaStream_t stream) {
     constexpr int64_t kSize = sizeof(T);
     bool aligned = p.k > 0 && is_aligned(p.a, p.k * kSize) &&
@@ -71,11 +60,7 @@ cudaError_t launch_typed(const CkfFrozenLinear* linears, Args<T> p, bool bulk, i
     }
     if (!aligned) return cudaErrorNotSupported;
     if (p.m > kRows || most_rank > kMostRank) return cudaErrorNotSupported;
-    if (bulk) {
-        const cudaError_t error = launch_plan<BulkPlan>(p, most_rank, device, stream);
-        if (error != cudaErrorNotSupported) return error;
-    }
-    return launch_plan<Plan>(p, most_rank, device, stream);
+    return launch_plan<Plan>(p, device, stream);
 }
 
 }  // namespace decode_linear
@@ -85,7 +70,7 @@ cudaError_t launch_typed(const CkfFrozenLinear* linears, Args<T> p, bool bulk, i
 extern "C" int ckf_decode_linear(const CkfFrozenLinear* linears, int count, const void* x,
                                  const void* a, const float* gates, const int64_t* task_ids,
                                  int64_t m, int64_t k, int64_t tasks, int64_t x_stride, int dtype,
-                                 int device, int bulk, void* stream) {
+                                 int device, void* stream) {
     constexpr int64_t kMostRows = int64_t{1} << 30;
     const ckf::Sizes sizes = ckf::look_at(linears, count, m, k, tasks, kMostRows);
     if (sizes == ckf::Sizes::kWrong) return cudaErrorInvalidValue;
@@ -103,8 +88,8 @@ extern "C" int ckf_decode_linear(const CkfFrozenLinear* linears, int count, cons
         p.k = static_cast<int>(k);
         p.tasks = static_cast<int>(tasks);
         p.count = count;
-        const cudaError_t error = ckf::decode_linear::launch_typed(
-            linears, p, bulk != 0, device, static_cast<cudaStream_t>(stream));
+        const cudaError_t error =
+            ckf::decode_linear::launch_typed(linears, p, device, static_cast<cudaStream_t>(stream));
         cudaGetLastError();  // forget it: no later launch is to be blamed
         return error;
     };

@@ -10,10 +10,9 @@
 // are in flight, adds up and gates S, and sends h to all. No block waits for h before its first span
 // of W is multiplied.
 //
-// Nothing but A in bulk (BulkPlan) goes through shared memory before it is multiplied: the order of
-// k within a product is free, so a lane's fragments are 16 bytes that lie side by side (mma.h). A
-// row's bits depend on the shapes and that row alone. A gate of zero selects: h is then -0, which is
-// never added.
+// Nothing goes through shared memory before it is multiplied: the order of k within a product is
+// free, so a lane's fragments are 16 bytes that lie side by side (mma.h). A row's bits depend on
+// the shapes and that row alone. A gate of zero selects: h is then -0, which is never added.
 #pragma once
 
 #include "decode_linear_plan.h"
@@ -46,22 +45,9 @@ __device__ __forceinline__ Rows<T> find_w(const Block<T>& block, int span) {
                      end);
 }
 
-// How rows are read: from global memory, kept in the cache or not, or from shared memory.
-enum class Way { kKept, kOnce, kShared };
-
-template <Way kWay>
-__device__ __forceinline__ Words<4> load_by(bool wanted, const void* from) {
-    if constexpr (kWay == Way::kKept)
-        return load_if<Words<4>>(wanted, from);
-    else if constexpr (kWay == Way::kOnce)
-        return load_once(wanted, from);
-    else
-        return load_shared(wanted, from);
-}
-
 // A lane's operands of two products: words 0 and 1, words 2 and 3. Of k or of a matrix what is not
 // there is zero.
-template <Way kWay, typename T, int kCount>
+template <bool kOnce, typename T, int kCount>
 __device__ __forceinline__ void load_chunk(const Block<T>& block, const Rows<T>& rows, int i,
                                            Words<4> (&to)[kCount]) {
     const int at = i * kChunk;
@@ -69,7 +55,8 @@ __device__ __forceinline__ void load_chunk(const Block<T>& block, const Rows<T>&
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
         const bool wanted = inside && j * kTile < rows.left;
-        to[j] = load_by<kWay>(wanted, rows.first + (at + j * rows.step));
+        const T* from = rows.first + (at + j * rows.step);
+        to[j] = kOnce ? load_once(wanted, from) : load_if<Words<4>>(wanted, from);
     }
 }
 
@@ -104,27 +91,6 @@ __device__ __forceinline__ void prefetch_a(const Args<T>& p, const Block<T>& blo
         for (int i = at; i < block.chunks * kChunk; i += kAcross * 2 * kChunk)
             prefetch_if(block.first_k + i < p.k, p.a + row * p.k + block.first_k + i);
     }
-}
-
-// A's columns in shared memory.
-template <typename P, typename T>
-__device__ __forceinline__ T* find_a(Shared<T, P>& shared) {
-    return reinterpret_cast<T*>(&shared + 1);
-}
-
-// The block's columns of A from `first` on, as many as are multiplied at once, on their way there.
-template <typename P, typename T>
-__device__ __forceinline__ void bring_a(const Args<T>& p, const Block<T>& block, int first,
-                                        Shared<T, P>& shared) {
-    const int columns = min(P::kShare, block.end_column - first);
-    if (threadIdx.x != 0 || columns <= 0) return;
-    const int bytes = p.k * static_cast<int>(sizeof(T));
-    const T* from = p.a + static_cast<int64_t>(block.linear.first_column + first) * p.k;
-    T* to = find_a<P>(shared);
-    expect_bulk(&shared.a, columns * bytes);
-#pragma unroll 1
-    for (int c = 0; c < columns; ++c, from += p.k, to += pitch_of_a(p.k))
-        copy_bulk(to, from, bytes, &shared.a);
 }
 
 // This block's columns of b for a span, on their way to shared memory; wait_for_copies() ends it.
@@ -222,48 +188,6 @@ __device__ __forceinline__ void share_h(const Args<T>& p, const Block<T>& block,
     }
 }
 
-// h of the block's columns of A, to all blocks; x holds its first kADepth chunks before and after.
-template <typename P, typename T>
-__device__ __forceinline__ void make_h(const Args<T>& p, const Block<T>& block,
-                                       const Rows<T>& x_rows, Words<4> (&x)[P::kDepth][2],
-                                       Shared<T, P>& shared) {
-    unsigned parity = 0;
-#pragma unroll 1
-    for (int first = block.first_column; first < block.end_column; first += P::kShare) {
-        const T* a = p.a + static_cast<int64_t>(block.linear.first_column) * p.k;
-        const Rows<T> a_rows = P::kBulk ? find_rows(block, static_cast<const T*>(find_a<P>(shared)),
-                                                    pitch_of_a(p.k), 0, block.end_column - first)
-                                        : find_rows(block, a, p.k, first, block.end_column);
-        Words<4> ring[P::kADepth][P::kATiles];
-        if constexpr (!P::kBulk) {
-#pragma unroll
-            for (int d = 0; d < P::kADepth; ++d) load_chunk<Way::kOnce>(block, a_rows, d, ring[d]);
-        }
-        copy_gates<P>(p, block, first, shared);
-        float sums[P::kATiles][4];
-        clear(sums);
-        if constexpr (P::kBulk) wait_for_bulk(&shared.a, parity);
-        parity ^= 1;
-#pragma unroll 1
-        for (int next = P::kADepth; next < block.chunks + P::kADepth; next += P::kADepth) {
-#pragma unroll
-            for (int d = 0; d < P::kADepth; ++d) {
-                if constexpr (P::kBulk)
-                    load_chunk<Way::kShared>(block, a_rows, next - P::kADepth + d, ring[d]);
-                multiply<T>(x[d], ring[d], sums);
-                if constexpr (!P::kBulk) load_chunk<Way::kOnce>(block, a_rows, next + d, ring[d]);
-                load_chunk<Way::kKept>(block, x_rows, next < block.chunks ? next + d : d, x[d]);
-            }
-        }
-        write_part(p, block, sums, shared.part[block.warp]);
-        wait_for_copies();
-        __syncthreads();
-        if constexpr (P::kBulk) bring_a<P>(p, block, first + P::kShare, shared);
-        share_h<P>(p, block, first, shared);
-        if (first + P::kShare < block.end_column) __syncthreads();  // what was written is read
-    }
-}
-
 // h b over a warp's share of the rank, to its sums of the base. Two columns at once: what they need
 // is read before it is used.
 template <typename P, typename T>
@@ -317,27 +241,48 @@ __global__ void __launch_bounds__(P::kThreads, 1)
     using Memory = Shared<T, P>;
     CKF_LARGE_SHARED(Memory, shared);
     const Block<T> block = find_block<P>(p);
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == 0)
         expect_arrivals(&shared.arrivals, p.m * block.linear.rank * sizeof(float));
-        if constexpr (P::kBulk) init_bulk(&shared.a);
-    }
     cluster_begin();  // a block that has begun may be sent to
-    if constexpr (P::kBulk)
-        bring_a<P>(p, block, block.first_column, shared);
-    else
-        prefetch_a(p, block);
+    prefetch_a(p, block);
     Words<4> w[P::kDepth][kTiles], x[P::kDepth][2];
     Rows<T> w_rows = find_w(block, 0);
 #pragma unroll
-    for (int d = 0; d < P::kDepth; ++d) load_chunk<Way::kOnce>(block, w_rows, d, w[d]);
+    for (int d = 0; d < P::kDepth; ++d) load_chunk<true>(block, w_rows, d, w[d]);
     cluster_wait<P::kCluster>();  // before x is read: it makes the cache forget
     const Rows<T> x_rows = find_rows(block, p.x, p.x_stride, 0, p.m);
 #pragma unroll
-    for (int d = 0; d < P::kADepth; ++d) load_chunk<Way::kKept>(block, x_rows, d, x[d]);
+    for (int d = 0; d < P::kADepth; ++d) load_chunk<false>(block, x_rows, d, x[d]);
 
-    make_h<P>(p, block, x_rows, x, shared);
+#pragma unroll 1
+    for (int first = block.first_column; first < block.end_column; first += P::kShare) {
+        const Linear<T>& linear = block.linear;
+        const T* a = p.a + static_cast<int64_t>(linear.first_column) * p.k;
+        const Rows<T> a_rows = find_rows(block, a, p.k, first, block.end_column);
+        Words<4> ring[P::kADepth][P::kATiles];
 #pragma unroll
-    for (int d = P::kADepth; d < P::kDepth; ++d) load_chunk<Way::kKept>(block, x_rows, d, x[d]);
+        for (int d = 0; d < P::kADepth; ++d) load_chunk<true>(block, a_rows, d, ring[d]);
+        copy_gates<P>(p, block, first, shared);
+        float sums[P::kATiles][4];
+        clear(sums);
+#pragma unroll 1
+        for (int next = P::kADepth; next < block.chunks + P::kADepth; next += P::kADepth) {
+#pragma unroll
+            for (int d = 0; d < P::kADepth; ++d) {
+                multiply<T>(x[d], ring[d], sums);
+                load_chunk<true>(block, a_rows, next + d, ring[d]);
+                load_chunk<false>(block, x_rows, next < block.chunks ? next + d : d, x[d]);
+            }
+        }
+        write_part(p, block, sums, shared.part[block.warp]);
+        wait_for_copies();
+        __syncthreads();
+        share_h<P>(p, block, first, shared);
+        if (first + P::kShare < block.end_column) __syncthreads();  // what was written is read
+    }
+
+#pragma unroll
+    for (int d = P::kADepth; d < P::kDepth; ++d) load_chunk<false>(block, x_rows, d, x[d]);
     const int steps = (block.chunks + P::kDepth - 1) / P::kDepth * P::kDepth;
     if (threadIdx.x < kRows) shared.task[threadIdx.x] = find_task(p, threadIdx.x);
     copy_b<P>(block, 0, shared);
@@ -356,8 +301,8 @@ __global__ void __launch_bounds__(P::kThreads, 1)
 #pragma unroll
             for (int d = 0; d < P::kDepth; ++d) {
                 multiply<T>(x[d], w[d], sums);
-                load_chunk<Way::kOnce>(block, w_rows, next + d, w[d]);
-                load_chunk<Way::kKept>(block, x_rows, next + d, x[d]);
+                load_chunk<true>(block, w_rows, next + d, w[d]);
+                load_chunk<false>(block, x_rows, next + d, x[d]);
             }
         }
         wait_for_copies();

@@ -1,7 +1,7 @@
 // What decode_linear.h works on: its plan, its arguments, shared memory, and the share of a block.
 #pragma once
 
-#include "bulk.h"
+#include "device.h"
 #include "launchers.h"
 
 namespace ckf {
@@ -29,22 +29,9 @@ struct Plan {
     static constexpr int kATiles = 2;               // multiplied at once
     static constexpr int kShare = kATiles * kTile;  // columns of A
     static constexpr int kShareOfThread = (kShare * kRows + kThreads - 1) / kThreads;
-    static constexpr bool kBulk = false;            // whether A is copied to shared memory
     static_assert(kADepth <= kDepth);
     static_assert(kShare <= kOwn, "partial sums of A lie where those of W will");
 };
-
-// A comes by bulk copies that are asked for before W. Not measured yet.
-struct BulkPlan : Plan {
-    static constexpr int kADepth = kDepth;  // chunks of x; A's are there
-    static constexpr bool kBulk = true;
-};
-
-constexpr size_t kMostShared = 227 * 1024;  // of a block, where A comes in bulk
-
-// Elements from a column of A to the next in shared memory: an odd multiple of 64 bytes, so that
-// the 16 bytes of eight lanes (two columns, four pieces of each) lie in different banks.
-__host__ __device__ constexpr int pitch_of_a(int k) { return (k + 31) / 64 * 64 + 32; }
 
 template <typename T>
 struct Linear {
@@ -68,16 +55,14 @@ struct Args {
     int spans;  // of n for each block, one after the other
 };
 
-// Where A comes in bulk, its columns follow.
 template <typename T, typename P>
-struct alignas(16) Shared {
+struct Shared {
     float part[P::kWarps][kRows][kPitch];  // from each warp: of S first, then of y
     float h[kMostRank][kRows];
     T b[kMostRank][kOwn];
     float gate[P::kShareOfThread][P::kThreads];
     int task[kRows];
     Arrivals arrivals;  // of h
-    BulkCopies a;
 };
 
 template <typename T>

@@ -8,8 +8,6 @@ namespace ckf {
 namespace {
 namespace decode_wgmma {
 
-constexpr int kMostOwnRows = 16;  // of x that each block copies for itself
-constexpr int kGroup = 2;         // blocks that share the reading of more
 constexpr int kLeastRegisters = 40;  // the body of every target but sm_90a has far fewer
 
 // How many spans of kTile columns each block takes one after the other, so that all clusters run at
@@ -42,6 +40,7 @@ cudaError_t launch_tile(Args<T>& p, const CkfFrozenLinear* linears, int spans,
         if (error != cudaSuccess) return error;
     }
     p.spans = spans;
+    p.stages = Memory<kTile>::stages(p.x_rows);
     const int64_t clusters = place(p, int64_t{spans} * kCluster * kTile);
     Launch how{dim3(static_cast<unsigned>(clusters * kCluster)),
                kThreads,
@@ -78,9 +77,7 @@ cudaError_t launch_typed(const CkfFrozenLinear* linears, Args<T> p, const void* 
         aligned = aligned && is_aligned(from.w, pitch * kSize) && pitch >= p.k;
     }
     if (!aligned || most_rank > kMostRank) return cudaErrorNotSupported;
-    p.group = p.m > kMostOwnRows ? kGroup : 1;
-    const int atoms = (p.m + kAtomRows - 1) / kAtomRows;
-    p.x_rows = (atoms + p.group - 1) / p.group * kAtomRows;
+    p.x_rows = (p.m + kAtomRows - 1) / kAtomRows * kAtomRows;
     p.share = (most_rank + kCluster - 1) / kCluster;
     cudaError_t error = make_map<T>(&p.x, x, p.m, p.k, x_pitch, p.x_rows);
     if (error == cudaSuccess && p.share > 0)

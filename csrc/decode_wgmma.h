@@ -5,12 +5,11 @@
 //   x (m, k), W_l (n_l, k), a (R, k), g (T, R) fp32, ids (m,), b_l (R_l, n_l), y_l (m, n_l); all
 //   elements of 16 bits.
 //
-// W's bytes are what it costs. A block owns spans of kTile columns of n, over all of k; one thread
-// copies tiles of x, W and A through a ring in shared memory (TMA), as far ahead as the ring is
-// long, and never stops for the update. To the product the rows of A are further rows of W: one
+// W's bytes are what it costs. A block owns spans of kTile columns of n, over all of k; three threads
+// copy tiles of x, W and A through a ring in shared memory (TMA), as far ahead as the ring is
+// long, and never stop for the update. To the product the rows of A are further rows of W: one
 // instruction (WGMMA 64 x (kTile + 16) x 16) multiplies both, so S costs no second pass over x. The
-// columns of A are shared out over a cluster of eight blocks; with many rows a group of them shares
-// the reading of x, each bringing some rows to all of the group.
+// columns of A are shared out over a cluster of eight blocks.
 // At the end of k each block adds up and gates its columns of S, sends h to the other seven, and adds
 // h b to its columns of y. Warpgroups take the tiles in turn, so y and S are sums of kTeams parts,
 // always in the same order. A row's bits depend on the shapes and that row alone. A gate of zero
@@ -43,7 +42,10 @@ constexpr uint32_t kDead = 0x80000000u;  // -0 in h: the gate is zero; a live h 
 constexpr int kInvalid = -2;             // the task of a row that becomes NaN; -1: base only
 constexpr uint32_t kTf32 = 0xffffe000u;  // the bits of a float32 that a tensor core reads
 constexpr unsigned kMostShared = 227 * 1024;
-constexpr unsigned kXBytes = kRows * kRowBytes, kABytes = kShare * kRowBytes;
+constexpr unsigned kABytes = kShare * kRowBytes;
+constexpr int kMostStages = 16;
+constexpr unsigned kBarrierBytes = 512;
+static_assert(8 * (2 * kMostStages + 3) <= kBarrierBytes);
 
 template <typename T>
 struct Linear {
@@ -65,8 +67,8 @@ struct Args {
     const int64_t* task_ids;
     int m, k, rank, tasks, count;
     int spans;   // of n for each block, one after the other
-    int group;   // blocks that bring each other rows of x
-    int x_rows;  // that one of them brings
+    int x_rows;  // that one copy brings: m, rounded up to whole atoms
+    int stages;  // of the ring
     int share;   // columns of A that one copy brings, 0: there are none
 };
 
@@ -85,24 +87,35 @@ struct alignas(16) Tail {
 template <int kTile>
 struct Memory {
     static constexpr unsigned kWBytes = kTile * kRowBytes;
-    static constexpr unsigned kStageBytes = kXBytes + kWBytes + kABytes;
-    static constexpr unsigned kOthers = kAtomBytes + sizeof(Tail<kTile>) + 512;
-    static constexpr int kStages = (kMostShared - kOthers) / kStageBytes;
-    static constexpr unsigned kBytes = kOthers + kStages * kStageBytes;
-    static_assert(kStages >= 4 && 16 * kStages + 24 <= 512, "barriers have 512 bytes");
+    static constexpr unsigned kOthers = kAtomBytes + sizeof(Tail<kTile>) + kBarrierBytes;
+    static constexpr unsigned kRingBytes = (kMostShared - kOthers) / kAtomBytes * kAtomBytes;
+    static constexpr unsigned kBytes = kOthers + kRingBytes;
+
+    static __host__ __device__ constexpr unsigned stage_bytes(int x_rows) {
+        return x_rows * kRowBytes + kWBytes + kABytes;
+    }
+    // A product reads kRows of x. Those that are not there are whatever follows in memory, which the
+    // rows of y that are not there see alone; the last stage's lie within the ring too.
+    static __host__ __device__ constexpr int stages(int x_rows) {
+        const unsigned beyond = (kRows - x_rows) * kRowBytes;
+        const unsigned behind = beyond > kWBytes + kABytes ? beyond - kWBytes - kABytes : 0;
+        const int fit = static_cast<int>((kRingBytes - behind) / stage_bytes(x_rows));
+        return fit < kMostStages ? fit : kMostStages;
+    }
 
     uint32_t base;
-    __device__ __forceinline__ uint32_t x(int stage) const { return base + stage * kStageBytes; }
-    __device__ __forceinline__ uint32_t w(int stage) const { return x(stage) + kXBytes; }
+    unsigned x_bytes, step;  // of a stage: of x, of all
+    __device__ __forceinline__ uint32_t x(int stage) const { return base + stage * step; }
+    __device__ __forceinline__ uint32_t w(int stage) const { return x(stage) + x_bytes; }
     __device__ __forceinline__ uint32_t a(int stage) const { return w(stage) + kWBytes; }
     __device__ __forceinline__ uint32_t full(int stage) const {
-        return base + kStages * kStageBytes + 8 * stage;
+        return base + kRingBytes + 8 * stage;
     }
-    __device__ __forceinline__ uint32_t empty(int stage) const { return full(kStages + stage); }
-    __device__ __forceinline__ uint32_t arrivals() const { return full(2 * kStages); }
-    __device__ __forceinline__ uint32_t b_ready() const { return full(2 * kStages + 1); }
-    __device__ __forceinline__ uint32_t b_read() const { return full(2 * kStages + 2); }
-    __device__ __forceinline__ uint32_t tail() const { return full(64); }
+    __device__ __forceinline__ uint32_t empty(int stage) const { return full(kMostStages + stage); }
+    __device__ __forceinline__ uint32_t arrivals() const { return full(2 * kMostStages); }
+    __device__ __forceinline__ uint32_t b_ready() const { return full(2 * kMostStages + 1); }
+    __device__ __forceinline__ uint32_t b_read() const { return full(2 * kMostStages + 2); }
+    __device__ __forceinline__ uint32_t tail() const { return full(0) + kBarrierBytes; }
 };
 
 struct Block {
@@ -146,81 +159,67 @@ __device__ __forceinline__ int find_task(const Args<T>& p, int row) {
 inline const bool clusters_in_turn = [] { return ckf_host::together = false, true; }();
 #endif
 
-// A tile and where it goes; its turn through the ring, as a barrier's parity.
-template <int kStages>
+// A tile and where it lies; its turn through the ring, as a barrier's parity.
 struct Step {
-    int span = 0, depth = 0, stage = 0;
-    unsigned parity = 1;  // every stage is empty at first
-    __device__ __forceinline__ void next(int k) {
+    int span, depth, stage;
+    unsigned parity;
+    __device__ __forceinline__ void next(int k, int stages) {
         depth += kRowElements;
         if (depth >= k) depth = 0, ++span;
-        if (++stage == kStages) stage = 0, parity ^= 1;
+        if (++stage == stages) stage = 0, parity ^= 1;
     }
 };
 
 // A thread that copies tiles of all spans, as stages become empty.
 template <typename T, int kTile>
 struct Copier {
-    using M = Memory<kTile>;
     const Args<T>& p;
     const Linear<T>& linear;
-    const M& memory;
-    int k, group, tiles, ahead;  // ahead: that fill the ring
-    int n, x_row, a_row;         // the first of n, of x and of A that this block brings
-    unsigned bytes_of_x, blocks;
+    const Memory<kTile>& memory;
+    int k, stages, chunks, tiles, ahead;  // ahead: that fill the ring
+    int n, a_row;                 // the first of n and of A that this block brings
 
-    __device__ __forceinline__ Copier(const Args<T>& p_, const Block& block, const M& memory_)
-        : p(p_), linear(p_.linears[block.linear]), memory(memory_), k(p_.k), group(p_.group) {
-        tiles = block.spans * block.chunks;
-        ahead = min(tiles, M::kStages);
+    __device__ __forceinline__ Copier(const Args<T>& p_, const Block& block,
+                                      const Memory<kTile>& memory_)
+        : p(p_), linear(p_.linears[block.linear]), memory(memory_), k(p_.k), stages(p_.stages) {
+        chunks = block.chunks;
+        tiles = block.spans * chunks;
+        ahead = min(tiles, stages);
         n = block.first_n;
-        x_row = block.rank % group * p.x_rows;
         a_row = linear.first_column + block.first_column;
-        bytes_of_x = (p.m + p.x_rows - 1) / p.x_rows * p.x_rows * kRowBytes;
-        blocks = ((1u << group) - 1) << (block.rank - block.rank % group);
     }
 
     // Of W, and the bytes that the stage waits for.
-    __device__ __forceinline__ void bring_w(const Step<M::kStages>& to) const {
+    __device__ __forceinline__ void bring_w(const Step& to) const {
         const uint32_t full = memory.full(to.stage);
         const unsigned of_a = to.span == 0 ? p.share * kRowBytes : 0;
-        expect_bytes(full, bytes_of_x + kTile * kRowBytes + of_a);
+        expect_bytes(full, memory.x_bytes + kTile * kRowBytes + of_a);
         load_tile(memory.w(to.stage), linear.w, full, to.depth, n + to.span * kTile);
     }
-
-    // Rows of x, to all of the group.
-    __device__ __forceinline__ void bring_x(const Step<M::kStages>& to) const {
-        const uint32_t x = memory.x(to.stage) + x_row * kRowBytes, full = memory.full(to.stage);
-        if (group == 1)
-            load_tile(x, p.x, full, to.depth, 0);
-        else if (x_row < p.m)
-            load_tile_for(blocks, x, p.x, full, to.depth, x_row);
+    __device__ __forceinline__ void bring_x(const Step& to) const {
+        load_tile(memory.x(to.stage), p.x, memory.full(to.stage), to.depth, 0);
     }
-
-    __device__ __forceinline__ void bring_a(const Step<M::kStages>& to) const {
+    __device__ __forceinline__ void bring_a(const Step& to) const {
         if (to.span == 0 && p.share > 0)
             load_tile(memory.a(to.stage), p.a, memory.full(to.stage), to.depth, a_row);
     }
 
-    // One thread for all: what needs no other block's barriers.
+    // One thread for all, while nobody else knows the barriers.
     __device__ __forceinline__ void begin() const {
-        Step<M::kStages> step;
+        Step step{0, 0, 0, 0};
 #pragma unroll 1
-        for (int i = 0; i < ahead; ++i, step.next(k)) {
+        for (int i = 0; i < ahead; ++i, step.next(k, stages)) {
             bring_w(step);
-            if (group == 1) bring_x(step);
+            bring_x(step);
             bring_a(step);
         }
     }
 
     // A thread for each role.
     __device__ __forceinline__ void run(int role) const {
-        Step<M::kStages> step;
+        Step step{ahead / chunks, ahead % chunks * kRowElements, 0, 0};
 #pragma unroll 1
-        for (int i = 0; i < ahead; ++i, step.next(k))
-            if (role == kCopiesX && group > 1) bring_x(step);
-#pragma unroll 1
-        for (int i = ahead; i < tiles; ++i, step.next(k)) {
+        for (int i = ahead; i < tiles; ++i, step.next(k, stages)) {
             if (role == kCopiesA && step.span > 0) break;
             wait_barrier(memory.empty(step.stage), step.parity);
             if (role == kCopiesW)
@@ -230,12 +229,6 @@ struct Copier {
             else
                 bring_a(step);
         }
-        if (role != kCopiesW) return;
-        if (tiles < M::kStages) step.stage = 0, step.parity = 0;
-        // What others still have to say to this block's barriers, before it may leave.
-#pragma unroll 1
-        for (int i = 0; i < ahead; ++i, step.next(k))
-            wait_barrier(memory.empty(step.stage), step.parity);
     }
 };
 
@@ -286,31 +279,31 @@ struct Consumer {
     Tail<kTile>& tail;
     int team, warp, lane;  // warp: in the team
     int row, quad;         // of the thread's part of a product: `row` and the eighth after it
-    int partners;          // the first block of the group
 
     __device__ __forceinline__ void release(int stage) const {
-        if (lane < p.group) arrive_at(memory.empty(stage), partners + lane);
+        if (lane == 0) arrive_at(memory.empty(stage), block.rank);
     }
 
-    // This team's part of x (W, A)^T in a span.
-    __device__ __forceinline__ void multiply(float (&acc)[kFragment], int span) const {
+    // This team's part of x (W, A)^T in a span: every kTeams-th tile, `step` being the next.
+    __device__ __forceinline__ void multiply(float (&acc)[kFragment], Step& step) const {
 #pragma unroll
         for (int i = 0; i < kColumns / 2; ++i) acc[i] = 0.0f;
         int held = -1;  // a stage whose products may be in flight
 #pragma unroll 1
-        for (int i = span * block.chunks + team; i < (span + 1) * block.chunks; i += kTeams) {
-            const int stage = i % M::kStages;
-            wait_barrier(memory.full(stage), i / M::kStages & 1);
-            const uint64_t a = rows_of_k(memory.x(stage)), b = rows_of_k(memory.w(stage));
+        for (int i = 0; i < block.chunks; ++i, step.next(p.k, p.stages)) {
+            if (i % kTeams != team) continue;
+            wait_barrier(memory.full(step.stage), step.parity);
+            const uint64_t a = rows_of_k(memory.x(step.stage));
+            const uint64_t b = rows_of_k(memory.w(step.stage));
             fence_products();
 #pragma unroll
-            for (int step = 0; step < kRowElements / static_cast<int>(kStepK); ++step)
-                product<T, false, kColumns>(acc, a + step * kDescriptorStep<false>,
-                                            b + step * kDescriptorStep<false>, true);
+            for (int at = 0; at < kRowElements / static_cast<int>(kStepK); ++at)
+                product<T, false, kColumns>(acc, a + at * kDescriptorStep<false>,
+                                            b + at * kDescriptorStep<false>, true);
             commit_products();
             wait_products<1, T>(acc);
             if (held >= 0) release(held);
-            held = stage;
+            held = step.stage;
         }
         wait_products<0, T>(acc);
         if (held >= 0) release(held);
@@ -495,9 +488,10 @@ struct Consumer {
     // All of it, but for the second half of the cluster's last barrier.
     __device__ __forceinline__ void run(const float (&gate)[kElements]) const {
         float acc[kFragment];
+        Step step{0, 0, 0, 0};
 #pragma unroll 1
         for (int span = 0; span < block.spans; ++span) {
-            multiply(acc, span);
+            multiply(acc, step);
             if (span == 0) {
                 if (warp * 16 < p.m) write_part<kTile, kShare>(acc, row);
                 sync_threads<kConsumers>();
@@ -531,8 +525,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 #ifdef CKF_HAS_WGMMA
     using M = Memory<kTile>;
     CKF_DYNAMIC_SHARED(bytes);
-    const uint32_t start = shared_address(bytes);  // the same in all blocks, as multicast needs
-    const M memory{(start + kAtomBytes - 1) / kAtomBytes * kAtomBytes};
+    const uint32_t start = shared_address(bytes);  // the same in all blocks
+    const M memory{(start + kAtomBytes - 1) / kAtomBytes * kAtomBytes, p.x_rows * kRowBytes,
+                   M::stage_bytes(p.x_rows)};
     auto& tail = *reinterpret_cast<Tail<kTile>*>(bytes + (memory.tail() - start));
     const Block block = find_block<kTile>(p);
     const int thread = threadIdx.x;
@@ -542,9 +537,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     const Copier<T, kTile> copier(p, block, memory);
     const bool copies = team == kTeams && lane == 0 && warp != kReadiesB;
     if (copies && warp == kCopiesW) {
-        for (int stage = 0; stage < M::kStages; ++stage) {
+        for (int stage = 0; stage < p.stages; ++stage) {
             init_barrier(memory.full(stage), 1);
-            init_barrier(memory.empty(stage), p.group * kTeamWarps);
+            init_barrier(memory.empty(stage), kTeamWarps);
         }
         init_barrier(memory.arrivals(), 1);
         init_barrier(memory.b_ready(), kLanes);
@@ -553,13 +548,11 @@ __global__ void __launch_bounds__(kThreads, 1)
         expect_bytes(memory.arrivals(), (kCluster - 1) * p.m * kHPitch * sizeof(float));
         copier.begin();
     }
-    if (copies && warp == kCopiesX) prefetch_map(p.x);
     __syncwarp();
     cluster_begin();
     const Linear<T>& linear = p.linears[block.linear];
-    const Consumer<T, kTile> consumer{
-        p,    linear,        block,    memory, tail, team, warp, lane, warp * 16 + lane / 4,
-        lane % 4, block.rank - block.rank % p.group};
+    const Consumer<T, kTile> consumer{p,    linear, block, memory, tail,
+                                      team, warp,   lane,  warp * 16 + lane / 4, lane % 4};
     float gate[kElements];
     if (team < kTeams) {
         consumer.load_gates(gate);
@@ -574,7 +567,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         __syncwarp();
         cluster_begin();
     }
-    cluster_wait<kCluster>();  // nobody leaves while others copy or arrive here, or copy its h
+    cluster_wait<kCluster>();  // nobody leaves while its h is copied
 #else
     __trap();  // the launcher keeps launches away from here
 #endif

@@ -125,11 +125,6 @@ __device__ __forceinline__ void load_tile_for(unsigned blocks, uint32_t to, cons
         : "memory");
 }
 
-// A hint: copies by this map will be asked for soon.
-__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
-
 // Ordinary stores to shared memory come before the copies from there that follow a barrier.
 __device__ __forceinline__ void fence_shared_for_copies() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

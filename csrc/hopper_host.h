@@ -230,7 +230,6 @@ inline void load_tile(uint32_t to, const TensorMap& map, uint32_t barrier, int c
     load_tile_for(1u << ckf_host::own_index() % ckf_host::cluster_size, to, map, barrier, column, row);
 }
 
-inline void prefetch_map(const TensorMap&) {}
 inline void fence_shared_for_copies() {}
 inline void send_rows(uint32_t address, unsigned bytes, uint32_t barrier, unsigned rank) {
     if (address % 16 != 0 || bytes % 16 != 0 || bytes == 0) ckf_host::fail("a copy off its alignment");

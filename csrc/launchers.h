@@ -17,9 +17,9 @@ struct CkfLinear {
     int64_t y_stride, n, rank;
 };
 
-// The kernels that compute the base as well: A by loads, A by bulk copies where it fits, all operands
-// by tile copies. The numbers are shared with ckf/kernels/cuda.py.
-enum CkfDecodeForm : int { kCkfLoads = 0, kCkfBulk = 1, kCkfWgmma = 2 };
+// The kernels that compute the base as well: whichever is for the call, ckf_decode_wgmma first; or one
+// of them. The numbers are shared with ckf/kernels/cuda.py.
+enum CkfDecodeForm : int { kCkfAnyForm = 0, kCkfLoads = 1, kCkfWgmma = 2 };
 
 // A frozen linear of a group with its update: w (n, k) and y (m, n) with row strides in elements,
 // bias (n,) or null, b (rank, n).
@@ -86,13 +86,11 @@ int ckf_multi_lora_decode(const CkfLinear* linears, int count, const void* x, co
 // what ckf_multi_lora_decode adds to it; arguments and ids as there. For up to 16 rows of float16 or
 // bfloat16 on a device with clusters of eight blocks, ranks of at most 256, k a multiple of eight;
 // x, a and w 16-byte aligned, x_stride and w_stride multiples of eight.
-// bulk: A is brought to shared memory by bulk copies, where its columns of a block fit.
 // Returns cudaErrorNotSupported (801), having done nothing, where the arguments or the device are
 // not such; otherwise as above.
 int ckf_decode_linear(const CkfFrozenLinear* linears, int count, const void* x, const void* a,
                       const float* gates, const int64_t* task_ids, int64_t m, int64_t k,
-                      int64_t tasks, int64_t x_stride, int dtype, int device, int bulk,
-                      void* stream);
+                      int64_t tasks, int64_t x_stride, int dtype, int device, void* stream);
 
 // The same for up to 64 rows by copies of tiles and warpgroup products, where the code is for sm_90a:
 // ranks of at most 128.

@@ -27,7 +27,6 @@ void load_into(Words<kWords>& value, bool wanted, const void* p) {
     if (wanted) memcpy(&value, p, sizeof(value));
 }
 inline Words<4> load_once(bool wanted, const void* p) { return load_if<Words<4>>(wanted, p); }
-inline Words<4> load_shared(bool wanted, const void* p) { return load_if<Words<4>>(wanted, p); }
 #else
 // What p points at, or anything. Never a branch: many fly at once, in the order of the source.
 template <int kWords>
@@ -96,18 +95,6 @@ __device__ __forceinline__ Words<4> load_once(bool wanted, const void* p) {
         "mov.u32 %3, 0; @q ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];}"
         : "=&r"(v.w[0]), "=&r"(v.w[1]), "=&r"(v.w[2]), "=&r"(v.w[3])
         : "l"(p), "r"(is_wanted));
-    return v;
-}
-
-// The same from shared memory.
-__device__ __forceinline__ Words<4> load_shared(bool wanted, const void* p) {
-    const int is_wanted = wanted;
-    Words<4> v;
-    asm volatile(
-        "{.reg .pred q; setp.ne.s32 q, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; "
-        "mov.u32 %3, 0; @q ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];}"
-        : "=&r"(v.w[0]), "=&r"(v.w[1]), "=&r"(v.w[2]), "=&r"(v.w[3])
-        : "r"(static_cast<unsigned>(__cvta_generic_to_shared(p))), "r"(is_wanted));
     return v;
 }
 #endif

@@ -107,7 +107,7 @@ def _measured_once(index: int, dtype: torch.dtype, call: Call) -> tuple[str, str
         usable.append("triton")
     if floats and _outside_cuda(call) is None and _cuda_usable(index)[0]:
         usable.append("cuda")
-        if _outside_linear("linear", dtype, call) is None:
+        if _outside_linear(dtype, call) is None:
             usable.append("cuda:linear")
     return tuple(measured_choice(_device_name(index), call, tuple(usable)))
 
@@ -134,7 +134,7 @@ def _refusal(backend: str, plan: str, x: torch.Tensor, call: Call) -> str | None
         return None
     why = _why_not_cuda(x, call)
     owns_base = plan not in ("", CUDA_PLANS[0])
-    return _outside_linear(plan, x.dtype, call) if why is None and owns_base else why
+    return _outside_linear(x.dtype, call) if why is None and owns_base else why
 
 
 def _interpreting() -> bool:
@@ -197,13 +197,13 @@ def _why_not_cuda(x: torch.Tensor, call: Call) -> str | None:
     return None if usable else why
 
 
-def _outside_linear(plan: str, dtype: torch.dtype, call: Call) -> str | None:
-    """Why that kernel of csrc, which owns the base, is not for a call of these sizes."""
+def _outside_linear(dtype: torch.dtype, call: Call) -> str | None:
+    """Why csrc's kernels that own the base are not for a call of these sizes."""
     if dtype.itemsize != 2:
         return f"dtype {dtype}; this plan takes float16 and bfloat16"
-    most = cuda.most_linear_rank(call.m, plan)
+    most = cuda.most_linear_rank(call.m)
     if most == 0:
-        return f"{call.m} rows; this plan is for {cuda.MAX_LINEAR_ROWS[plan]} or fewer"
+        return f"{call.m} rows; this plan is for {cuda.MAX_LINEAR_ROWS} or fewer"
     if call.linear_rank > most:
         return f"{call.linear_rank} rank columns of a linear; this plan takes {most}"
     return f"k is {call.k}; this plan takes multiples of 8" if call.k % 8 else None

@@ -13,11 +13,10 @@ from torch import Tensor
 from ckf.kernels.extension import extension_info, load_extension
 
 MAX_ROWS = 256  # the kernel reads A once for every few rows: past this, matrix products win
-# The kernels that compute the base as well: CkfDecodeForm in csrc/launchers.h, the most rows, and the
-# most rank columns of a linear.
-FORMS = {"linear": 0, "bulk": 1, "wgmma": 2}
-MAX_LINEAR_ROWS = {"linear": 16, "bulk": 16, "wgmma": 64}
-MAX_LINEAR_RANK = {"linear": 256, "bulk": 256, "wgmma": 128}
+# The kernels that compute the base as well, CkfDecodeForm in csrc/launchers.h: the number, the most
+# rows, the most rank columns of a linear.
+FORMS = {"loads": (1, 16, 256), "wgmma": (2, 64, 128)}
+MAX_LINEAR_ROWS = 64
 MAX_RANK = 16384  # R, over all linears of a group
 MAX_LINEARS = 8  # kCkfMostLinears in csrc/launchers.h
 EARLY = 2  # of overlap
@@ -61,9 +60,9 @@ def build_info() -> dict:
     return extension_info(*_load_extension())
 
 
-def most_linear_rank(rows: int, form: str = "linear") -> int:
-    """Rank columns of a linear that a kernel takes with so many rows; 0: too many rows."""
-    return MAX_LINEAR_RANK[form] if rows <= MAX_LINEAR_ROWS[form] else 0
+def most_linear_rank(rows: int) -> int:
+    """Rank columns of a linear that one of those kernels takes with so many rows; 0: too many."""
+    return max((rank for _, most, rank in FORMS.values() if rows <= most), default=0)
 
 
 class DecodeGroup:
@@ -169,7 +168,7 @@ class DecodeGroup:
         weights: Sequence[Tensor],
         biases: Sequence[Tensor | None],
         task_ids: Tensor,
-        form: str = "linear",
+        form: str | None = None,
     ) -> list[Tensor] | None:
         """The outputs of the frozen linears with their update, base included, in one launch.
 
@@ -181,13 +180,12 @@ class DecodeGroup:
             weights: (n_l, k) of a's dtype; rows may be strided.
             biases: (n_l,) or None.
             task_ids: as in a call, but that -1 gives the base alone.
-            form: "linear"; "bulk", which brings A into shared memory by bulk copies (where A does
-                not fit there, as "linear"; the same sums in the same order); "wgmma", which copies
-                tiles and multiplies them by warpgroups (sm_90a).
+            form: None: "wgmma" (tile copies, products of warpgroups; sm_90a) where it is for the
+                call, else "loads". Or one of them.
 
         Returns:
             New tensors (m, n_l). None, and nothing was launched, where that kernel is not for it:
-            more rows or rank columns than ``MAX_LINEAR_ROWS`` and ``MAX_LINEAR_RANK`` say, float32,
+            more rows or rank columns than ``FORMS`` says, float32,
             k no multiple of eight, rows not aligned to 16 bytes, weights of another kind than a
             plain tensor of this dtype, or a GPU without clusters of eight blocks (before sm_90).
 
@@ -197,7 +195,7 @@ class DecodeGroup:
         x_stride = _check_rows("x", x, None, self.k, self.dtype, self.device)
         m = x.shape[0]
         _check_vector("task_ids", task_ids, m, torch.int64, self.device)
-        if m > MAX_LINEAR_ROWS[form] or len(weights) != len(self.widths):
+        if m > MAX_LINEAR_ROWS or len(weights) != len(self.widths):
             return None
         strides, kind = [], (self.dtype, self.device)
         try:
@@ -213,7 +211,8 @@ class DecodeGroup:
         ys = [x.new_empty(m, n) for n in self.widths]
         outputs = [y.data_ptr() for y in ys]
         arguments = (outputs, pointers, strides, offsets, x.data_ptr(), x_stride)
-        done = self._on_device(launch, *arguments, task_ids.data_ptr(), m, FORMS[form])
+        number = 0 if form is None else FORMS[form][0]
+        done = self._on_device(launch, *arguments, task_ids.data_ptr(), m, number)
         return ys if done else None
 
     def _on_device(self, launch, *arguments):

@@ -1,10 +1,8 @@
-"""The "cuda" backend, for a few rows, in one of several ways (``launch.CUDA_PLANS``).
+"""The "cuda" backend, for a few rows, in one of two ways (``launch.CUDA_PLANS``).
 
 "update": cuBLAS writes every base, one launch adds all updates. "linear": one launch computes bases
-and updates, where its kernel is for the call; elsewhere as "update". "bulk" and "wgmma": as
-"linear", in forms of the kernel that have not been measured ("auto" does not know them). Stacking
-the experts costs more launches than the update itself, so a caller that decodes keeps a
-``DecodeCache``.
+and updates, where a kernel for that is for the call; elsewhere as "update". Stacking the experts
+costs more launches than the update itself, so a caller that decodes keeps a ``DecodeCache``.
 """
 
 import warnings
@@ -50,7 +48,7 @@ def forward_pass(
 
 def _group_pass(group: DecodeGroup, x, rows, weights, biases, ids, plan: str) -> list[Tensor]:
     if plan != CUDA_PLANS[0] and not any(weight is None for weight in weights):
-        found = group.linears(rows, weights, biases, ids, plan)
+        found = group.linears(rows, weights, biases, ids)
         if found is not None:
             return [y.view(*x.shape[:-1], y.shape[1]) for y in found]
         _say_once(str(x.device))

@@ -27,7 +27,7 @@ CALLS = 1024  # of which a rule remembers its answer: packed steps bring a new m
 # "gemm": one product for both, of y and of dx, where operands are aligned and H is dense: csrc's on
 # Hopper (hopper.py), which can make H and dS as well, else triton_gemm.py; else as "expand".
 PLANS = ("expand", "addmm", "gemm")
-CUDA_PLANS = ("update", "linear", "bulk", "wgmma")  # of the "cuda" backend: decode.py
+CUDA_PLANS = ("update", "linear")  # of the "cuda" backend: decode.py
 
 
 @dataclass(frozen=True)

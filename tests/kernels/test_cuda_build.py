@@ -87,13 +87,15 @@ def test_no_stack_no_spills(build, nvcc, tmp_path, arch, source):
     if source == "multi_lora_decode.cu":
         assert bool(re.search("UCGABAR_WAIT", code)) is (arch != "sm_80"), "cluster barriers"
         assert bool(re.search("ACQBULK", code)) is (arch != "sm_80"), "the wait for the grid before"
-    if source == "decode_linear.cu":  # clusters, tensor cores, W past the L1 cache
-        own = {"UCGABAR_WAIT", r"HMMA\.16816", r"LDG\.E\.NA\.128"}
-        of_form = {True: {r"UBLKCP", r"LDS\.128"}, False: {r"CCTL\.E\.PF2"}}  # A: copied or ahead
-        for kernel in re.split(r"Function : ", code)[1:]:
-            bulk = "BulkPlan" in kernel.splitlines()[0]
-            found = {op for op in own.union(*of_form.values()) if re.search(op, kernel)}
-            assert found == (set() if arch == "sm_80" else own | of_form[bulk])
+    if source == "decode_linear.cu":  # clusters, tensor cores, W past the L1 cache and ahead to L2
+        for op in ("UCGABAR_WAIT", r"HMMA\.16816", r"LDG\.E\.NA\.128", r"CCTL\.E\.PF2"):
+            assert bool(re.search(op, code)) is (arch != "sm_80"), op
+    if source == "decode_wgmma.cu":  # products of warpgroups fed by tile copies, h by bulk copies
+        assert not re.search(r"C75\d\d", said), said
+        for op in ("HGMMA", "UTMALDG", "UBLKCP", r"HMMA\.1688", "UCGABAR_WAIT"):
+            kernels = re.split(r"Function : ", code)[1:]
+            found = [bool(re.search(op, kernel)) for kernel in kernels]
+            assert found == 8 * [arch == "sm_90a"], op  # two types, four widths
 
 
 def test_hopper_gemm_on_its_chip(build, nvcc, tmp_path):
