@@ -112,9 +112,6 @@ TILE_DEFECTS = {
     "h not waited for": (TILES, "wait_barrier(memory.arrivals(), 0);", ""),
     "h not sent": (TILES, "send_h();\n                wait", "wait"),
     "sums read too early": (TILES, SYNC + "            write_y", "write_y"),
-    "parts written while they are read": (
-        TILES, "sync_threads<kConsumers>();  // the parts are read", "",
-    ),
     "left while its h is copied": (
         TILES, "    cluster_wait<kCluster>();  // nobody leaves", "    // nobody leaves",
     ),
