@@ -170,21 +170,23 @@ struct Step {
     }
 };
 
-// A thread that copies tiles of all spans, as stages become empty.
+// A thread that copies tiles of all spans, as stages become empty. No copy stands under a condition
+// within a loop: ptxas 13.0 made of one that was a copy from a place that did not change.
 template <typename T, int kTile>
 struct Copier {
     const Args<T>& p;
     const Linear<T>& linear;
     const Memory<kTile>& memory;
-    int k, stages, chunks, tiles, ahead;  // ahead: that fill the ring
-    int n, a_row;                 // the first of n and of A that this block brings
+    int chunks, tiles;  // of a span, of all
+    int a_tiles;        // of A, in the first span
+    int n, a_row;       // the first of n and of A that this block brings
 
     __device__ __forceinline__ Copier(const Args<T>& p_, const Block& block,
                                       const Memory<kTile>& memory_)
-        : p(p_), linear(p_.linears[block.linear]), memory(memory_), k(p_.k), stages(p_.stages) {
+        : p(p_), linear(p_.linears[block.linear]), memory(memory_) {
         chunks = block.chunks;
         tiles = block.spans * chunks;
-        ahead = min(tiles, stages);
+        a_tiles = p.share > 0 ? chunks : 0;
         n = block.first_n;
         a_row = linear.first_column + block.first_column;
     }
@@ -200,35 +202,46 @@ struct Copier {
         load_tile(memory.x(to.stage), p.x, memory.full(to.stage), to.depth, 0);
     }
     __device__ __forceinline__ void bring_a(const Step& to) const {
-        if (to.span == 0 && p.share > 0)
-            load_tile(memory.a(to.stage), p.a, memory.full(to.stage), to.depth, a_row);
+        load_tile(memory.a(to.stage), p.a, memory.full(to.stage), to.depth, a_row);
     }
 
-    // One thread for all, while nobody else knows the barriers.
+    // One thread for all, while nobody else knows the barriers: what fills the ring.
     __device__ __forceinline__ void begin() const {
+        const int ahead = min(tiles, p.stages), of_a = min(a_tiles, p.stages);
         Step step{0, 0, 0, 0};
 #pragma unroll 1
-        for (int i = 0; i < ahead; ++i, step.next(k, stages)) {
+        for (int i = 0; i < of_a; ++i, step.next(p.k, p.stages)) {
             bring_w(step);
             bring_x(step);
             bring_a(step);
+        }
+#pragma unroll 1
+        for (int i = of_a; i < ahead; ++i, step.next(p.k, p.stages)) {
+            bring_w(step);
+            bring_x(step);
+        }
+    }
+
+    // The tiles of one operand after those, up to `last`.
+    template <typename Bring>
+    __device__ __forceinline__ void go_on(int last, Bring bring) const {
+        const int ahead = min(tiles, p.stages);
+        Step step{ahead / chunks, ahead % chunks * kRowElements, 0, 0};
+#pragma unroll 1
+        for (int i = ahead; i < last; ++i, step.next(p.k, p.stages)) {
+            wait_barrier(memory.empty(step.stage), step.parity);
+            bring(step);
         }
     }
 
     // A thread for each role.
     __device__ __forceinline__ void run(int role) const {
-        Step step{ahead / chunks, ahead % chunks * kRowElements, 0, 0};
-#pragma unroll 1
-        for (int i = ahead; i < tiles; ++i, step.next(k, stages)) {
-            if (role == kCopiesA && step.span > 0) break;
-            wait_barrier(memory.empty(step.stage), step.parity);
-            if (role == kCopiesW)
-                bring_w(step);
-            else if (role == kCopiesX)
-                bring_x(step);
-            else
-                bring_a(step);
-        }
+        if (role == kCopiesW)
+            go_on(tiles, [&](const Step& step) { bring_w(step); });
+        else if (role == kCopiesX)
+            go_on(tiles, [&](const Step& step) { bring_x(step); });
+        else
+            go_on(a_tiles, [&](const Step& step) { bring_a(step); });
     }
 };
 
