@@ -1,6 +1,6 @@
 """From measured linears to the table by which ``backend="auto"`` chooses on a GPU.
 
-``python benchmarks/make_table.py --results FOLDER [--out FILE] [--decode FILE ...]``
+``python benchmarks/make_table.py --results FOLDER [--out FILE] [--table FILE] [--decode FILE ...]``
 
 Reads bench_linear.json, and bench_scaling.json and bench_decode.json where they are of the same
 sources; writes
@@ -8,7 +8,7 @@ ckf/kernels/tables/<gpu>.json. Only single linears count, rows of one task next 
 it matters. Of several measurements of one shape the first is taken: linear, scaling, decode.
 --decode: CSVs (decode_variants.csv, decode_plans.csv) of csrc's decode kernels measured apart
 since, the latest last; ms in rows of the "token" mix stand for the records' figures of what they
-are "taken" as: "cuda" ("yes" says the same) or "cuda:linear".
+are "taken" as: "cuda" ("yes" says the same) or "cuda:linear". --table: the rows of one there is instead of records.
 """
 
 import argparse
@@ -105,11 +105,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="default: ckf/kernels/tables/<gpu>.json")
     what = "CSVs of the decode kernels, measured apart"
     parser.add_argument("--decode", type=Path, nargs="+", default=[], help=what)
+    parser.add_argument("--table", type=Path, help="begin with its rows instead of the records'")
     options = parser.parse_args(argv)
     paths = [options.results / f"{name}.json" for name in SOURCES]
     try:
-        records = [load_record(p) for p in paths if p.exists() or p is paths[0]]
-        table = make_table(of_one_code(records))
+        if options.table is not None:
+            table = json.loads(options.table.read_text(encoding="utf-8"))
+        else:
+            records = [load_record(p) for p in paths if p.exists() or p is paths[0]]
+            table = make_table(of_one_code(records))
         for file in options.decode:
             table["rows"] = with_decode(table["rows"], file)
     except (OSError, ValueError, KeyError) as error:

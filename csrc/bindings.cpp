@@ -83,13 +83,15 @@ class MultiLoraDecode {
                          linears_[l].n,
                          linears_[l].rank};
         constexpr int kNotSupported = 801;  // cudaErrorNotSupported
-        const auto launch = [&](auto launcher) {
+        const auto launch = [&](auto launcher, auto... others) {
             return launcher(frozen.data(), static_cast<int>(count_), pointer<const void>(x), a_,
                             gates_, pointer<const int64_t>(task_ids), m, k_, tasks_, x_stride,
-                            dtype_, device_, pointer<void>(stream));
+                            dtype_, device_, others..., pointer<void>(stream));
         };
+        constexpr int kAnySpans = 1 << 30;
         int code = kNotSupported;
-        if (form != kCkfLoads) code = launch(ckf_decode_wgmma);
+        if (form != kCkfLoads)
+            code = launch(ckf_decode_wgmma, form == kCkfWgmma ? kAnySpans : 1);
         if (code == kNotSupported && form != kCkfWgmma) code = launch(ckf_decode_linear);
         if (code != kNotSupported) check(code, "decode_linear");
         return code != kNotSupported;

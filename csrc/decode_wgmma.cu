@@ -54,7 +54,7 @@ cudaError_t launch_tile(Args<T>& p, const CkfFrozenLinear* linears, int spans,
 
 template <typename T>
 cudaError_t launch_typed(const CkfFrozenLinear* linears, Args<T> p, const void* x, const void* a,
-                         int64_t x_stride, int device, cudaStream_t stream) {
+                         int64_t x_stride, int most_spans, int device, cudaStream_t stream) {
     constexpr int64_t kSize = sizeof(T);
     if (p.m > kRows || p.k < 8 || p.k % 8 != 0) return cudaErrorNotSupported;
     const int64_t x_pitch = p.m > 1 ? x_stride : p.k;
@@ -91,6 +91,7 @@ cudaError_t launch_typed(const CkfFrozenLinear* linears, Args<T> p, const void* 
     for (int i = 0; i < 4; ++i)
         if (spans[i] > 0 && (best < 0 || spans[i] * kTiles[i] <= spans[best] * kTiles[best]))
             best = i;
+    if (best >= 0 && spans[best] > most_spans) best = -1;
     switch (best) {
         case 0:
             return launch_tile<32>(p, linears, spans[0], stream);
@@ -112,7 +113,7 @@ cudaError_t launch_typed(const CkfFrozenLinear* linears, Args<T> p, const void* 
 extern "C" int ckf_decode_wgmma(const CkfFrozenLinear* linears, int count, const void* x,
                                 const void* a, const float* gates, const int64_t* task_ids,
                                 int64_t m, int64_t k, int64_t tasks, int64_t x_stride, int dtype,
-                                int device, void* stream) {
+                                int device, int most_spans, void* stream) {
     constexpr int64_t kMostRows = int64_t{1} << 30;
     const ckf::Sizes sizes = ckf::look_at(linears, count, m, k, tasks, kMostRows);
     if (sizes == ckf::Sizes::kWrong) return cudaErrorInvalidValue;
@@ -128,7 +129,7 @@ extern "C" int ckf_decode_wgmma(const CkfFrozenLinear* linears, int count, const
         p.tasks = static_cast<int>(tasks);
         p.count = count;
         const cudaError_t error = ckf::decode_wgmma::launch_typed(
-            linears, p, x, a, x_stride, device, static_cast<cudaStream_t>(stream));
+            linears, p, x, a, x_stride, most_spans, device, static_cast<cudaStream_t>(stream));
         cudaGetLastError();  // forget it: no later launch is to be blamed
         return error;
     };

@@ -17,8 +17,9 @@ struct CkfLinear {
     int64_t y_stride, n, rank;
 };
 
-// The kernels that compute the base as well: whichever is for the call, ckf_decode_wgmma first; or one
-// of them. The numbers are shared with ckf/kernels/cuda.py.
+// The kernels that compute the base as well: ckf_decode_wgmma where one span of n a block is enough (on
+// an H100 the other is faster past that), else ckf_decode_linear; or one of them. The numbers are
+// shared with ckf/kernels/cuda.py.
 enum CkfDecodeForm : int { kCkfAnyForm = 0, kCkfLoads = 1, kCkfWgmma = 2 };
 
 // A frozen linear of a group with its update: w (n, k) and y (m, n) with row strides in elements,
@@ -93,10 +94,11 @@ int ckf_decode_linear(const CkfFrozenLinear* linears, int count, const void* x, 
                       int64_t tasks, int64_t x_stride, int dtype, int device, void* stream);
 
 // The same for up to 64 rows by copies of tiles and warpgroup products, where the code is for sm_90a:
-// ranks of at most 128.
+// ranks of at most 128, and each block in at most `most_spans` spans of n one after the other.
 int ckf_decode_wgmma(const CkfFrozenLinear* linears, int count, const void* x, const void* a,
                      const float* gates, const int64_t* task_ids, int64_t m, int64_t k,
-                     int64_t tasks, int64_t x_stride, int dtype, int device, void* stream);
+                     int64_t tasks, int64_t x_stride, int dtype, int device, int most_spans,
+                     void* stream);
 
 // Launches it on `stream`. float16 and bfloat16, compute capability 9.0, code for sm_90a; else
 // cudaErrorNotSupported. Returns a cudaError_t as above.

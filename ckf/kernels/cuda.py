@@ -62,7 +62,11 @@ def build_info() -> dict:
 
 def most_linear_rank(rows: int) -> int:
     """Rank columns of a linear that one of those kernels takes with so many rows; 0: too many."""
-    return max((rank for _, most, rank in FORMS.values() if rows <= most), default=0)
+    found = 0
+    for _, most_rows, most_rank in FORMS.values():  # a loop that torch.compile reads
+        if rows <= most_rows and most_rank > found:
+            found = most_rank
+    return found
 
 
 class DecodeGroup:
@@ -173,15 +177,15 @@ class DecodeGroup:
         """The outputs of the frozen linears with their update, base included, in one launch.
 
         ``ys[l][i] = weights[l] @ x[i] + biases[l] + what a call adds``, summed in float32 and
-        rounded once. Same inputs, same bits, whatever the other rows and linears are.
+        rounded once. Same inputs and form, same bits, whatever the other rows and linears are.
 
         Args:
             x: (m, k) of a's dtype; rows may be strided.
             weights: (n_l, k) of a's dtype; rows may be strided.
             biases: (n_l,) or None.
             task_ids: as in a call, but that -1 gives the base alone.
-            form: None: "wgmma" (tile copies, products of warpgroups; sm_90a) where it is for the
-                call, else "loads". Or one of them.
+            form: None: "wgmma" (tile copies, products of warpgroups; sm_90a) where the device runs
+                all of n at once, else "loads". Or one of them.
 
         Returns:
             New tensors (m, n_l). None, and nothing was launched, where that kernel is not for it:

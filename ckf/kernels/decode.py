@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ckf.kernels.cuda import MAX_LINEARS, DecodeGroup
+from ckf.kernels.cuda import FORMS, MAX_LINEARS, DecodeGroup
 from ckf.kernels.decode_cache import DecodeCache
 from ckf.kernels.group import GroupShape
 from ckf.kernels.launch import CUDA_PLANS
@@ -51,7 +51,8 @@ def _group_pass(group: DecodeGroup, x, rows, weights, biases, ids, plan: str) ->
         found = group.linears(rows, weights, biases, ids)
         if found is not None:
             return [y.view(*x.shape[:-1], y.shape[1]) for y in found]
-        _say_once(str(x.device))
+        if len(rows) <= FORMS["loads"][1]:  # with more, which widths are taken is the launcher's
+            _say_once(str(x.device))
     outputs = []
     for weight, bias, n in zip(weights, biases, group.widths, strict=True):
         empty = weight is None

@@ -33,6 +33,7 @@ class Form:
 
     library: ctypes.CDLL
     name: str
+    most_spans: int = 1 << 30  # of "wgmma"
 
     @property
     def most_rows(self) -> int:
@@ -99,8 +100,10 @@ def launch(
         ctypes.c_int(dtype),
         ctypes.c_int(device),
     )
-    launcher = f"ckf_decode_{'wgmma' if form.name == 'wgmma' else 'linear'}"
-    return getattr(form.library, launcher)(*arguments, ctypes.c_void_p(stream))
+    if form.name == "wgmma":
+        spans = ctypes.c_int(form.most_spans)
+        return form.library.ckf_decode_wgmma(*arguments, spans, ctypes.c_void_p(stream))
+    return form.library.ckf_decode_linear(*arguments, ctypes.c_void_p(stream))
 
 
 def run(form: Form, case: FrozenCase, order=0, clusters=1 << 20) -> list[torch.Tensor]:
@@ -168,6 +171,15 @@ def test_more_rows(tiles, sizes, clusters):
     for order in (1, 2, 3):
         for one, other in zip(first, run(tiles, case, order, clusters), strict=True):
             assert torch.equal(one.view(torch.int16), other.view(torch.int16)), f"order {order}"
+
+
+def test_one_span_alone_where_asked(tiles):
+    """What the launcher refuses then: more columns than all clusters take at once, 64 a block."""
+    one = Form(tiles.library, tiles.name, most_spans=1)
+    case = frozen_case(m=3, k=72, ns=(1024,), ranks=((5, 5, 5),), seed=6)
+    assert call(one, case, clusters=1) == NOT_SUPPORTED
+    assert all(y.isnan().all() for y in case.group.ys), "something was written"
+    assert call(one, case, clusters=2) == 0
 
 
 @pytest.mark.parametrize(("clusters", "n"), [(16, 4096), (13, 4096), (11, 4096), (9, 4096)])

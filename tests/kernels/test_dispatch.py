@@ -128,6 +128,20 @@ def test_what_that_plan_is_asked_for_by_name(tables, monkeypatch, changes, why):
             config.choose_backend("cuda:linear", x, asked)
 
 
+def test_what_the_plan_takes_is_asked_inside_a_graph():
+    """torch.compile reads it with the rest of the choice."""
+
+    def scaled(x):
+        refused = config._outside_linear(x.dtype, call(m=x.shape[0], train=False))
+        return x * cuda.most_linear_rank(x.shape[0]) if refused is None else -x
+
+    compiled = torch.compile(scaled, backend="eager", fullgraph=True)
+    for m, most in ((16, 256), (64, 128)):
+        x = torch.ones(m, 1, dtype=torch.bfloat16)
+        assert torch.equal(compiled(x), most * x)
+    assert torch.equal(compiled(torch.ones(65, 1)), -torch.ones(65, 1))
+
+
 @pytest.mark.parametrize("name", ["NVIDIA H200", "NVIDIA H100 80GB HBM3"])
 def test_a_table_is_found_by_the_name_that_the_driver_gives(tables, name):
     table = json.loads((tables / "test-100.json").read_text()) | {"gpu": name}
