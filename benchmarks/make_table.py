@@ -8,8 +8,8 @@ ckf/kernels/tables/<gpu>.json. Only single linears count, rows of one task next 
 it matters. Of several measurements of one shape the first is taken: linear, scaling, decode.
 --decode: CSVs (decode_variants.csv, decode_plans.csv) of csrc's decode kernels measured apart
 since, the latest last; ms in rows of the "token" mix stand for the records' figures of what they
-are "taken" as: "cuda" ("yes" says the same) or "cuda:linear". --table: the rows of one that there is
-instead of the records'.
+are "taken" as: "cuda" ("yes" says the same) or "cuda:linear". --table: rows of a table instead of
+the records'.
 """
 
 import argparse

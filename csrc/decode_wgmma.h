@@ -5,280 +5,24 @@
 //   x (m, k), W_l (n_l, k), a (R, k), g (T, R) fp32, ids (m,), b_l (R_l, n_l), y_l (m, n_l); all
 //   elements of 16 bits.
 //
-// W's bytes are what it costs. A block owns spans of kTile columns of n, over all of k; three threads
-// copy tiles of x, W and A through a ring in shared memory (TMA), as far ahead as the ring is
-// long, and never stop for the update. To the product the rows of A are further rows of W: one
+// W's bytes are what it costs. A block owns spans of kTile columns of n, over all of k; three
+// threads copy tiles of x, W and A through a ring in shared memory (TMA), as far ahead as the ring
+// is long, and never stop for the update. To the product the rows of A are further rows of W: one
 // instruction (WGMMA 64 x (kTile + 16) x 16) multiplies both, so S costs no second pass over x. The
 // columns of A are shared out over a cluster of eight blocks.
-// At the end of k each block adds up and gates its columns of S, sends h to the other seven, and adds
-// h b to its columns of y. Warpgroups take the tiles in turn, so y and S are sums of kTeams parts,
-// always in the same order. A row's bits depend on the shapes and that row alone. A gate of zero
-// selects: h is then -0, which is never added.
+// At the end of k each block adds up and gates its columns of S, sends h to the other seven, and
+// adds h b to its columns of y. Warpgroups take the tiles in turn, so y and S are sums of kTeams
+// parts, always in the same order. A row's bits depend on the shapes and that row alone. A gate of
+// zero selects: h is then -0, which is never added.
 #pragma once
 
-#include "hopper.h"
-#include "launchers.h"
-#include "mma.h"
+#include "decode_wgmma_copy.h"
 
 namespace ckf {
 namespace {
 namespace decode_wgmma {
 
-constexpr int kRows = 64;  // of x, at most: those of one product
-constexpr int kCluster = 8;
-constexpr int kShare = 16;                    // columns of A, of a block, at most
-constexpr int kMostRank = kCluster * kShare;  // of a linear
-constexpr int kAtomRows = 8;
-constexpr int kTeams = 2;         // warpgroups that multiply
-constexpr int kTeamWarps = kGroupThreads / kLanes;
-constexpr int kConsumers = kTeams * kGroupThreads;
-constexpr int kThreads = kConsumers + kGroupThreads;
-// What the warps after those that multiply do: a thread each copies tiles of W, x and A; one warp
-// makes b ready.
-enum Role : int { kCopiesW, kCopiesX, kCopiesA, kReadiesB };
-constexpr int kElements = (kRows * kShare + kConsumers - 1) / kConsumers;  // of S, of a thread
-constexpr int kHPitch = kShare + 4;      // floats: rows of h in different banks, 16 bytes each
-constexpr uint32_t kDead = 0x80000000u;  // -0 in h: the gate is zero; a live h is never -0
-constexpr int kInvalid = -2;             // the task of a row that becomes NaN; -1: base only
-constexpr uint32_t kTf32 = 0xffffe000u;  // the bits of a float32 that a tensor core reads
-constexpr unsigned kMostShared = 227 * 1024;
-constexpr unsigned kABytes = kShare * kRowBytes;
-constexpr int kMostStages = 16;
-constexpr unsigned kBarrierBytes = 512;
-static_assert(8 * (2 * kMostStages + 3) <= kBarrierBytes);
-
-template <typename T>
-struct Linear {
-    TensorMap w;
-    T* y;
-    const T *bias, *b;
-    int64_t y_stride;
-    int n, rank;
-    int first_column;   // of a and the gates
-    int first_cluster;  // of the grid
-    bool aligned_b;     // rows of b begin at 16 bytes
-};
-
-template <typename T>
-struct Args {
-    Linear<T> linears[kCkfMostLinears];
-    TensorMap x, a;
-    const float* gates;
-    const int64_t* task_ids;
-    int m, k, rank, tasks, count;
-    int spans;   // of n for each block, one after the other
-    int x_rows;  // that one copy brings: m, rounded up to whole atoms
-    int stages;  // of the ring
-    int share;   // columns of A that one copy brings, 0: there are none
-};
-
-// What is not part of the ring.
-template <int kTile>
-struct alignas(16) Tail {
-    static constexpr int kPitch = (kTile + 7) / 16 * 16 + 8;  // no two lanes of a store share a bank
-    float part[kTeams][kRows][kPitch];       // of S first, then of y
-    float h[kCluster][kRows][kHPitch];       // by the block that made it
-    float b[kMostRank][kPitch];  // zero for what is not finite
-    float bias[kTile];
-    int task[kRows];
-    int wild;                                // whether something of b was not finite
-};
-
-template <int kTile>
-struct Memory {
-    static constexpr unsigned kWBytes = kTile * kRowBytes;
-    static constexpr unsigned kOthers = kAtomBytes + sizeof(Tail<kTile>) + kBarrierBytes;
-    static constexpr unsigned kRingBytes = (kMostShared - kOthers) / kAtomBytes * kAtomBytes;
-    static constexpr unsigned kBytes = kOthers + kRingBytes;
-
-    static __host__ __device__ constexpr unsigned stage_bytes(int x_rows) {
-        return x_rows * kRowBytes + kWBytes + kABytes;
-    }
-    // A product reads kRows of x. Those that are not there are whatever follows in memory, which the
-    // rows of y that are not there see alone; the last stage's lie within the ring too.
-    static __host__ __device__ constexpr int stages(int x_rows) {
-        const unsigned beyond = (kRows - x_rows) * kRowBytes;
-        const unsigned behind = beyond > kWBytes + kABytes ? beyond - kWBytes - kABytes : 0;
-        const int fit = static_cast<int>((kRingBytes - behind) / stage_bytes(x_rows));
-        return fit < kMostStages ? fit : kMostStages;
-    }
-
-    uint32_t base;
-    unsigned x_bytes, step;  // of a stage: of x, of all
-    __device__ __forceinline__ uint32_t x(int stage) const { return base + stage * step; }
-    __device__ __forceinline__ uint32_t w(int stage) const { return x(stage) + x_bytes; }
-    __device__ __forceinline__ uint32_t a(int stage) const { return w(stage) + kWBytes; }
-    __device__ __forceinline__ uint32_t full(int stage) const {
-        return base + kRingBytes + 8 * stage;
-    }
-    __device__ __forceinline__ uint32_t empty(int stage) const { return full(kMostStages + stage); }
-    __device__ __forceinline__ uint32_t arrivals() const { return full(2 * kMostStages); }
-    __device__ __forceinline__ uint32_t b_ready() const { return full(2 * kMostStages + 1); }
-    __device__ __forceinline__ uint32_t b_read() const { return full(2 * kMostStages + 2); }
-    __device__ __forceinline__ uint32_t tail() const { return full(0) + kBarrierBytes; }
-};
-
-struct Block {
-    int linear, rank;            // rank: in the cluster
-    int first_n, spans;          // spans: those of the cluster
-    int first_column, columns;   // of A's, within the linear
-    int chunks;                  // of k
-};
-
-template <int kTile, typename T>
-__device__ __forceinline__ Block find_block(const Args<T>& p) {
-    const int cluster = blockIdx.x / kCluster, rank = blockIdx.x % kCluster;
-    int i_linear = p.count - 1;
-    while (cluster < p.linears[i_linear].first_cluster) --i_linear;
-    const Linear<T>& linear = p.linears[i_linear];
-    const int wide = p.spans * kTile;
-    const int first = (cluster - linear.first_cluster) * kCluster * wide;
-    const int columns = (linear.rank + kCluster - 1) / kCluster;
-    const int first_column = min(rank * columns, linear.rank);
-    return {i_linear,
-            rank,
-            first + rank * wide,
-            max(1, min(p.spans, (linear.n - first + kTile - 1) / kTile)),
-            first_column,
-            min(columns, linear.rank - first_column),
-            (p.k + kRowElements - 1) / kRowElements};
-}
-
-__device__ __forceinline__ bool is_finite(float v) {
-    return (bits_of(v) & 0x7f800000u) != 0x7f800000u;
-}
-
-template <typename T>
-__device__ __forceinline__ int find_task(const Args<T>& p, int row) {
-    const int64_t id = row < p.m ? p.task_ids[row] : int64_t{-1};
-    return id >= -1 && id < p.tasks ? static_cast<int>(id) : kInvalid;
-}
-
 #ifdef CKF_HAS_WGMMA
-#ifdef CKF_HOST_SHIM
-inline const bool clusters_in_turn = [] { return ckf_host::together = false, true; }();
-#endif
-
-// A tile and where it lies; its turn through the ring, as a barrier's parity.
-struct Step {
-    int span, depth, stage;
-    unsigned parity;
-    __device__ __forceinline__ void next(int k, int stages) {
-        depth += kRowElements;
-        if (depth >= k) depth = 0, ++span;
-        if (++stage == stages) stage = 0, parity ^= 1;
-    }
-};
-
-// A thread that copies tiles of all spans, as stages become empty. No copy stands under a condition
-// within a loop: ptxas 13.0 made of one that was a copy from a place that did not change.
-template <typename T, int kTile>
-struct Copier {
-    const Args<T>& p;
-    const Linear<T>& linear;
-    const Memory<kTile>& memory;
-    int chunks, tiles;  // of a span, of all
-    int a_tiles;        // of A, in the first span
-    int n, a_row;       // the first of n and of A that this block brings
-
-    __device__ __forceinline__ Copier(const Args<T>& p_, const Block& block,
-                                      const Memory<kTile>& memory_)
-        : p(p_), linear(p_.linears[block.linear]), memory(memory_) {
-        chunks = block.chunks;
-        tiles = block.spans * chunks;
-        a_tiles = p.share > 0 ? chunks : 0;
-        n = block.first_n;
-        a_row = linear.first_column + block.first_column;
-    }
-
-    // Of W, and the bytes that the stage waits for.
-    __device__ __forceinline__ void bring_w(const Step& to) const {
-        const uint32_t full = memory.full(to.stage);
-        const unsigned of_a = to.span == 0 ? p.share * kRowBytes : 0;
-        expect_bytes(full, memory.x_bytes + kTile * kRowBytes + of_a);
-        load_tile(memory.w(to.stage), linear.w, full, to.depth, n + to.span * kTile);
-    }
-    __device__ __forceinline__ void bring_x(const Step& to) const {
-        load_tile(memory.x(to.stage), p.x, memory.full(to.stage), to.depth, 0);
-    }
-    __device__ __forceinline__ void bring_a(const Step& to) const {
-        load_tile(memory.a(to.stage), p.a, memory.full(to.stage), to.depth, a_row);
-    }
-
-    // One thread for all, while nobody else knows the barriers: what fills the ring.
-    __device__ __forceinline__ void begin() const {
-        const int ahead = min(tiles, p.stages), of_a = min(a_tiles, p.stages);
-        Step step{0, 0, 0, 0};
-#pragma unroll 1
-        for (int i = 0; i < of_a; ++i, step.next(p.k, p.stages)) {
-            bring_w(step);
-            bring_x(step);
-            bring_a(step);
-        }
-#pragma unroll 1
-        for (int i = of_a; i < ahead; ++i, step.next(p.k, p.stages)) {
-            bring_w(step);
-            bring_x(step);
-        }
-    }
-
-    // The tiles of one operand after those, up to `last`.
-    template <typename Bring>
-    __device__ __forceinline__ void go_on(int last, Bring bring) const {
-        const int ahead = min(tiles, p.stages);
-        Step step{ahead / chunks, ahead % chunks * kRowElements, 0, 0};
-#pragma unroll 1
-        for (int i = ahead; i < last; ++i, step.next(p.k, p.stages)) {
-            wait_barrier(memory.empty(step.stage), step.parity);
-            bring(step);
-        }
-    }
-
-    // A thread for each role.
-    __device__ __forceinline__ void run(int role) const {
-        if (role == kCopiesW)
-            go_on(tiles, [&](const Step& step) { bring_w(step); });
-        else if (role == kCopiesX)
-            go_on(tiles, [&](const Step& step) { bring_x(step); });
-        else
-            go_on(a_tiles, [&](const Step& step) { bring_a(step); });
-    }
-};
-
-// A warp that brings the block's columns of b for each span and the bias, as float32, while the
-// products go on.
-template <typename T, int kTile>
-__device__ __forceinline__ void ready_b(const Linear<T>& linear, const Block& block,
-                                        const Memory<kTile>& memory, Tail<kTile>& tail) {
-    constexpr int kPieces = kTile / kVec<T>;
-    const int lane = threadIdx.x % kLanes;
-#pragma unroll 1
-    for (int span = 0; span < block.spans; ++span) {
-        if (span > 0) wait_barrier(memory.b_read(), (span - 1) & 1);
-        const int first = block.first_n + span * kTile;
-        bool wild = false;
-#pragma unroll 4
-        for (int i = lane; i < linear.rank * kPieces; i += kLanes) {
-            const int column = i / kPieces, at = i % kPieces * kVec<T>;
-            const int left = linear.n - first - at;
-            const T* from = linear.b + static_cast<int64_t>(column) * linear.n + first + at;
-            const Pack<T> pack = linear.aligned_b ? load<T, true>(from, left) : load<T, false>(from, left);
-#pragma unroll
-            for (int v = 0; v < kVec<T>; ++v) {
-                const float value = to_float(pack.v[v]);
-                wild = wild || !is_finite(value);
-                tail.b[column][at + v] = is_finite(value) ? value : 0.0f;
-            }
-        }
-        for (int i = lane; i < kTile; i += kLanes)
-            tail.bias[i] = linear.bias != nullptr && first + i < linear.n
-                               ? to_float(linear.bias[first + i])
-                               : 0.0f;
-        const bool any = __ballot_sync(kFull, wild) != 0;
-        if (lane == 0) tail.wild = any;
-        arrive_at(memory.b_ready(), block.rank);
-    }
-}
 
 // A thread of the warpgroups that multiply.
 template <typename T, int kTile>
@@ -403,9 +147,11 @@ struct Consumer {
             for (int i = 0; i < 2; ++i)
                 b[i] = &tail.b[first + min(c + quad + i * 4, count - 1)][lane / 4];
 #pragma unroll
-            for (int j = 0; j < kTile / 8; ++j) product_tf32(sums[j], high, b[0][8 * j], b[1][8 * j]);
+            for (int j = 0; j < kTile / 8; ++j)
+                product_tf32(sums[j], high, b[0][8 * j], b[1][8 * j]);
 #pragma unroll
-            for (int j = 0; j < kTile / 8; ++j) product_tf32(sums[j], low, b[0][8 * j], b[1][8 * j]);
+            for (int j = 0; j < kTile / 8; ++j)
+                product_tf32(sums[j], low, b[0][8 * j], b[1][8 * j]);
         }
         return tame;
     }
@@ -440,8 +186,8 @@ struct Consumer {
     }
 
     // y of the team's tiles and the updates of its share of the blocks, where others find it: base
-    // and four updates u, added as ((base + u0) + u1) + (u2 + u3) whoever does it. Up to 16 rows each
-    // warp makes one of these; else each has 16 rows.
+    // and four updates u, added as ((base + u0) + u1) + (u2 + u3) whoever does it. Up to 16 rows
+    // each warp makes one of these; else each has 16 rows.
     __device__ __forceinline__ void write_parts(float (&acc)[kFragment], int span) const {
         static_assert(kCluster == 4 * kTeams && kTeamWarps == 4);
         float sums[kTile / 8][4];
@@ -564,8 +310,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncwarp();
     cluster_begin();
     const Linear<T>& linear = p.linears[block.linear];
-    const Consumer<T, kTile> consumer{p,    linear, block, memory, tail,
-                                      team, warp,   lane,  warp * 16 + lane / 4, lane % 4};
+    const Consumer<T, kTile> consumer{
+        p, linear, block, memory, tail, team, warp, lane, warp * 16 + lane / 4, lane % 4};
     float gate[kElements];
     if (team < kTeams) {
         consumer.load_gates(gate);

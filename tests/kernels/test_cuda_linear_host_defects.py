@@ -11,6 +11,7 @@ from tests.kernels.test_cuda_linear_host import Form, run
 
 HEADER, PLAN, LAUNCHER = "decode_linear.h", "decode_linear_plan.h", "decode_linear.cu"
 TILES, TILES_LAUNCHER = "decode_wgmma.h", "decode_wgmma.cu"
+COPIES, LAYOUT = "decode_wgmma_copy.h", "decode_wgmma_plan.h"
 DEFECTS = {
     "tail of k": (
         PLAN, "min(min(each, all - first) * kChunk, p.k - first * kChunk)",
@@ -72,22 +73,22 @@ def test_defects_are_seen(tmp_path: Path, name):
 SYNC = "sync_threads<kConsumers>();\n"
 TILE_DEFECTS = {
     "the next stage too early": (
-        TILES, "wait_barrier(memory.empty(step.stage), step.parity);", "",
+        COPIES, "wait_barrier(memory.empty(step.stage), step.parity);", "",
     ),
     "a tile not waited for": (TILES, "wait_barrier(memory.full(step.stage), step.parity);", ""),
     "given back while it is read": (TILES, "wait_products<1, T>(acc);", ""),
     "never given back": (TILES, "if (held >= 0) release(held);\n            held", "held"),
     "given back by every lane": (TILES, "if (lane == 0) arrive_at", "arrive_at"),
-    "fewer bytes expected": (TILES, "memory.x_bytes + kTile", "kTile"),
+    "fewer bytes expected": (COPIES, "memory.x_bytes + kTile", "kTile"),
     "columns of A in later spans": (
-        TILES, "to.span == 0 ? p.share * kRowBytes : 0", "p.share * kRowBytes",
+        COPIES, "to.span == 0 ? p.share * kRowBytes : 0", "p.share * kRowBytes",
     ),
-    "another place for A": (TILES, "w(stage) + kWBytes", "w(stage) + kWBytes - kAtomBytes"),
+    "another place for A": (LAYOUT, "w(stage) + kWBytes", "w(stage) + kWBytes - kAtomBytes"),
     "a role goes on where others began": (
-        TILES, "ahead / chunks, ahead % chunks * kRowElements", "0, 0",
+        COPIES, "ahead / chunks, ahead % chunks * kRowElements", "0, 0",
     ),
-    "another block's columns of A": (TILES, "a_row = linear.first_column +", "a_row ="),
-    "no second span": (TILES, "n + to.span * kTile", "n"),
+    "another block's columns of A": (COPIES, "a_row = linear.first_column +", "a_row ="),
+    "no second span": (COPIES, "n + to.span * kTile", "n"),
     "another linear's gates": (TILES, "p.rank + linear.first_column +", "p.rank +"),
     "gate by multiplication": (
         TILES, "gate[i] != 0.0f ? without_sign_of_zero(gate[i] * s) : float_of(kDead)",
@@ -96,9 +97,9 @@ TILE_DEFECTS = {
     "columns past a share": (TILES, "task >= 0 && column < block.columns", "task >= 0"),
     "id not checked": (TILES, "tail.task[at_row] == kInvalid ? nanf(\"\") : ", ""),
     "a team left out": (TILES, "int i = 1; i < kTeams", "int i = 2; i < kTeams"),
-    "no bias": (TILES, "linear.bias != nullptr", "false"),
+    "no bias": (COPIES, "linear.bias != nullptr", "false"),
     "b of the next span too early": (
-        TILES, "if (span > 0) wait_barrier(memory.b_read(), (span - 1) & 1);", "",
+        COPIES, "if (span > 0) wait_barrier(memory.b_read(), (span - 1) & 1);", "",
     ),
     "what is not finite left out": (
         TILES, "if (__ballot_sync(kFull, !tame) != 0) add_wild", "if (false) add_wild",
@@ -115,7 +116,9 @@ TILE_DEFECTS = {
     "left while its h is copied": (
         TILES, "    cluster_wait<kCluster>();  // nobody leaves", "    // nobody leaves",
     ),
-    "a tile of k too few": (TILES, "(p.k + kRowElements - 1) / kRowElements", "p.k / kRowElements"),
+    "a tile of k too few": (
+        LAYOUT, "(p.k + kRowElements - 1) / kRowElements", "p.k / kRowElements",
+    ),
     "spans for more clusters": (TILES_LAUNCHER, "p.spans = spans;", "p.spans = 1;"),
     "no multiple of eight rows": (
         TILES_LAUNCHER, "(p.m + kAtomRows - 1) / kAtomRows * kAtomRows", "p.m / 2",
