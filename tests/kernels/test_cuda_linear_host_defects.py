@@ -21,7 +21,7 @@ DEFECTS = {
         PLAN, "min(min(each, all - first) * kChunk, p.k - first * kChunk)", "p.k - first * kChunk",
     ),
     "another linear's A": (
-        HEADER, "p.a + static_cast<int64_t>(block.linear.first_column) * p.k", "p.a",
+        HEADER, "p.a + static_cast<int64_t>(linear.first_column) * p.k", "p.a",
     ),
     "another block's columns of A": (
         HEADER, "p.k, first, block.end_column", "p.k, 0, block.linear.rank",
@@ -38,8 +38,8 @@ DEFECTS = {
         "        if (",
     ),
     "S added too early": (
-        HEADER, "        wait_for_copies();\n        __syncthreads();\n        if constexpr",
-        "        wait_for_copies();\n        if constexpr",
+        HEADER, "        wait_for_copies();\n        __syncthreads();\n        share_h",
+        "        wait_for_copies();\n        share_h",
     ),
     "h read too early": (
         HEADER, "        if (span == 0) wait_for_arrivals(&shared.arrivals);\n", "",
