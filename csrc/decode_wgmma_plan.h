@@ -30,7 +30,7 @@ constexpr unsigned kMostShared = 227 * 1024;
 constexpr unsigned kABytes = kShare * kRowBytes;
 constexpr int kMostStages = 16;
 constexpr unsigned kBarrierBytes = 512;
-static_assert(8 * (2 * kMostStages + 3) <= kBarrierBytes);
+static_assert(8 * (2 * kMostStages + 3) <= kBarrierBytes && kMostStages % kTeams == 0);
 
 template <typename T>
 struct Linear {
@@ -82,11 +82,14 @@ struct Memory {
     }
     // A product reads kRows of x. Those that are not there are whatever follows in memory, which
     // the rows of y that are not there see alone; the last stage's lie within the ring too.
+    // A multiple of kTeams: a stage is then always the same team's within a span, and a team that
+    // waits for a tile has seen the one that was there before. A barrier's parity alone cannot tell
+    // "there" from "two behind".
     static __host__ __device__ constexpr int stages(int x_rows) {
         const unsigned beyond = (kRows - x_rows) * kRowBytes;
         const unsigned behind = beyond > kWBytes + kABytes ? beyond - kWBytes - kABytes : 0;
         const int fit = static_cast<int>((kRingBytes - behind) / stage_bytes(x_rows));
-        return fit < kMostStages ? fit : kMostStages;
+        return fit < kMostStages ? fit / kTeams * kTeams : kMostStages;
     }
 
     uint32_t base;

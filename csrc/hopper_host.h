@@ -128,11 +128,12 @@ inline void complete(const Copy& copy) {
     settle(barrier);
 }
 
-// One of the copies in flight may land.
+// One of the copies in flight may land; in one of the orders of threads rarely, so that some are long
+// on their way while others of the same time are there.
 inline void land() {
     if (copies.empty()) return;
     moved = true;
-    if (chance() % 4 != 0) return;
+    if (chance() % (order_seed == 3 ? 4000 : 4) != 0) return;
     std::swap(copies[chance() % copies.size()], copies.front());
     const Copy copy = copies.front();
     copies.pop_front();

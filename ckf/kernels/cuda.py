@@ -177,7 +177,8 @@ class DecodeGroup:
         """The outputs of the frozen linears with their update, base included, in one launch.
 
         ``ys[l][i] = weights[l] @ x[i] + biases[l] + what a call adds``, summed in float32 and
-        rounded once. Same inputs and form, same bits, whatever the other rows and linears are.
+        rounded once. Same inputs, same bits, whatever the other rows and linears are, where a form
+        is named; which one None takes goes by all linears' n and by m.
 
         Args:
             x: (m, k) of a's dtype; rows may be strided.
@@ -189,7 +190,8 @@ class DecodeGroup:
 
         Returns:
             New tensors (m, n_l). None, and nothing was launched, where that kernel is not for it:
-            more rows or rank columns than ``FORMS`` says, float32,
+            more rows or rank columns than ``FORMS`` says, more than 16 rows where the device does
+            not run all of n at once or is not sm_90a, float32,
             k no multiple of eight, rows not aligned to 16 bytes, weights of another kind than a
             plain tensor of this dtype, or a GPU without clusters of eight blocks (before sm_90).
 
@@ -199,6 +201,8 @@ class DecodeGroup:
         x_stride = _check_rows("x", x, None, self.k, self.dtype, self.device)
         m = x.shape[0]
         _check_vector("task_ids", task_ids, m, torch.int64, self.device)
+        if form is not None and form not in FORMS:
+            raise ValueError(f"form is {form!r}; expected None or one of {', '.join(FORMS)}")
         if m > MAX_LINEAR_ROWS or len(weights) != len(self.widths):
             return None
         strides, kind = [], (self.dtype, self.device)

@@ -1,7 +1,8 @@
 """The "cuda" backend, for a few rows, in one of two ways (``launch.CUDA_PLANS``).
 
 "update": cuBLAS writes every base, one launch adds all updates. "linear": one launch computes bases
-and updates, where a kernel for that is for the call; elsewhere as "update". Stacking the experts
+and updates, where a kernel for that is for the call; elsewhere as "update" (with 17 to 64 rows
+wherever the GPU is not an H100's relative or does not run all of n at once). Stacking the experts
 costs more launches than the update itself, so a caller that decodes keeps a ``DecodeCache``.
 """
 

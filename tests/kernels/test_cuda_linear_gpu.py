@@ -146,7 +146,7 @@ def test_same_bits_for_fewer_rows(gpu, form):
 @FORMS
 def test_stress(gpu, form):
     """Many launches one after another on fresh memory: the same bits every time."""
-    for m in sorted({3, 9, 16, cuda.FORMS[form][1]}):
+    for m in [m for m in (3, 9, 16, 29, 40, 52, 64) if m <= cuda.FORMS[form][1]]:
         there = frozen_case(m=m, k=2048, ns=(2048, 512), ranks=[(16,) * 5] * 2).to("cuda")
         group = there.group
         prepared = cuda.DecodeGroup(group.a, group.bs, group.column_gates)

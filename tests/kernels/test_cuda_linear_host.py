@@ -159,12 +159,14 @@ def test_spans_one_after_the_other(form, m, clusters):
         {"m": 64, "k": 136, "ns": (264, 24), "ranks": ((16,) * 5, (26, 26, 26, 26, 24))},
         {"m": 40, "k": 1032, "ns": (300,), "ranks": ((0, 3, 0),)},
         {"m": 33, "k": 200, "ns": (72, 8), "ranks": ((0, 0), (5, 2))},
+        {"m": 52, "k": 1032, "ns": (250,), "ranks": ((3, 3, 3),)},
+        {"m": 13, "k": 1032, "ns": (500,), "ranks": ((3, 3, 3),)},
     ],
     ids=lambda s: f"{s['m']}x{s['k']}",
 )
 @pytest.mark.parametrize("clusters", [1 << 20, 1])
 def test_more_rows(tiles, sizes, clusters):
-    """Rows of x that the blocks of a cluster copy for each other; every order of threads."""
+    """Rings of other lengths; every order of threads, copies long on their way in one of them."""
     case = frozen_case(**sizes, padding=8, soft=True)
     first = run(tiles, case, 0, clusters)
     assert_frozen_right(case, first)
@@ -396,3 +398,5 @@ def test_what_the_bridge_leaves_to_others(monkeypatch):
         prepared.linears(group.x, [w], [bias], group.task_ids[:2])
     with pytest.raises(ValueError, match="x is torch.float32"):
         prepared.linears(group.x.float(), [w], [bias], group.task_ids)
+    with pytest.raises(ValueError, match="form is 'bulk'; expected None or one of loads, wgmma"):
+        prepared.linears(group.x, [w], [bias], group.task_ids, "bulk")

@@ -138,3 +138,16 @@ def test_defects_of_tiles_are_seen(tmp_path: Path, name):
             case.group.bs[0][3:6, ::2] = float("inf")
             for order in (0, 1, 3):
                 assert_frozen_right(case, run(changed, case, order, 2))
+
+
+def test_a_stage_that_changes_hands_is_seen(tmp_path: Path):
+    """An odd number of stages, where copies are long on their way."""
+    right, wrong = "fit / kTeams * kTeams : kMostStages", "fit - 1 + fit % 2 : kMostStages - 1"
+    copy_changed(tmp_path, LAYOUT, right, wrong)
+    library = compile_for_host(tmp_path / TILES_LAUNCHER, tmp_path, planted=True)
+    changed = Form(library, "wgmma")
+    with pytest.raises(AssertionError):
+        for m, n in ((52, 250), (40, 250), (13, 500)):
+            case = frozen_case(m=m, k=1032, ns=(n,), ranks=((3, 3, 3),), seed=1)
+            for _ in range(3):
+                assert_frozen_right(case, run(changed, case, 3))
