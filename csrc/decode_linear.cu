@@ -71,11 +71,6 @@ extern "C" int ckf_decode_linear(const CkfFrozenLinear* linears, int count, cons
                                  const void* a, const float* gates, const int64_t* task_ids,
                                  int64_t m, int64_t k, int64_t tasks, int64_t x_stride, int dtype,
                                  int device, void* stream) {
-    constexpr int64_t kMostRows = int64_t{1} << 30;
-    const ckf::Sizes sizes = ckf::look_at(linears, count, m, k, tasks, kMostRows);
-    if (sizes == ckf::Sizes::kWrong) return cudaErrorInvalidValue;
-    if (sizes == ckf::Sizes::kNothingToDo) return cudaSuccess;
-    if (const cudaError_t error = ckf::use_device(device); error != cudaSuccess) return error;
     const auto go = [&](auto zero) {
         using T = decltype(zero);
         ckf::decode_linear::Args<T> p{};
@@ -88,17 +83,8 @@ extern "C" int ckf_decode_linear(const CkfFrozenLinear* linears, int count, cons
         p.k = static_cast<int>(k);
         p.tasks = static_cast<int>(tasks);
         p.count = count;
-        const cudaError_t error =
-            ckf::decode_linear::launch_typed(linears, p, device, static_cast<cudaStream_t>(stream));
-        cudaGetLastError();  // forget it: no later launch is to be blamed
-        return error;
+        return ckf::decode_linear::launch_typed(linears, p, device,
+                                                static_cast<cudaStream_t>(stream));
     };
-    switch (dtype) {
-        case kCkfFloat16:
-            return go(__half{});
-        case kCkfBFloat16:
-            return go(__nv_bfloat16{});
-        default:
-            return cudaErrorNotSupported;
-    }
+    return ckf::launch_halves(linears, count, m, k, tasks, dtype, device, go);
 }

@@ -114,11 +114,6 @@ extern "C" int ckf_decode_wgmma(const CkfFrozenLinear* linears, int count, const
                                 const void* a, const float* gates, const int64_t* task_ids,
                                 int64_t m, int64_t k, int64_t tasks, int64_t x_stride, int dtype,
                                 int device, int most_spans, void* stream) {
-    constexpr int64_t kMostRows = int64_t{1} << 30;
-    const ckf::Sizes sizes = ckf::look_at(linears, count, m, k, tasks, kMostRows);
-    if (sizes == ckf::Sizes::kWrong) return cudaErrorInvalidValue;
-    if (sizes == ckf::Sizes::kNothingToDo) return cudaSuccess;
-    if (const cudaError_t error = ckf::use_device(device); error != cudaSuccess) return error;
     const auto go = [&](auto zero) {
         using T = decltype(zero);
         ckf::decode_wgmma::Args<T> p{};
@@ -128,17 +123,8 @@ extern "C" int ckf_decode_wgmma(const CkfFrozenLinear* linears, int count, const
         p.k = static_cast<int>(k);
         p.tasks = static_cast<int>(tasks);
         p.count = count;
-        const cudaError_t error = ckf::decode_wgmma::launch_typed(
-            linears, p, x, a, x_stride, most_spans, device, static_cast<cudaStream_t>(stream));
-        cudaGetLastError();  // forget it: no later launch is to be blamed
-        return error;
+        return ckf::decode_wgmma::launch_typed(linears, p, x, a, x_stride, most_spans, device,
+                                               static_cast<cudaStream_t>(stream));
     };
-    switch (dtype) {
-        case kCkfFloat16:
-            return go(__half{});
-        case kCkfBFloat16:
-            return go(__nv_bfloat16{});
-        default:
-            return cudaErrorNotSupported;
-    }
+    return ckf::launch_halves(linears, count, m, k, tasks, dtype, device, go);
 }

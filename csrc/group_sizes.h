@@ -50,4 +50,24 @@ inline cudaError_t use_device(int device) {
     return error;
 }
 
+// For the kernels that compute the base as well: checks sizes, goes to the device, and calls
+// `go(zero)` with a zero of the elements' type, which returns what its launch returned.
+template <typename Go>
+cudaError_t launch_halves(const CkfFrozenLinear* linears, int count, int64_t m, int64_t k,
+                          int64_t tasks, int dtype, int device, Go go) {
+    const Sizes sizes = look_at(linears, count, m, k, tasks, int64_t{1} << 30);
+    if (sizes == Sizes::kWrong) return cudaErrorInvalidValue;
+    if (sizes == Sizes::kNothingToDo) return cudaSuccess;
+    cudaError_t error = use_device(device);
+    if (error != cudaSuccess) return error;
+    if (dtype == kCkfFloat16)
+        error = go(__half{});
+    else if (dtype == kCkfBFloat16)
+        error = go(__nv_bfloat16{});
+    else
+        return cudaErrorNotSupported;
+    cudaGetLastError();  // forget it: no later launch is to be blamed
+    return error;
+}
+
 }  // namespace ckf
