@@ -159,7 +159,7 @@ def build_models(
     outcome = outcome or Outcome()
     kinds = [FrozenModel, MasksModel, BigModel, MixedModel, OursModel]
     if device.type == "cuda":
-        kinds += [ours_with(f) for f in ("triton", "cuda", "cuda:linear")]
+        kinds += [ours_with("triton"), ours_with("cuda"), ours_with("cuda:linear")]
     base = make_base(SHAPES[case["model"]], device, getattr(torch, case["dtype"]))
     adapters = make_adapters(base, TASKS, RANK, getattr(torch, case["adapters"]))
     kinds, outcome.reasons = runnable(kinds)

@@ -112,12 +112,6 @@ __device__ __forceinline__ void copy_b(const Block<T>& block, int span, Shared<T
     }
 }
 
-template <typename T>
-__device__ __forceinline__ int find_task(const Args<T>& p, int row) {
-    const int64_t id = row < p.m ? p.task_ids[row] : int64_t{-1};
-    return id >= -1 && id < p.tasks ? static_cast<int>(id) : kInvalid;
-}
-
 // Element i of a thread's share of S: its row, and its column in the share.
 struct Place {
     int row, column;

@@ -1,7 +1,7 @@
 // What decode_linear.h works on: its plan, its arguments, shared memory, and the share of a block.
 #pragma once
 
-#include "device.h"
+#include "decode_rows.h"
 #include "launchers.h"
 
 namespace ckf {
@@ -15,8 +15,6 @@ constexpr int kTiles = 4;                // of W in a span
 constexpr int kOwn = kTiles * kTile;     // columns of a span: those of one block
 constexpr int kPitch = kOwn + 8;         // of partial sums: no two lanes of a store share a bank
 constexpr int kChunk = 32;               // of k: 16 bytes for each of four lanes
-constexpr uint32_t kDead = 0x80000000u;  // -0 in h: the gate is zero; a live h is never -0
-constexpr int kInvalid = -2;             // the task of a row that becomes NaN; -1: base only
 
 // The blocks of a cluster share A's columns; the warps of a block share k, which makes the order of
 // the sum, and fill a multiprocessor. On an H100 (us at 1 and 16 rows, cuBLAS's base 16.5 and 16.7)

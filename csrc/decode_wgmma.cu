@@ -79,10 +79,6 @@ cudaError_t launch_typed(const CkfFrozenLinear* linears, Args<T> p, const void* 
     if (!aligned || most_rank > kMostRank) return cudaErrorNotSupported;
     p.x_rows = (p.m + kAtomRows - 1) / kAtomRows * kAtomRows;
     p.share = (most_rank + kCluster - 1) / kCluster;
-    cudaError_t error = make_map<T>(&p.x, x, p.m, p.k, x_pitch, p.x_rows);
-    if (error == cudaSuccess && p.share > 0)
-        error = make_map<T>(&p.a, a, p.rank, p.k, p.k, p.share);
-    if (error != cudaSuccess) return error;
     // The widest whose blocks have the fewest columns to go through.
     const int spans[] = {find_spans<32>(p, device), find_spans<40>(p, device),
                          find_spans<48>(p, device), find_spans<64>(p, device)};
@@ -91,7 +87,11 @@ cudaError_t launch_typed(const CkfFrozenLinear* linears, Args<T> p, const void* 
     for (int i = 0; i < 4; ++i)
         if (spans[i] > 0 && (best < 0 || spans[i] * kTiles[i] <= spans[best] * kTiles[best]))
             best = i;
-    if (best >= 0 && spans[best] > most_spans) best = -1;
+    if (best < 0 || spans[best] > most_spans) return cudaErrorNotSupported;
+    cudaError_t error = make_map<T>(&p.x, x, p.m, p.k, x_pitch, p.x_rows);
+    if (error == cudaSuccess && p.share > 0)
+        error = make_map<T>(&p.a, a, p.rank, p.k, p.k, p.share);
+    if (error != cudaSuccess) return error;
     switch (best) {
         case 0:
             return launch_tile<32>(p, linears, spans[0], stream);
@@ -99,10 +99,8 @@ cudaError_t launch_typed(const CkfFrozenLinear* linears, Args<T> p, const void* 
             return launch_tile<40>(p, linears, spans[1], stream);
         case 2:
             return launch_tile<48>(p, linears, spans[2], stream);
-        case 3:
-            return launch_tile<64>(p, linears, spans[3], stream);
         default:
-            return cudaErrorNotSupported;
+            return launch_tile<64>(p, linears, spans[3], stream);
     }
 }
 

@@ -1,6 +1,7 @@
 // What decode_wgmma.h works on: its arguments, shared memory, and the share of a block.
 #pragma once
 
+#include "decode_rows.h"
 #include "hopper.h"
 #include "launchers.h"
 #include "mma.h"
@@ -23,8 +24,6 @@ constexpr int kThreads = kConsumers + kGroupThreads;
 enum Role : int { kCopiesW, kCopiesX, kCopiesA, kReadiesB };
 constexpr int kElements = (kRows * kShare + kConsumers - 1) / kConsumers;  // of S, of a thread
 constexpr int kHPitch = kShare + 4;      // floats: rows of h in different banks, 16 bytes each
-constexpr uint32_t kDead = 0x80000000u;  // -0 in h: the gate is zero; a live h is never -0
-constexpr int kInvalid = -2;             // the task of a row that becomes NaN; -1: base only
 constexpr uint32_t kTf32 = 0xffffe000u;  // the bits of a float32 that a tensor core reads
 constexpr unsigned kMostShared = 227 * 1024;
 constexpr unsigned kABytes = kShare * kRowBytes;
@@ -135,12 +134,6 @@ __device__ __forceinline__ Block find_block(const Args<T>& p) {
 
 __device__ __forceinline__ bool is_finite(float v) {
     return (bits_of(v) & 0x7f800000u) != 0x7f800000u;
-}
-
-template <typename T>
-__device__ __forceinline__ int find_task(const Args<T>& p, int row) {
-    const int64_t id = row < p.m ? p.task_ids[row] : int64_t{-1};
-    return id >= -1 && id < p.tasks ? static_cast<int>(id) : kInvalid;
 }
 
 }  // namespace decode_wgmma

@@ -122,8 +122,8 @@ class OursModel(ModelProvider):
 
 
 def ours_with(backend: str) -> type[OursModel]:
-    """The same by one backend of kernels, which take no float64, some of them no float32."""
-    checked_in = torch.bfloat16 if backend.startswith("cuda:") else torch.float32
+    """The same by one backend of kernels, which take no float64, one of them no float32."""
+    checked_in = torch.bfloat16 if backend == "cuda:linear" else torch.float32
     own = {"name": f"ckf-{backend}", "backend": backend, "checked_in": checked_in}
     return type("OursModel", (OursModel,), own)
 

@@ -87,6 +87,15 @@ def test_the_decode_kernel_can_be_measured_apart(tmp_path):
         (2.0, None),
         (None, None),
     ]
+    table = tmp_path / "table.json"
+    table.write_text(json.dumps({"gpu": "a", "record": {"commit": "b"}, "rows": rows}))
+    given = ["--results", str(tmp_path), "--table", str(table), "--out", str(table)]
+    assert make_table.main([*given, "--decode", str(tmp_path / "later.csv")]) == 0
+    made = json.loads(table.read_text())
+    assert (
+        made["rows"][0] == row | {"cuda": 0.6, "cuda:linear": 0.3} and made["rows"][1:] == rows[1:]
+    )
+    assert (made["gpu"], made["record"]) == ("a", {"commit": "b"})
 
 
 @pytest.mark.parametrize(
