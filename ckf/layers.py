@@ -205,8 +205,8 @@ class MultiLoRALinear(nn.Module):
             base = self.base_layer(x)
             return base + self._run(x.to(base.dtype), layers, bases, route, x)[0]
         outputs = self._run(x, layers, bases, route, x)
-        for layer, y in zip(layers[1:], outputs[1:], strict=True):
-            route.keep(x, layer.index, y)
+        if len(layers) > 1:
+            route.keep(x, [layer.index for layer in layers[1:]], outputs[1:])
         return outputs[0]
 
     def own_gate(self, gate: TaskGate) -> None:
@@ -273,7 +273,9 @@ class MultiLoRALinear(nn.Module):
 
     def gates(self, device: torch.device) -> Tensor:
         """(T, E) float32 over this layer's experts, scaling included."""
-        constant, learned = self._constant.to(device), self._gate[0]
+        constant, learned = self._constant, self._gate[0]
+        if constant.device != device:
+            constant = constant.to(device)
         if learned is None:
             return constant
         gate = learned.gate.float()

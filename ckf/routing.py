@@ -117,13 +117,17 @@ class Route:
         self._last_input = (weakref.ref(x), _version(x), seed)
         return seed
 
-    def keep(self, x: Tensor, layer: int, y: Tensor) -> None:
-        """Hold the output y of a layer for x, computed together with a sibling's."""
+    def keep(self, x: Tensor, layers: Sequence[int], outputs: Sequence[Tensor]) -> None:
+        """Hold the outputs of layers for x, computed together with a sibling's."""
+        modes = _modes(x)
         if torch.compiler.is_compiling():  # no weak references and versions in a traced graph
             if self.may_hold:
-                self._traced[layer] = (x, _modes(x), y)
-        else:
-            self._ready[layer] = (weakref.ref(x), _version(x), _modes(x), y)
+                for layer, y in zip(layers, outputs, strict=True):
+                    self._traced[layer] = (x, modes, y)
+            return
+        reference, version = weakref.ref(x), _version(x)
+        for layer, y in zip(layers, outputs, strict=True):
+            self._ready[layer] = (reference, version, modes, y)
 
     def take(self, x: Tensor, layer: int) -> Tensor | None:
         """The output held for a layer, if it was computed from this very tensor, unchanged, and
@@ -133,7 +137,10 @@ class Route:
                 return None
             held, modes, y = self._traced.pop(layer, (None, (), None))
             return y if held is x and modes == _modes(x) else None
-        reference, version, modes, y = self._ready.pop(layer, (lambda: None, -1, (), None))
+        held = self._ready.pop(layer, None)
+        if held is None:
+            return None
+        reference, version, modes, y = held
         same = reference() is x and version == _version(x) and modes == _modes(x)
         return y if same else None
 

@@ -49,8 +49,8 @@ def route_once(model, layers, inputs, ids) -> float:
             if route.take(x, layer.index) is None:
                 route.ids_for(x)
                 route.seed_for(x, layer._leader)
-                for sibling in layer._siblings:
-                    route.keep(x, sibling.index, x)
+                siblings = [sibling.index for sibling in layer._siblings]
+                route.keep(x, siblings, [x] * len(siblings))
     return time.thread_time() - start
 
 

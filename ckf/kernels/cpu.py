@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ckf.kernels.decode_cache import DecodeCache
 from ckf.kernels.dropout import dropout_threshold
 from ckf.kernels.extension import extension_info, load_extension
 from ckf.kernels.group import (
@@ -121,19 +120,15 @@ def backward_pass(
 
 
 def decode_pass(
-    shape: GroupShape,
+    experts: "Experts",
     x: Tensor,
     weights: Sequence[Tensor | None],
     biases: Sequence[Tensor | None],
-    gates: Sequence[Tensor],
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
     task_ids: Tensor,
-    cache: DecodeCache,
 ) -> list[Tensor]:
-    """As ``forward_pass``, the outputs alone, without dropout; ``cache`` keeps B transposed."""
-    experts = cache.get(_transposed_experts, shape, gates, a, b, x.dtype)
-    return experts.forward(x, _rows(x.reshape(-1, x.shape[-1])), weights, biases, task_ids, None)
+    """As ``forward_pass``, the outputs alone, of :func:`transposed_experts`; no dropout."""
+    inputs = x if x.is_contiguous() else _rows(x.reshape(-1, x.shape[-1]))
+    return experts.forward(x, inputs, weights, biases, task_ids, None)
 
 
 def drop(tensor: Tensor, seed: Tensor, p: float) -> Tensor:
@@ -200,19 +195,21 @@ class Experts:
         self._group.keep_transposed(torch.get_num_threads())
 
     def forward(self, x: Tensor, inputs: Tensor, weights, biases, task_ids, h) -> list[Tensor]:
-        """The outputs (..., n_l) for x (..., k) with ``inputs`` (m, k), its rows as the experts see
-        them; ``h`` (m, columns) is written, None: not kept."""
-        ys, m = [], inputs.shape[0]
+        """The outputs (..., n_l) for x (..., k) with ``inputs``, its rows (m, k) as the experts see
+        them, or contiguous as x is; ``h`` (m, columns) is written, None: not kept."""
+        lead = x.shape[:-1]
+        ys, m = [], lead.numel()
         ids = _ids(task_ids, m)
         self._group.check_ids(ids.data_ptr(), m)  # before the base is computed
-        _check("x", inputs, (m, self._k), rows=True)
+        whole = inputs is x and inputs.is_contiguous()
+        _check("x", inputs, (*lead, self._k) if whole else (m, self._k), rows=not whole)
         for weight, bias, n in zip(weights, biases, self._widths, strict=True):
-            base = x.new_zeros(*x.shape[:-1], n) if weight is None else F.linear(x, weight, bias)
+            base = x.new_zeros(*lead, n) if weight is None else F.linear(x, weight, bias)
             ys.append(base.contiguous())
-            _check("y", ys[-1], (*x.shape[:-1], n))
+            _check("y", ys[-1], (*lead, n))
         self._group.forward(
             inputs.data_ptr(),
-            inputs.stride(0),
+            self._k if whole else inputs.stride(0),
             ids.data_ptr(),
             m,
             _pointers(ys),
@@ -245,7 +242,8 @@ class Experts:
         )
 
 
-def _transposed_experts(shape: GroupShape, gates, a, b, dtype: torch.dtype) -> Experts:
+def transposed_experts(shape: GroupShape, gates, a, b, dtype: torch.dtype) -> Experts:
+    """What a ``DecodeCache`` keeps of a group's experts: also every B transposed."""
     experts = Experts(shape, gates, a, b)
     if not any(t.is_inference() for t in b):  # the cache keeps nothing of those
         experts.keep_transposed()
@@ -266,7 +264,7 @@ def _check(
     lies = tensor.is_contiguous() or (rows and _lies_in_rows(tensor))
     # one that computes for itself (DTensor, FakeTensor) may have no memory, or another's shape
     plain = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
-    plain = plain and tensor.device.type == "cpu"
+    plain = plain and tensor.is_cpu
     if tensor.shape != shape or tensor.dtype is not dtype or not plain or not lies:
         raise ValueError(
             f"{name} is a {type(tensor).__name__} of {tensor.dtype}, shape {tuple(tensor.shape)} "
@@ -276,11 +274,12 @@ def _check(
 
 
 def _ids(task_ids: Tensor, m: int) -> Tensor:
-    ids = task_ids.reshape(-1)
-    if ids.dtype is not torch.int64 or not ids.is_contiguous():
-        ids = ids.to(torch.int64).contiguous()
-    _check("task_ids", ids, (m,), torch.int64)
-    return ids
+    """The m ids as the kernels read them, in any shape."""
+    if task_ids.dtype is not torch.int64 or not task_ids.is_contiguous():
+        task_ids = task_ids.to(torch.int64).contiguous()
+    fits = task_ids.shape if task_ids.numel() == m else (m,)
+    _check("task_ids", task_ids, fits, torch.int64)
+    return task_ids
 
 
 def _matrix(tensor: Tensor) -> Tensor:

@@ -129,10 +129,10 @@ class DecodeGroup:
         """Add the update to ys in place.
 
         Args:
-            ys: (m, n_l) of a's dtype, m at most 256; rows may be strided.
-            x: (m, k) of a's dtype; rows may be strided.
-            task_ids: (m,) int64 contiguous. -1 leaves the row as it is; any other id outside [0, T)
-                makes it NaN.
+            ys: (m, n_l) of a's dtype, m at most 256, rows may be strided; or (..., n_l) contiguous.
+            x: (m, k) of a's dtype, rows may be strided; or (..., k) contiguous.
+            task_ids: int64 of x's leading shape, contiguous. -1 leaves the row as it is; any other
+                id outside [0, T) makes it NaN.
             overlap: launch before the kernel ahead on the stream ends (sm_90 and later). Nothing is
                 read until that one is complete, so the result is the same whatever it wrote. With
                 ``EARLY`` this holds for ys alone, and no tensor but ys may have been written by
@@ -142,15 +142,16 @@ class DecodeGroup:
             ValueError: tensors that do not fit (nothing is launched).
             RuntimeError: no extension, or CUDA refused the launch.
         """
-        x_stride = _check_rows("x", x, None, self.k, self.dtype, self.device)
-        m = x.shape[0]
+        x_stride = _check_batch("x", x, None, self.k, self.dtype, self.device)
+        lead = x.shape[:-1]
+        m = lead.numel()
         if m > MAX_ROWS:
             raise ValueError(f"m is {m}; expected at most {MAX_ROWS} rows; use the 'torch' backend")
         if len(ys) != len(self.widths):
             raise ValueError(f"ys has {len(ys)} entries; expected {len(self.widths)}, as bs has")
         pointers, strides = [], []
         for y, n in zip(ys, self.widths, strict=True):
-            stride = _check_rows("y", y, m, n, self.dtype, self.device)
+            stride = _check_batch("y", y, lead, n, self.dtype, self.device)
             if m > 1 and stride < n:
                 raise ValueError(
                     f"y has strides {y.stride()} for shape {tuple(y.shape)}: its rows overlap; "
@@ -158,7 +159,7 @@ class DecodeGroup:
                 )
             pointers.append(y.data_ptr())
             strides.append(stride)
-        _check_vector("task_ids", task_ids, m, torch.int64, self.device)
+        _check_whole("task_ids", task_ids, lead, torch.int64, self.device)
         launch = self._launch or self._prepare()
         if m == 0:
             return
@@ -181,7 +182,7 @@ class DecodeGroup:
         is named; which one None takes goes by all linears' n and by m.
 
         Args:
-            x: (m, k) of a's dtype; rows may be strided.
+            x: (m, k) of a's dtype, rows may be strided; or (..., k) contiguous.
             weights: (n_l, k) of a's dtype; rows may be strided.
             biases: (n_l,) or None.
             task_ids: as in a call, but that -1 gives the base alone.
@@ -189,7 +190,7 @@ class DecodeGroup:
                 all of n at once, else "loads". Or one of them.
 
         Returns:
-            New tensors (m, n_l). None, and nothing was launched, where that kernel is not for it:
+            New tensors (..., n_l). None, and nothing was launched, where that kernel is not for it:
             more rows or rank columns than ``FORMS`` says, more than 16 rows where the device does
             not run all of n at once or is not sm_90a, float32,
             k no multiple of eight, rows not aligned to 16 bytes, weights of another kind than a
@@ -198,9 +199,10 @@ class DecodeGroup:
         Raises:
             ValueError, RuntimeError: as in a call.
         """
-        x_stride = _check_rows("x", x, None, self.k, self.dtype, self.device)
-        m = x.shape[0]
-        _check_vector("task_ids", task_ids, m, torch.int64, self.device)
+        x_stride = _check_batch("x", x, None, self.k, self.dtype, self.device)
+        lead = x.shape[:-1]
+        m = lead.numel()
+        _check_whole("task_ids", task_ids, lead, torch.int64, self.device)
         if form is not None and form not in FORMS:
             raise ValueError(f"form is {form!r}; expected None or one of {', '.join(FORMS)}")
         if m > MAX_LINEAR_ROWS or len(weights) != len(self.widths):
@@ -210,13 +212,13 @@ class DecodeGroup:
             for weight, bias, n in zip(weights, biases, self.widths, strict=True):
                 strides.append(_check_rows("weight", weight, n, self.k, *kind))
                 if bias is not None:
-                    _check_vector("bias", bias, n, *kind)
+                    _check_whole("bias", bias, (n,), *kind)
         except ValueError:  # quantized, or elsewhere: its own module knows what to do
             return None
         pointers = [weight.data_ptr() for weight in weights]
         offsets = [0 if bias is None else bias.data_ptr() for bias in biases]
         launch = (self._launch or self._prepare()).linears
-        ys = [x.new_empty(m, n) for n in self.widths]
+        ys = [x.new_empty(*lead, n) for n in self.widths]
         outputs = [y.data_ptr() for y in ys]
         arguments = (outputs, pointers, strides, offsets, x.data_ptr(), x_stride)
         number = 0 if form is None else FORMS[form][0]
@@ -350,12 +352,38 @@ def _check_rows(
     return strides[0]
 
 
-def _check_vector(
-    name: str, tensor: Tensor, m: int, dtype: torch.dtype, device: torch.device
+def _check_batch(
+    name: str,
+    tensor: Tensor,
+    lead: torch.Size | None,
+    n: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> int:
+    """The row stride of a (*lead, n) tensor, lead None: any, whose rows are contiguous; with other
+    than one leading dimension all of it is."""
+    if not isinstance(tensor, Tensor) or tensor.dim() == 2:
+        m = None if lead is None else lead.numel()
+        return _check_rows(name, tensor, m, n, dtype, device)
+    _check_plain(name, tensor, dtype, device)
+    shape = tensor.shape
+    if len(shape) == 0 or shape[-1] != n or (lead is not None and shape[:-1] != lead):
+        words = "..." if lead is None else ", ".join(map(str, lead))
+        raise ValueError(f"{name} has shape {tuple(shape)}; expected ({words}, {n})")
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} has strides {tensor.stride()}; expected a contiguous tensor, or two "
+            "dimensions; call .contiguous()"
+        )
+    return n
+
+
+def _check_whole(
+    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
     _check_plain(name, tensor, dtype, device)
-    if tensor.shape != (m,):
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected ({m},)")
+    if tensor.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {tuple(shape)}")
     if not tensor.is_contiguous():
         raise ValueError(
             f"{name} has strides {tensor.stride()}; expected a contiguous tensor; "

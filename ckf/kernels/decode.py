@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ckf.kernels.cuda import FORMS, MAX_LINEARS, DecodeGroup
-from ckf.kernels.decode_cache import DecodeCache
 from ckf.kernels.group import GroupShape
 from ckf.kernels.launch import CUDA_PLANS
 from ckf.kernels.stacks import Stacks
@@ -30,36 +29,53 @@ def forward_pass(
     a: Sequence[Tensor],
     b: Sequence[Tensor],
     task_ids: Tensor,
-    cache: DecodeCache | None = None,
     plan: str = CUDA_PLANS[0],
 ) -> list[Tensor]:
     """The outputs (..., n_l); arguments as in torch_backend.forward_pass."""
+    return decode_pass(prepare(shape, gates, a, b, x.dtype), x, weights, biases, task_ids, plan)
+
+
+def decode_pass(
+    groups: Sequence[DecodeGroup],
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    task_ids: Tensor,
+    plan: str = CUDA_PLANS[0],
+) -> list[Tensor]:
+    """The outputs of what :func:`prepare` made of the experts."""
     assert plan in CUDA_PLANS, plan
-    rows = x.reshape(-1, x.shape[-1])
-    rows = rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-    arguments = (shape, gates, a, b, x.dtype)
-    groups = _prepare(*arguments) if cache is None else cache.get(_prepare, *arguments)
-    ids = task_ids.reshape(-1).contiguous()
+    rows, ids = (x, task_ids) if x.is_contiguous() else (_strided_rows(x), task_ids.reshape(-1))
+    ids = ids.contiguous()
+    if len(groups) == 1:
+        return _group_pass(groups[0], x, rows, weights, biases, ids, plan)
     outputs = []
-    for start, group in zip(range(0, shape.linears, MAX_LINEARS), groups, strict=True):
-        own = slice(start, start + MAX_LINEARS)
+    for number, group in enumerate(groups):
+        own = slice(number * MAX_LINEARS, (number + 1) * MAX_LINEARS)
         outputs += _group_pass(group, x, rows, weights[own], biases[own], ids, plan)
     return outputs
 
 
+def _strided_rows(x: Tensor) -> Tensor:
+    """(m, k) with the elements of a row side by side, where that can be without a copy."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
 def _group_pass(group: DecodeGroup, x, rows, weights, biases, ids, plan: str) -> list[Tensor]:
+    """``rows``: x itself, or its rows (m, k); ``ids`` of the same leading shape."""
     if plan != CUDA_PLANS[0] and not any(weight is None for weight in weights):
         found = group.linears(rows, weights, biases, ids)
         if found is not None:
-            return [y.view(*x.shape[:-1], y.shape[1]) for y in found]
-        if len(rows) <= FORMS["loads"][1]:  # with more, which widths are taken is the launcher's
+            return found if rows is x else [y.view(*x.shape[:-1], y.shape[1]) for y in found]
+        if ids.numel() <= FORMS["loads"][1]:  # with more, which widths are taken is the launcher's
             _say_once(str(x.device))
     outputs = []
     for weight, bias, n in zip(weights, biases, group.widths, strict=True):
         empty = weight is None
         y = x.new_zeros(*x.shape[:-1], n) if empty else F.linear(x, weight, bias).contiguous()
         outputs.append(y)
-    group([y.view(-1, y.shape[-1]) for y in outputs], rows, ids)
+    group(outputs if rows is x else [y.view(len(rows), -1) for y in outputs], rows, ids)
     return outputs
 
 
@@ -73,8 +89,8 @@ def _say_once(device: str) -> None:
     )
 
 
-def _prepare(shape: GroupShape, gates, a, b, dtype: torch.dtype) -> list[DecodeGroup]:
-    """One launch for every MAX_LINEARS linears."""
+def prepare(shape: GroupShape, gates, a, b, dtype: torch.dtype) -> list[DecodeGroup]:
+    """What a ``DecodeCache`` keeps: the experts stacked, a launch for every MAX_LINEARS linears."""
     groups, expert = [], 0
     for start in range(0, shape.linears, MAX_LINEARS):
         ranks = shape.ranks[start : start + MAX_LINEARS]

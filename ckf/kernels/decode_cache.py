@@ -5,9 +5,10 @@ update itself.
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from ckf.kernels.group import GroupShape
 
 # What is made: tensors, lists of them, or objects whose ``kept()`` gives them (on a GPU).
 Make = Callable[[GroupShape, Any, Any, Any, torch.dtype], Any]
+MOST_WAYS = 256  # prompts bring a new m each
 
 
 class _Steps:
@@ -106,27 +108,70 @@ class DecodeCache:
         # by maker: key, what was made, where, and its inputs, so that no address of the key is
         # given out again; one tuple, as threads may replace it between two reads
         self._kept: dict[Make, tuple[tuple, Any, Made | None, tuple]] = {}
+        self._ways: dict[tuple, Way] = {}
 
     def get(self, make: Make, shape: GroupShape, gates, a, b, dtype: torch.dtype) -> Any:
         """``make(shape, gates, a, b, dtype)``, or what it made before of the same tensors."""
         tensors = (*gates, *a, *b)
-        try:
-            key = (dtype, _STEPS.count, *[(t.data_ptr(), t._version, t.shape) for t in tensors])
-        except RuntimeError:
-            if any(t.is_inference() for t in tensors):  # they count no versions
-                return make(shape, gates, a, b, dtype)
-            raise
-        in_graph = capturing(tensors[0])
-        kept = self._kept.get(make)
-        if kept is None or kept[0] != key:
-            made = make(shape, gates, a, b, dtype)
-            if not in_graph:  # else only replays of the graph compute it
-                _STEPS.watch()
-                where = Made.here(tensors[0]) if tensors[0].is_cuda else None
-                self._kept[make] = (key, made, where, tuple(t.detach() for t in tensors))
+        made = self._again(make, tensors, dtype)
+        if made is not None:
             return made
-        if kept[2] is not None and not in_graph:
-            kept[2].wait(kept[1])
-        if in_graph and not any(made is kept[1] for made in self._captured):
-            self._captured.append(kept[1])
-        return kept[1]
+        made = make(shape, gates, a, b, dtype)
+        if capturing(tensors[0]) or any(t.is_inference() for t in tensors):
+            return made  # only replays of the graph compute it; or its inputs count no versions
+        _STEPS.watch()
+        where = Made.here(tensors[0]) if tensors[0].is_cuda else None
+        inputs = tuple(t.detach() for t in tensors)
+        self._ways = {}  # of experts with other ranks, perhaps
+        self._kept[make] = (_key(tensors, dtype), made, where, inputs)
+        return made
+
+    def _again(self, make: Make, tensors: Sequence[Tensor], dtype: torch.dtype) -> Any | None:
+        kept = self._kept.get(make)
+        if kept is None or kept[0] != _key(tensors, dtype):
+            return None
+        _, made, where, _ = kept
+        if capturing(tensors[0]):
+            if not any(made is other for other in self._captured):
+                self._captured.append(made)
+        elif where is not None:
+            where.wait(made)
+        return made
+
+    def remember(self, call: tuple, way: "Way") -> None:
+        """That calls of this kind go this way, as long as the experts are the same."""
+        if len(self._ways) >= MOST_WAYS:
+            self._ways = {}
+        self._ways[call] = way
+
+    def way(self, call: tuple, gates, a, b, dtype: torch.dtype) -> "tuple[Way, Any] | None":
+        """The way of an earlier call, and what it made of the same tensors; None: ask anew."""
+        way = self._ways.get(call)
+        if way is None:
+            return None
+        made = self._again(way.make, (*gates, *a, *b), dtype)
+        return None if made is None else (way, made)
+
+
+class Way(NamedTuple):
+    """How a backend computes calls of one kind.
+
+    run: takes what ``make`` makes, x, weights, biases and ids; gives the outputs.
+    """
+
+    backend: str
+    make: Make
+    run: Callable[..., list[Tensor]]
+
+
+_version = attrgetter("_version")
+
+
+def _key(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple | None:
+    """Equal for the same tensors, unchanged; None where that cannot be told."""
+    try:
+        return (dtype, _STEPS.count, *map(Tensor.data_ptr, tensors), *map(_version, tensors))
+    except RuntimeError:
+        if any(t.is_inference() for t in tensors):  # they count no versions
+            return None
+        raise

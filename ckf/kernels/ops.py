@@ -26,7 +26,7 @@ from ckf.kernels.checks import (
     check_task_ids,
 )
 from ckf.kernels.config import choose_backend
-from ckf.kernels.decode_cache import capturing
+from ckf.kernels.decode_cache import DecodeCache, Way, capturing
 from ckf.kernels.dispatch import Call, Choice
 from ckf.kernels.dropout import dropout_threshold
 from ckf.kernels.group import GroupShape, expert_parts, unflatten
@@ -118,6 +118,10 @@ def run_group(
     ``slots``, ``width``: of ``slots.compact_slots``, where gates are hard. ``decode_cache``: this
     group's own, for calls without gradients (of few rows, but on the CPU kernels).
     """
+    if decode_cache is not None and dropout_p == 0:
+        outputs = _as_before(x, weights, biases, a, b, gates, task_ids, backend, decode_cache)
+        if outputs is not None:
+            return outputs
     dropout_threshold(dropout_p)
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
         raise ValueError(
@@ -159,27 +163,57 @@ def run_group(
     )
     seed = _seed_tensor(seed, x.device) if dropout_p > 0 else None
     with _no_autocast(x):
-        passes = _decode_pass(choice, call) if decode_cache is not None else None
-        if passes and _keeps_stacks(x, choice.backend):
+        way = _decode_way(choice, call) if decode_cache is not None else None
+        if way is not None and _keeps_stacks(x, choice.backend):
             if choice.backend != "cpu":  # whose kernels look at them
                 check_id_range(task_ids, gates[0].shape[0])
             shape = _shape(gates, flat_a, 0.0)
-            arguments = (x, weights, biases, gates, flat_a, flat_b, task_ids)
-            return tuple(passes(shape, *arguments, decode_cache))
+            made = decode_cache.get(way.make, shape, gates, flat_a, flat_b, x.dtype)
+            decode_cache.remember(_kind(backend, x), way)
+            return tuple(way.run(made, x, weights, biases, task_ids))
         if needs_grad:
             return _MultiLoRA.apply(static, x, task_ids, seed, slots, *tensors)
         return tuple(_forward_op(static, x, task_ids, seed, slots, tensors)[:-1])
 
 
-def _decode_pass(choice: Choice, call: Call):
-    """The function that keeps what it makes of the experts, where the backend has one."""
+def _as_before(
+    x, weights, biases, a, b, gates, task_ids, backend: str, cache: DecodeCache
+) -> tuple[Tensor, ...] | None:
+    """The outputs of a call like an earlier one, of the same experts, unchanged; None: ask anew.
+
+    A decoded token is so little work that the host, not the GPU, would set its pace if every call
+    asked again what cannot have changed.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        return None
+    if torch.is_autocast_enabled(x.device.type):
+        return None
+    flat = itertools.chain.from_iterable
+    found = cache.way(_kind(backend, x), gates, flat(a), flat(b), x.dtype)
+    if found is None or not _keeps_stacks(x, found[0].backend):
+        return None
+    way, made = found
+    if way.backend != "cpu":
+        check_id_range(task_ids, gates[0].shape[0])
+    return tuple(way.run(made, x, weights, biases, task_ids))
+
+
+def _kind(backend: str, x: Tensor) -> tuple:
+    """What the backend of a call depends on beside its experts."""
+    return backend, x.shape, x.dtype, x.device
+
+
+def _decode_way(choice: Choice, call: Call) -> Way | None:
+    """The way that keeps what it makes of the experts, where the backend has one."""
     if call.train or call.dropout:
         return None
     if choice.backend == "cpu":
-        return cpu.decode_pass
+        return Way("cpu", cpu.transposed_experts, cpu.decode_pass)
     if choice.backend == "torch" and call.m <= torch_backend.DECODE_ROWS:
-        return torch_backend.decode_pass
-    return partial(decode.forward_pass, plan=choice.plan) if choice.backend == "cuda" else None
+        return Way("torch", torch_backend.DecodeExperts, torch_backend.decode_pass)
+    if choice.backend == "cuda":
+        return Way("cuda", decode.prepare, partial(decode.decode_pass, plan=choice.plan))
+    return None
 
 
 def _keeps_stacks(x: Tensor, backend: str) -> bool:

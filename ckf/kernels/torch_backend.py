@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ckf.kernels import torch_runs
-from ckf.kernels.decode_cache import DecodeCache
 from ckf.kernels.group import (
     Gradients,
     GroupShape,
@@ -141,18 +140,14 @@ def backward_pass(
 
 
 def decode_pass(
-    shape: GroupShape,
+    experts: "DecodeExperts",
     x: Tensor,
     weights: Sequence[Tensor | None],
     biases: Sequence[Tensor | None],
-    gates: Sequence[Tensor],
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
     task_ids: Tensor,
-    cache: DecodeCache,
 ) -> list[Tensor]:
-    """As ``forward_pass``, the outputs alone, without dropout; ``cache`` keeps the stacks."""
-    experts = cache.get(_DecodeExperts, shape, gates, a, b, x.dtype)
+    """As ``forward_pass``, the outputs alone, without dropout."""
+    shape, gates, a, b, _ = experts.arguments
     if x.device.type == "cpu":
         runs = torch_runs.paying_runs(shape, task_ids.reshape(-1), gates, x, b)
         if runs is not None:
@@ -166,11 +161,11 @@ def decode_pass(
     return [_expand(x, *part) for part in parts]
 
 
-class _DecodeExperts:
-    """What decoding keeps of a group's experts, on a CPU each made when it is first needed."""
+class DecodeExperts:
+    """What a ``DecodeCache`` keeps of a group's experts, on a CPU each made when first needed."""
 
     def __init__(self, shape: GroupShape, gates, a, b, dtype: torch.dtype) -> None:
-        self._experts = (shape, gates, a, b, dtype)
+        self.arguments = (shape, gates, a, b, dtype)
         self.blocks: dict[int, torch_runs.TaskBlock | None] = {}  # of torch_runs, by task
         if a[0].device.type != "cpu":  # at once: other streams wait for this moment (DecodeCache)
             self.stacks, self.gates  # noqa: B018
@@ -181,12 +176,12 @@ class _DecodeExperts:
 
     @cached_property
     def stacks(self) -> tuple[Tensor, list[Tensor]]:
-        shape, _, a, b, dtype = self._experts
+        shape, _, a, b, dtype = self.arguments
         return stack_adapters(shape, a, b, dtype)
 
     @cached_property
     def gates(self) -> RowGates:
-        shape, gates, _, _, dtype = self._experts
+        shape, gates, _, _, dtype = self.arguments
         return gate_table(shape, gates, dtype)
 
 

@@ -364,6 +364,14 @@ def test_through_the_bridge(form, monkeypatch):
     ids, kind = group.task_ids, {"form": form.name}
     assert_frozen_right(case, prepared.linears(group.x, weights, biases, ids, **kind))
     assert prepared.linears(group.x[:0], weights, biases, ids[:0], **kind)[1].shape == (0, 40)
+    whole = prepared.linears(group.x.contiguous(), weights, biases, ids, **kind)
+    sequences = group.x.contiguous().view(2, 3, 72), weights, biases, ids.view(2, 3)
+    for y, wanted in zip(prepared.linears(*sequences, **kind), whole, strict=True):
+        assert y.shape == (2, 3, wanted.shape[1]) and torch.equal(y.view(6, -1), wanted)
+    (y, _), one = prepared.linears(group.x[0], weights, biases, ids[0], **kind), whole[0][0]
+    assert y.shape == one.shape and torch.allclose(y, one)
+    with pytest.raises(ValueError, match="x has strides .* expected a contiguous tensor"):
+        prepared.linears(sequences[0].transpose(0, 1), *sequences[1:], **kind)
     shorter = frozen_case(m=6, k=60, ns=(264, 40)).group  # rows that do not begin at 16 bytes
     odd = cuda.DecodeGroup(shorter.a, shorter.bs, shorter.column_gates)
     assert odd.linears(shorter.x, [w[:, :60] for w in weights], biases, ids, **kind) is None

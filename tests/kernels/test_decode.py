@@ -29,7 +29,7 @@ class PlainGroup:
 
     def linears(self, x, weights, biases, ids):
         """Not for linears of width 9, as the kernel is not for some."""
-        assert all(w.shape == (n, x.shape[1]) for w, n in zip(weights, self.widths, strict=True))
+        assert all(w.shape == (n, x.shape[-1]) for w, n in zip(weights, self.widths, strict=True))
         if 9 in self.widths:
             return None
         type(self).whole += 1
@@ -39,6 +39,8 @@ class PlainGroup:
         return ys
 
     def __call__(self, ys, x, ids):
+        ids, x = ids.reshape(-1), x.reshape(-1, x.shape[-1])
+        ys = [y.view(len(ids), -1) for y in ys]
         gates = torch.where((ids >= 0).unsqueeze(1), self.gates[ids.clamp(min=0)], 0)
         h = (x @ self.a.t() * gates).split([b.shape[0] for b in self.bs], 1)
         for y, h_l, b in zip(ys, h, self.bs, strict=True):
@@ -70,7 +72,11 @@ def group():
 
 def run(group, cache=None):
     shape, x, rest, ids = group
-    return decode.forward_pass(shape, x, *rest, ids, cache)
+    if cache is None:
+        return decode.forward_pass(shape, x, *rest, ids)
+    weights, biases, *experts = rest
+    made = cache.get(decode.prepare, shape, *experts, x.dtype)
+    return decode.decode_pass(made, x, weights, biases, ids)
 
 
 def expected(group):

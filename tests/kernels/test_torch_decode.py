@@ -135,7 +135,7 @@ def test_another_stream_waits_for_all_that_was_made(monkeypatch):
     a = [torch.empty(rank, 4, device="meta") for rank in (2, 3)]
     b = [torch.empty(5, rank, device="meta") for rank in (2, 3)]
     gates = [torch.empty(1, 2, device="meta")]
-    made = torch_backend._DecodeExperts(shape, gates, a, b, torch.float32)
+    made = torch_backend.DecodeExperts(shape, gates, a, b, torch.float32)
     assert {"stacks", "gates"} <= vars(made).keys()  # beside the CPU all of it is there at once
 
     class Stream:
