@@ -1,4 +1,4 @@
-"""What a training step costs the host on the Triton path: Python, no GPU needed.
+"""What a training step and a decoded token cost the host: Python, no GPU needed.
 
 ``python benchmarks/bench_host.py [--rounds N] [--tasks T]``
 
@@ -7,26 +7,34 @@ Forward and backward of the linears of a decoder layer (q, k, v; o; gate, up; do
 routing, autograd, allocation, the launchers, and torch's own small products. With launches
 remembered (``kernels/triton_launcher.py``) and with Triton asked each time, in turn. CPU time, the
 least of all rounds. A real launch adds 2 to 3 us of driver.
+
+Then a token through a decoder of such layers in eval mode with the "cuda" backend, whose launches
+do nothing either: the whole model, frozen and patched. The base of the plan "update" is computed
+(2 us a linear, as the frozen model's), that of "linear" is not.
 """
 
 import argparse
+import copy
 import sys
 import time
 from pathlib import Path
 
 import torch
 import triton
+from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.peers.ours import our_providers  # noqa: E402
 from benchmarks.problems import Case, make_problem  # noqa: E402
-from benchmarks.stub_driver import StubDriver  # noqa: E402
+from benchmarks.stub_driver import StubDriver, decode_on_the_host  # noqa: E402
 from ckf.kernels import ops, triton_launcher  # noqa: E402
 from ckf.kernels.dispatch import Choice  # noqa: E402
+from ckf.kernels.launch import CUDA_PLANS  # noqa: E402
+from ckf.patch import patch_model, patched_layers  # noqa: E402
 
-ROWS, WIDTH = 64, 64
+ROWS, WIDTH, LAYERS = 64, 64, 8
 GROUPS = {"q, k, v": 3, "o": 1, "gate, up": 2, "down": 1}
 
 
@@ -45,6 +53,33 @@ def a_pass(linears: int, tasks: int):
         return middle - start, time.thread_time() - middle
 
     return run
+
+
+def tokens(rounds: int, tasks: int) -> dict[str, float]:
+    """CPU seconds of a token through ``LAYERS`` decoder layers: frozen, and by plan."""
+    decode_on_the_host()
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=LAYERS,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    models = {"frozen": LlamaForCausalLM(config).eval()}
+    names = [f"task{i}" for i in range(tasks)]
+    for plan in CUDA_PLANS:
+        models[plan] = patch_model(copy.deepcopy(models["frozen"]), tasks=names, r=4).eval()
+        for layer in patched_layers(models[plan]).values():
+            layer.backend = plan
+    ops.choose_backend = lambda plan, *_: Choice("cuda", "stubbed", plan)
+    token, ids = torch.ones(1, 1, dtype=torch.int64), torch.tensor([0])
+    least: dict[str, float] = {}
+    with torch.no_grad():
+        for name, model in models.items():  # one after the other: each in a warm cache
+            routed = {} if name == "frozen" else {"task_ids": ids}
+            for _ in range(rounds):
+                start = time.thread_time()
+                model(input_ids=token, use_cache=False, **routed)
+                took = time.thread_time() - start
+                least[name] = min(least.get(name, took), took)
+    return least
 
 
 def main() -> None:
@@ -81,6 +116,9 @@ def main() -> None:
     print(
         f"a layer  {sum(counts.values()):3} launches: {new:.0f}   asking Triton each time {old:.0f}"
     )
+    print(f"a token through {LAYERS} decoder layers in eval mode, us a layer:")
+    for name, seconds in tokens(options.rounds, options.tasks).items():
+        print(f"  {name:7}{1e6 * seconds / LAYERS:6.0f}")
 
 
 if __name__ == "__main__":

@@ -110,11 +110,27 @@ def test_one_lora_serves_all_tasks_and_trains_with_every_one(base, small_run, mi
 
 def test_shuffling_is_a_permutation_that_moves_everyone_within_groups():
     known = np.random.default_rng(0).random(50) < 0.7
-    donor = shuffled(known, 3)
+    length = np.random.default_rng(1).integers(0, 4, 50)
+    donor = shuffled(known, length, 3)
     assert sorted(donor) == list(range(50)) and (donor != np.arange(50)).all()
     assert (known[donor] == known).all()
-    assert (shuffled(known, 3) == donor).all() and (shuffled(known, 4) != donor).any()
-    assert shuffled(np.array([True, False]), 0).tolist() == [0, 1]  # nobody to trade with
+    for group in (known, ~known):  # but where one length ends and the next begins
+        assert (length[donor] != length)[group].sum() <= 4
+    assert (shuffled(known, length, 3) == donor).all()
+    assert (shuffled(known, length, 4) != donor).any()
+    alone = np.array([True, False])
+    assert shuffled(alone, np.array([2, 2]), 0).tolist() == [0, 1]  # nobody to trade with
+
+
+def test_shuffled_users_show_no_more_items_than_the_row_has(base, small_run):
+    lookup = assembly_of(base, small_run, "ckf-shuffled").batcher.collator.lookup
+    data = small_run.assembly.data
+    own = data.history
+    shown = lookup.profiles(data.user, own)[1]
+    assert ((shown >= 0) <= (own >= 0)).all()
+    assert (shown[own < 0] == -1).all() and (shown >= 0).sum() > 0.5 * (own >= 0).sum()
+    theirs = lookup.donor_history[data.user]
+    assert (shown == theirs)[shown >= 0].all()  # the last of the other's, at the right
 
 
 def test_shuffled_users_have_vectors_of_others_and_items_their_own(base, small_run):
@@ -122,7 +138,10 @@ def test_shuffled_users_have_vectors_of_others_and_items_their_own(base, small_r
     lookup = assembly_of(base, small_run, "ckf-shuffled").batcher.collator.lookup
     data = small_run.assembly.data
     users = np.arange(data.n_users)
-    history = np.full((data.n_users, data.history.shape[1]), -1)
+    last = np.zeros(data.n_users, np.int64)
+    last[data.user] = np.arange(len(data.user))
+    history = data.history[last]
+    assert (history >= 0).any(1).all()
     donors, histories = lookup.profiles(users, history)
     ours, theirs = plain.users(users, history), lookup.users(donors, histories)
     assert (ours - theirs).abs().amax(1).min() > 1e-3  # everyone moved
