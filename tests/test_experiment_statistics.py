@@ -4,11 +4,18 @@ import numpy as np
 import pytest
 
 from ckf.experiment import statistics
-from ckf.experiment.cells import CELLS, COMPARISONS
+from ckf.experiment.cells import BY_USER, CELLS, COMPARISONS
 from ckf.experiment.figures import _Measure
 from ckf.experiment.scores import TaskScores
 from ckf.experiment.slices import slices
-from ckf.experiment.statistics import figure, holm, mean_over_seeds, sampled, spread
+from ckf.experiment.statistics import (
+    figure,
+    holm,
+    mean_over_seeds,
+    paired_samples,
+    sampled,
+    spread,
+)
 from ckf.metrics import auc_statistic, mean_statistic, paired_bootstrap
 from tests.prepared_data import prepared
 
@@ -166,6 +173,27 @@ def test_the_draws_of_a_cell_are_made_once_and_give_the_paired_bootstrap(monkeyp
         means = [mean_over_seeds([s[entry["metric"]] for s in side]) for side in sides]
         alone = paired_bootstrap(*means, data.user, samples, 3)
         assert {k: entry[k] for k in alone} == alone
+
+
+def test_differences_by_the_users_train_rows_are_of_those_rows_alone():
+    data, scores = everything()
+    data.split[: len(data.split) // 2] = 0  # two train rows each for the first half of the users
+    found = _Measure(data, 400, seed=3).by_user_rows(scores)
+    masks = slices(data, scores["ckf"][0]["ctr"].rows)["user's train rows"]
+    assert set(masks) == {"0", "1 to 9"}
+    assert [(e["a"], e["b"]) for e in found] == [pair for pair in BY_USER for _ in masks]
+    for entry in found:
+        mask = masks[entry["slice"]]
+        assert entry["rows"] == mask.sum()
+        sides = [
+            [s["ctr"].statistics(data, mask)["auc"] for s in scores[entry[name]]] for name in "ab"
+        ]
+        means = [mean_over_seeds(side) for side in sides]
+        users = data.user[scores["ckf"][0]["ctr"].rows][mask]
+        alone = paired_bootstrap(*means, users, paired_samples(400, len(found)), 3)
+        assert {k: entry[k] for k in alone} == alone
+        assert entry["p_holm"] is None or entry["p_holm"] >= entry["p"]
+    assert _Measure(data, 400, seed=3).by_user_rows({"ckf": scores["ckf"]}) == []
 
 
 def test_slices_by_hand():

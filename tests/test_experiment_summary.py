@@ -77,6 +77,20 @@ def test_weights_beside_a_prior_are_said(record):
     assert "the prior in ckf, by seed: ctr 0.00, 0.50; topk 0.12, 1.00 (0:" in summary(record, "x")
 
 
+def test_differences_by_what_is_known_of_the_user(record):
+    assert "train rows" not in summary(record, "x.json")
+    slices = (("0", 300, 0.02, 0.5), ("50 or more", 700, 0.04, 0.01))
+    record["by_user_rows"] = [
+        comparison("ckf", "ckf-shuffled", value, p, [value]) | {"slice": name, "rows": rows}
+        for name, rows, value, p in slices
+    ]
+    lines = summary(record, "x.json").splitlines()
+    assert lines[-3] == "| A | B | 0 (300) | 50 or more (700) |"
+    assert lines[-1] == (
+        "| ckf | ckf-shuffled | 0.020 [0.010, 0.030] | 0.040 [0.030, 0.050], A better |"
+    )
+
+
 def test_reduced_and_unfinished_records_say_so(record):
     text = summary(record | {"reduced": ["1 seed instead of 3"], "runs_done": 1}, "x.json")
     assert text.startswith("**Reduced run**: ") and "\n* 1 seed instead of 3\n" in text

@@ -227,6 +227,8 @@ COMPARISONS = (
         for task in ("ctr", "topk", "rating", "explain", "review_rating")
     ),
 )
+# Of those, what may depend on how much is known of the user: CTR AUC by the user's train rows
+BY_USER = (("ckf", "multi-linear"), ("ckf", "ckf-shuffled"), ("ckf", "ckf-constant"))
 # What --reduced cuts, and why; numbers are upper bounds, rows count per task.
 REDUCED = {
     "model.layers": 4,

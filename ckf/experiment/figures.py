@@ -14,7 +14,7 @@ import transformers
 
 from ckf.config import config_to_dict
 from ckf.data.prepared import PreparedData
-from ckf.experiment.cells import COMPARISONS
+from ckf.experiment.cells import BY_USER, COMPARISONS
 from ckf.experiment.parts import read_vectors
 from ckf.experiment.runner import Experiment
 from ckf.experiment.scores import (
@@ -24,7 +24,7 @@ from ckf.experiment.scores import (
     read_scores,
     same_rows,
 )
-from ckf.experiment.slices import slices
+from ckf.experiment.slices import BY_USER_ROWS, slices
 from ckf.experiment.statistics import (
     Sampled,
     difference,
@@ -85,6 +85,7 @@ def collect(experiment: Experiment, data: PreparedData, vector_files: Mapping[st
         "comparisons": measure.comparisons(
             scores | {f"={name}": [tasks] for name, tasks in baselines.items()}
         ),
+        "by_user_rows": measure.by_user_rows(scores),
         "cf": {n: json.loads(f.with_suffix(".json").read_text()) for n, f in vector_files.items()},
         "config": config_to_dict(config),
     }
@@ -142,9 +143,7 @@ class _Measure:
         counts = Counter(task for *_, task in tests)  # the same for every metric of a task
         found, drawn = [], {}
         for a, b, claim, task in tests:
-            left, right = ([s[task] for s in scores[side]] for side in (a, b))
-            for other in [*left[1:], *right]:
-                same_rows(left[0], other)
+            left, right = _on_the_same_rows(scores, task, a, b)
             for name, seeds in ((a, left), (b, right)):
                 if (name, task) not in drawn:
                     drawn[name, task] = self._sampled(seeds, counts[task])
@@ -156,15 +155,52 @@ class _Measure:
         for entry in found:
             families.setdefault((entry["task"], entry["metric"]), []).append(entry)
         for family in families.values():
-            for entry, p in zip(family, holm([e["p"] for e in family]), strict=True):
-                entry["p_holm"] = p
+            _adjust(family)
         return found
 
-    def _sampled(self, seeds: list[TaskScores], comparisons: int) -> dict[str, Sampled]:
-        parts = [s.statistics(self.data) for s in seeds]
+    def by_user_rows(self, scores: Mapping[str, SeedScores]) -> list[dict]:
+        """Paired differences in CTR AUC of `BY_USER`, a slice of users each; p adjusted by Holm
+        over all of them. Each with "slice" and its "rows"."""
+        claims = {(a, b): claim for a, b, claim in COMPARISONS}
+        pairs = [pair for pair in BY_USER if all("ctr" in scores.get(n, [{}])[0] for n in pair)]
+        found = []
+        for a, b in pairs:
+            left, right = _on_the_same_rows(scores, "ctr", a, b)
+            masks = slices(self.data, left[0].rows)[BY_USER_ROWS]
+            for name, mask in masks.items():
+                ours, theirs = (
+                    self._sampled(side, len(pairs) * len(masks), mask)["auc"]
+                    for side in (left, right)
+                )
+                about = {"a": a, "b": b, "claim": claims[a, b], "task": "ctr", "metric": "auc"}
+                about |= {"slice": name, "rows": int(mask.sum())}
+                found.append(about | difference(ours, theirs))
+        _adjust(found)
+        return found
+
+    def _sampled(
+        self, seeds: list[TaskScores], comparisons: int, mask: np.ndarray | None = None
+    ) -> dict[str, Sampled]:
+        parts = [s.statistics(self.data, mask) for s in seeds]
         metrics = {name: [part[name] for part in parts] for name in parts[0]}
         samples = paired_samples(self.samples, comparisons)
-        return sampled(metrics, self.data.user[seeds[0].rows], samples, self.seed)
+        rows = seeds[0].rows if mask is None else seeds[0].rows[mask]
+        return sampled(metrics, self.data.user[rows], samples, self.seed)
+
+
+def _on_the_same_rows(
+    scores: Mapping[str, SeedScores], task: str, a: str, b: str
+) -> tuple[list[TaskScores], list[TaskScores]]:
+    """Both sides of a pair, by seed; ValueError where they answered other rows."""
+    left, right = ([s[task] for s in scores[side]] for side in (a, b))
+    for other in [*left[1:], *right]:
+        same_rows(left[0], other)
+    return left, right
+
+
+def _adjust(family: list[dict]) -> None:
+    for entry, p in zip(family, holm([e["p"] for e in family]), strict=True):
+        entry["p_holm"] = p
 
 
 def _of_runs(experiment: Experiment, cell, results: list[dict]) -> dict:

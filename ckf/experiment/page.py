@@ -39,6 +39,8 @@ def page(found: Mapping) -> str:
         notes=[note.replace("**", "") for note in report.notes(found)],
         tasks=tasks,
         comparisons=report.comparison_table(found),
+        by_user=report.by_user_table(found),
+        by_user_title=report.BY_USER_TITLE,
         runs=report.runs_table(found),
         slices=[
             {

@@ -61,6 +61,7 @@ def write_record(out: Path, folder: Path) -> Path:
     found = read_experiment(out)
     kept = ("name", "split", "reduced", "runs", "runs_done", "environment", "rows", "comparisons")
     record: dict[str, Any] = {key: found[key] for key in kept}
+    record["by_user_rows"] = found.get("by_user_rows", [])  # none before there were any
     for part in ("cells", "baselines"):
         record[part] = {}
         for name, cell in found[part].items():
@@ -101,6 +102,9 @@ def markdown(found: Mapping) -> str:
         lines += as_table(head, rows) + [""]
     head, rows = comparison_table(found)
     lines += ["## Paired differences", "", _PAIRED, "", *as_table(head, rows), ""]
+    head, rows = by_user_table(found)
+    if rows:
+        lines += [f"### {BY_USER_TITLE}", "", *as_table(head, rows), ""]
     head, rows = runs_table(found)
     lines += ["## Runs", "", *as_table(head, rows), ""]
     for group, (head, rows) in slice_tables(found).items():
@@ -108,6 +112,7 @@ def markdown(found: Mapping) -> str:
     return "\n".join(lines)
 
 
+BY_USER_TITLE = "A minus B by what train knows of the user, CTR AUC"
 _PAIRED = (
     "A minus B on the same rows, means over seeds; 95% interval and two-sided p by paired "
     "bootstrap over users, p adjusted by Holm over the comparisons of a metric. Seeds: how many "
@@ -181,6 +186,20 @@ def comparison_table(found: Mapping) -> tuple[list[str], list[list[str]]]:
             ]
         )
     return head, rows
+
+
+def by_user_table(found: Mapping) -> tuple[list[str], list[list[str]]]:
+    """The paired differences by the user's train rows: a row a pair, a column a slice."""
+    entries = found.get("by_user_rows", [])
+    slices = {entry["slice"]: entry["rows"] for entry in entries}
+    head = ["A", "B", *(f"{name} ({rows:,})" for name, rows in slices.items())]
+    pairs: dict[tuple[str, str], dict[str, str]] = {}
+    for entry in entries:
+        said = with_interval(_value(entry))
+        if verdict(entry) != "open":
+            said += f", {verdict(entry)}"
+        pairs.setdefault((entry["a"], entry["b"]), {})[entry["slice"]] = said
+    return head, [[*pair, *(own.get(name, "–") for name in slices)] for pair, own in pairs.items()]
 
 
 def verdict(entry: Mapping) -> str:

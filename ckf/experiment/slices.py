@@ -6,6 +6,7 @@ import numpy as np
 
 from ckf.data.prepared import PreparedData
 
+BY_USER_ROWS = "user's train rows"
 _USER_ROWS = ((0, 0), (1, 9), (10, 49), (50, None))
 _LIKED = ((0, 2), (3, 9), (10, None))
 
@@ -25,7 +26,7 @@ def slices(data: PreparedData, rows: np.ndarray) -> dict[str, dict[str, np.ndarr
     place[np.argsort(item_rows, kind="stable")] = np.arange(len(rows))
     decile = place * 10 // max(1, len(rows)) + 1
     groups = {
-        "user's train rows": {_name(*r): _within(user_rows, *r) for r in _USER_ROWS},
+        BY_USER_ROWS: {_name(*r): _within(user_rows, *r) for r in _USER_ROWS},
         "liked before": {_name(*r): _within(liked, *r) for r in _LIKED},
         "popularity decile": {str(d): decile == d for d in range(1, 11)},
     }

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from ckf.experiment.report import as_table, shown, verdict
+from ckf.experiment.report import as_table, by_user_table, shown, verdict
 from ckf.report_metrics import metric, number
 
 _COLUMNS = (("ctr", "auc"), ("ctr", "uauc"), ("topk", "mrr"), ("rating", "rmse"))
@@ -28,6 +28,7 @@ def summary(record: Mapping, path: str, page: str = "docs/experiments.md") -> st
     """
     link = Path(os.path.relpath(path, Path(page).parent)).as_posix()
     parts = [_what(record, path, link), _figures(record), _weights(record), _claims(record)]
+    parts.append(_by_user(record))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -124,6 +125,17 @@ def _claims(record: Mapping) -> str:
     ]
     table = "\n".join(as_table(head, rows))
     return "\n".join(lines) + "\n\n" + _folded("Differences that are open", table)
+
+
+def _by_user(record: Mapping) -> str:
+    head, rows = by_user_table(record)
+    if not rows:
+        return ""
+    said = (
+        "A minus B in AUC by the user's train rows (0: cold; rows in brackets), named better where "
+        "p, adjusted by Holm over this table, is below .05:"
+    )
+    return said + "\n\n" + "\n".join(as_table(head, rows))
 
 
 def _pair(entry: Mapping) -> str:
