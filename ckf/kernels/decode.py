@@ -7,7 +7,7 @@ costs more launches than the update itself, so a caller that decodes keeps a ``D
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ckf.kernels.cuda import FORMS, MAX_LINEARS, DecodeGroup
+from ckf.kernels.decode_cache import capturing
+from ckf.kernels.dispatch import logger
 from ckf.kernels.group import GroupShape
 from ckf.kernels.launch import CUDA_PLANS
 from ckf.kernels.stacks import Stacks
@@ -31,8 +33,11 @@ def forward_pass(
     task_ids: Tensor,
     plan: str = CUDA_PLANS[0],
 ) -> list[Tensor]:
-    """The outputs (..., n_l); arguments as in torch_backend.forward_pass."""
-    return decode_pass(prepare(shape, gates, a, b, x.dtype), x, weights, biases, task_ids, plan)
+    """The outputs (..., n_l), of experts stacked for this call alone; arguments as in
+    torch_backend.forward_pass."""
+    with torch.cuda.device_of(x):
+        groups = prepare(shape, gates, a, b, x.dtype, _stack_at_once(x))
+    return decode_pass(groups, x, weights, biases, task_ids, plan)
 
 
 def decode_pass(
@@ -89,7 +94,14 @@ def _say_once(device: str) -> None:
     )
 
 
-def prepare(shape: GroupShape, gates, a, b, dtype: torch.dtype) -> list[DecodeGroup]:
+def prepare(
+    shape: GroupShape,
+    gates: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    dtype: torch.dtype,
+    stack: Callable[..., Stacks] = Stacks.of,
+) -> list[DecodeGroup]:
     """What a ``DecodeCache`` keeps: the experts stacked, a launch for every MAX_LINEARS linears."""
     groups, expert = [], 0
     for start in range(0, shape.linears, MAX_LINEARS):
@@ -97,6 +109,41 @@ def prepare(shape: GroupShape, gates, a, b, dtype: torch.dtype) -> list[DecodeGr
         part = GroupShape(ranks, 0.0)
         own = slice(expert, expert + part.experts)
         expert += part.experts
-        stacks = Stacks.of(part, gates[start : start + MAX_LINEARS], a[own], b[own], dtype)
+        stacks = stack(part, gates[start : start + MAX_LINEARS], a[own], b[own], dtype)
         groups.append(DecodeGroup(stacks.a, stacks.b, stacks.gates))
     return groups
+
+
+_STACKS_BY_KERNEL: dict[torch.device, bool] = {}
+
+
+def _stack_at_once(x: Tensor) -> Callable[..., Stacks]:
+    """What stacks the experts of a call that keeps nothing, as a compiled one is.
+
+    Triton's kernel in one launch where it can run: PyTorch's dozen launches a group would be in
+    every replay of a graph. What a cache keeps is stacked by PyTorch, which compiles nothing.
+    """
+    if not x.is_cuda:
+        return Stacks.of
+    if x.device not in _STACKS_BY_KERNEL:
+        if capturing(x):  # nothing can be tried out there
+            return Stacks.of
+        _STACKS_BY_KERNEL[x.device] = _kernel_stacks(x)
+    if not _STACKS_BY_KERNEL[x.device]:
+        return Stacks.of
+    from ckf.kernels.triton_stack import stack  # imports triton
+
+    return stack
+
+
+def _kernel_stacks(x: Tensor) -> bool:
+    """Whether Triton's kernel runs on x's GPU."""
+    try:
+        from ckf.kernels.triton_stack import stack
+
+        one = x.new_ones(1, 1)
+        stack(GroupShape(((1,),), 0.0), [one.float()], [one], [one], x.dtype)
+    except Exception as error:  # no triton, no C compiler, an unknown GPU
+        logger.info("experts are stacked by PyTorch on %s: %s", x.device, error)
+        return False
+    return True

@@ -4,6 +4,7 @@ The kernel is replaced by its formula here; test_cuda_host.py runs the kernel's 
 """
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from ckf.kernels import decode
 from ckf.kernels.decode_cache import DecodeCache
 from ckf.kernels.group import GroupShape
 from ckf.kernels.reference import multi_lora_reference
+from ckf.kernels.stacks import Stacks
 from ckf.kernels.torch_backend import forward_pass
 from tests.kernels.cases import random_case
 
@@ -164,6 +166,40 @@ def test_inference_tensors_are_never_kept(group):
         again = run(group, cache)
         assert_right(again, group)
         assert not torch.equal(first[0], again[0])
+
+
+def test_calls_that_keep_nothing_are_stacked_by_one_launch_where_that_runs(monkeypatch):
+    """On a GPU: tried once, and not while a graph is captured."""
+    x = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 3))
+    state = {"capturing": True, "runs": True, "tried": 0}
+
+    def tried(_):
+        state["tried"] += 1
+        return state["runs"]
+
+    monkeypatch.setattr(decode, "_STACKS_BY_KERNEL", {})
+    monkeypatch.setattr(decode, "capturing", lambda _: state["capturing"])
+    monkeypatch.setattr(decode, "_kernel_stacks", tried)
+    assert decode._stack_at_once(x) == Stacks.of and state["tried"] == 0
+    state["capturing"] = False
+    kernel = decode._stack_at_once(x)
+    assert kernel.__module__ == "ckf.kernels.triton_stack"
+    state["capturing"] = True  # known by now
+    assert decode._stack_at_once(x) is kernel and state["tried"] == 1
+    decode._STACKS_BY_KERNEL.clear()
+    state |= {"capturing": False, "runs": False}
+    assert [decode._stack_at_once(x) for _ in range(2)] == [Stacks.of] * 2 and state["tried"] == 2
+    assert decode._stack_at_once(torch.ones(1)) == Stacks.of
+
+
+def test_a_gpu_without_triton_stacks_by_pytorch(monkeypatch):
+    import ckf.kernels.triton_stack as module
+
+    def refuses(*_):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(module, "stack", refuses)
+    assert not decode._kernel_stacks(torch.ones(1))
 
 
 def test_layers_keep_their_own_caches():

@@ -239,6 +239,21 @@ def test_launches_stack_what_torch_stacks(ranks, adapters):
         assert torch.equal(one, other)
 
 
+def test_a_decoding_call_that_keeps_nothing_is_stacked_so_too():
+    from ckf.kernels import cuda, decode
+
+    if not cuda.available()[0]:
+        pytest.skip("needs ckf._C")
+    case = on_gpu(random_case(m=4, k=264, n=136, ranks=[16] * 4), torch.bfloat16)
+    shape = GroupShape((tuple(t.shape[0] for t in case.a),), 0.0)
+    experts = [case.gates.detach()], [t.detach() for t in case.a], [t.detach() for t in case.b]
+    base = case.x.detach(), [case.weight], [case.bias]
+    (ours,) = decode.forward_pass(shape, *base, *experts, case.task_ids)
+    assert decode._STACKS_BY_KERNEL[case.x.device]
+    kept = decode.prepare(shape, *experts, torch.bfloat16)
+    assert torch.equal(ours, decode.decode_pass(kept, *base, case.task_ids)[0])
+
+
 def test_no_synchronisation():
     case = on_gpu(random_case(m=300, k=64, n=64, soft=True, dropout_p=0.1), torch.bfloat16)
     dy = torch.randn(300, 64, device="cuda")
