@@ -9,19 +9,21 @@ folder's name) of benchmarks/README.md; a folder without a block gets one at the
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.peers import COMPETITORS_EXCLUDED  # noqa: E402
 from benchmarks.plots import PICTURES, draw_all  # noqa: E402
 from benchmarks.records import load_record, rows_of  # noqa: E402
 from benchmarks.summary import (  # noqa: E402
+    SHARES_NOTE,
     best_of,
     growth,
     header,
     line,
+    peers_of,
     ratio_of,
     shares,
     speed,
@@ -40,6 +42,9 @@ SOURCES = (
     *("bench_linear", "bench_scaling", "bench_decode", "bench_decode_model", "bench_step"),
     "bench_training",
 )
+
+
+LINEARS = SOURCES[:3]
 
 
 def load_records(results: Path) -> dict[str, dict]:
@@ -64,9 +69,11 @@ def block(records: dict[str, dict], results: Path, readme: Path) -> str:
     ]
     if "bench_linear" in records:
         lines += ["**Linears**, " + _LINEAR_NOTE, "", *linear_table(records["bench_linear"]), ""]
+    linears = [records[name] for name in LINEARS if name in records]
+    if linears:
+        lines += ["**Where it loses**, " + _LOSES_NOTE, "", *losses(linears), ""]
     if "bench_scaling" in records:
-        lines += ["**Where it loses**, " + _LOSES_NOTE, "", *losses(records["bench_scaling"]), ""]
-        lines += ["**Growth** in that record:", "", *growth(records["bench_scaling"]), ""]
+        lines += ["**Growth** in the scaling record:", "", *growth(records["bench_scaling"]), ""]
     if "bench_decode" in records:
         lines += ["**Decoding, linears**, forward:", ""]
         lines += [*linear_table(records["bench_decode"]), ""]
@@ -77,7 +84,8 @@ def block(records: dict[str, dict], results: Path, readme: Path) -> str:
         lines += ["**Training step**, " + _STEP_NOTE, "", *step_table(records["bench_step"]), ""]
         told_apart = shares(records["bench_step"])
         if told_apart:
-            lines += ["**Kernels and batching told apart**, without AdamW:", "", *told_apart, ""]
+            lines += ["**Kernels and batching told apart**, without AdamW (" + SHARES_NOTE + "):"]
+            lines += ["", *told_apart, ""]
     if "bench_training" in records:
         lines += ["**What a small model's training step waits for**, " + _TRAINING_NOTE, ""]
         lines += [*training_table(records["bench_training"]), ""]
@@ -99,7 +107,10 @@ _LINEAR_NOTE = (
     "time over the frozen linear's, median [quartiles]. Floor: the least work by arithmetic. "
     "Saved: what ckf keeps for backward, beside what the best peer keeps."
 )
-_LOSES_NOTE = "every case of the scaling record in which a peer is at least as fast as ckf."
+_LOSES_NOTE = (
+    "every case of a linear, a group or a layer, of the records of this block, in which a peer is "
+    "at least as fast as ckf."
+)
 _STEP_NOTE = (
     "loss and backward; tokens are real ones, padding does not count. Ratio: to the frozen model "
     "in the same layout. AdamW: milliseconds with the optimizer. Peak: above weights, adapters "
@@ -114,7 +125,7 @@ _TRAINING_NOTE = (
 
 
 def linear_table(record: dict) -> list[str]:
-    sizes = ("case", "m", "T", "r", "rows", "adapters")
+    sizes = ("case", "rows", "T", "r", "mix", "adapters")
     lines = header((*sizes, "floor", "ckf", "best peer", "one LoRA", "saved"))
     for case in record["cases"]:
         rows = rows_of({"cases": [case]})
@@ -142,29 +153,32 @@ def linear_table(record: dict) -> list[str]:
     return lines
 
 
-def losses(record: dict) -> list[str]:
-    lines = header(("case", "m", "T", "r", "rows", "floor", "ckf", "peers as fast or faster"))
-    for case in record["cases"]:
+def losses(records: Sequence[dict]) -> list[str]:
+    head = ("case", "pass", "rows", "T", "r", "mix", "floor", "ckf", "peers as fast or faster")
+    lines, count = [], 0
+    for case in (case for record in records for case in record["cases"]):
         rows = rows_of({"cases": [case]})
         ours, _ = best_of(rows)
         if ours is None:
             continue
+        count += 1
         faster = [
             f"{r['provider']} {r['ratio']:.2f}"
-            for r in sorted(rows, key=lambda r: r["ms"])
-            if r["peer"] and r["provider"] not in COMPETITORS_EXCLUDED and r["ms"] <= ours["ms"]
+            for r in sorted(peers_of(rows), key=lambda r: r["ratio"])
+            if r["ratio"] <= ours["ratio"]
         ]
         if faster:
             what = case["case"]
-            sizes = (what["m"], what["tasks"], what["rank"], what["mix"])
+            sizes = (what["pass"], what["m"], what["tasks"], what["rank"], what["mix"])
             figures = (f"{ours['floor_ratio']:.2f}", ratio_of(ours), ", ".join(faster))
-            lines.append(line(what["shape"], *sizes, *figures))
-    return lines if len(lines) > 2 else [f"None of {len(record['cases'])} cases."]
+            found = line(what["shape"], *sizes, *figures)
+            lines += [] if found in lines else [found]
+    return [*header(head), *lines] if lines else [f"None of {count} cases."]
 
 
 def decode_table(record: dict) -> list[str]:
     names = list(dict.fromkeys(r["provider"] for r in rows_of(record)))
-    lines = header(("model", "m", "frozen, ms", "floor", *(n for n in names if n != "frozen")))
+    lines = header(("model", "rows", "frozen, ms", "floor", *(n for n in names if n != "frozen")))
     for case in record["cases"]:
         found = {r["provider"]: r for r in case["rows"]}
         if "frozen" not in found:

@@ -20,33 +20,42 @@ def ratio_of(row: dict, named: bool = True) -> str:
     return f"{row['provider']} {figure}" if named else figure
 
 
-def best_of(rows: list[dict]) -> tuple[dict | None, dict | None]:
-    """ckf as a user gets it ("auto", else the fastest backend), and the fastest peer."""
+def best_of(rows: list[dict], by: str = "ratio") -> tuple[dict | None, dict | None]:
+    """ckf as a user gets it ("auto", else the fastest backend), and the fastest peer.
+
+    by: what is compared, the less the better: the ratio to the frozen base in the same rounds, as
+    pages show it, or "ms".
+    """
     ours = [r for r in rows if r["provider"].startswith("ckf")]
     own = next((r for r in ours if r["provider"] == "ckf"), None)
-    rivals = [r for r in rows if r["peer"] and r["provider"] not in COMPETITORS_EXCLUDED]
     return (
-        own or min(ours, key=lambda r: r["ms"], default=None),
-        min(rivals, key=lambda r: r["ms"], default=None),
+        own or min(ours, key=lambda r: r[by], default=None),
+        min(peers_of(rows), key=lambda r: r[by], default=None),
     )
 
 
+def peers_of(rows: list[dict]) -> list[dict]:
+    """The rows of peers that route tasks as ckf does."""
+    return [r for r in rows if r["peer"] and r["provider"] not in COMPETITORS_EXCLUDED]
+
+
 def growth(record: dict) -> list[str]:
-    """Bullets: T 64 against T 2, and where dense-gated products are passed."""
+    """Bullets: T 64 against T 2, each over its own frozen base, and where dense-gated products are
+    passed."""
     from benchmarks.bench_scaling import axis_rows
 
     rows = with_best(record)
     tasks = axis_rows(rows, "tasks")
     lines = []
     for name in ("ckf", "ckf triton", "dense", "peft-big"):
-        ms = {r["tasks"]: r for r in tasks if r["provider"] == name}
-        if set(GOAL_TASKS) <= ms.keys():
-            few, many = (ms[t] for t in GOAL_TASKS)
+        found = {r["tasks"]: r for r in tasks if r["provider"] == name}
+        if set(GOAL_TASKS) <= found.keys():
+            few, many = (found[t] for t in GOAL_TASKS)
             floor = many["flops"] / few["flops"]
             if many["floor_ms"]:
                 floor = many["floor_ms"] / few["floor_ms"]
             lines.append(
-                f"- {name}: T 64 takes {many['ms'] / few['ms']:.2f} times as long as T 2 "
+                f"- {name}: T 64 takes {many['ratio'] / few['ratio']:.2f} times as long as T 2 "
                 f"(floor {floor:.2f})"
             )
     for axis in ("tasks", "rank", "m"):
@@ -79,7 +88,7 @@ def shares(record: dict) -> list[str]:
 
 
 def _shares(own: dict[str, dict], as_run: dict | None) -> list[str] | None:
-    ours, rival = best_of(list(own.values()))
+    ours, rival = best_of(list(own.values()), by="ms")
     if ours is None or rival is None:
         return None
     rate, loop = ours["tokens_per_s"], own.get("peft-loop")
@@ -106,15 +115,37 @@ def speed(records: dict[str, dict], folder: str) -> str:
         "base's, median [quartiles]; the floor is the least by arithmetic.",
         "",
     ]
-    lines += header(("forward + backward", "floor", "ckf", "best peer", "one unrouted LoRA"))
-    won = total = 0
-    shown = set()
-    for case in records.get("bench_linear", {"cases": []})["cases"]:
+    table, won, total, peers = _training_cases(records.get("bench_linear", {"cases": []}))
+    lines += table
+    lines += [
+        "",
+        f"ckf is faster than {_named(peers)} in {won} of {total} such cases.",
+    ]
+    if "bench_scaling" in records:
+        lines += ["", *growth(records["bench_scaling"])[:1]]
+    lines += decoded(records.get("bench_decode_model", {"cases": []}))
+    told_apart = shares(records["bench_step"]) if "bench_step" in records else []
+    if told_apart:
+        lines += ["", "A training step of a whole model (" + SHARES_NOTE + "):", "", *told_apart]
+    return "\n".join(lines)
+
+
+SHARES_NOTE = (
+    "over PEFT's loop on padded rows: what the layout of the rows gains it, batching, times what "
+    "ckf gains over it in that layout, kernels; peak memory beside the best peer's"
+)
+
+
+def _training_cases(record: dict) -> tuple[list[str], int, int, set[str]]:
+    """A table of the first cases that train, in how many ckf is ahead of how many, and of whom."""
+    found, shown, won, total, peers = [], set(), 0, 0, set()
+    for case in record["cases"]:
         rows = [r for r in rows_of({"cases": [case]}) if r["pass"] == "train"]
         ours, rival = best_of(rows)
         if ours is None or rival is None:
             continue
-        won, total = won + (ours["ms"] < rival["ms"]), total + 1
+        won, total = won + (ours["ratio"] < rival["ratio"]), total + 1
+        peers |= {r["provider"] for r in peers_of(rows)}
         what = case["case"]
         title = f"{what['shape']}, {what['m']} rows, {what['tasks']} tasks, {what['mix']}"
         title += f", dropout {what['dropout']}" if what["dropout"] else ""
@@ -123,9 +154,32 @@ def speed(records: dict[str, dict], folder: str) -> str:
             single = next((f"{r['ratio']:.2f}" for r in rows if r["provider"] == "single"), "")
             floor = f"{ours['floor_ratio']:.2f}"
             own = ratio_of(ours, named=ours["provider"] != "ckf")  # a backend chosen afterwards
-            lines.append(line(title, floor, own, ratio_of(rival), single))
-    lines += ["", f"ckf is faster than every peer in {won} of {total} such cases."]
-    told_apart = shares(records["bench_step"]) if "bench_step" in records else []
-    if told_apart:
-        lines += ["", "A training step of a whole model:", "", *told_apart]
-    return "\n".join(lines)
+            found.append((title, floor, own, ratio_of(rival), single))
+    head = ["forward + backward", "floor", "ckf", "best peer", "one unrouted LoRA"]
+    if not any(cells[-1] for cells in found):
+        head, found = head[:-1], [cells[:-1] for cells in found]
+    return header(head) + [line(*cells) for cells in found], won, total, peers
+
+
+def decoded(record: dict) -> list[str]:
+    """Bullets: a token a row through a whole decoder, beside the best peer."""
+    said: dict[str, list[str]] = {}
+    for case in record["cases"]:
+        rows = [r for r in case["rows"] if not r["provider"].startswith(("ckf-", "frozen"))]
+        rows = [r | {"peer": r["provider"] not in ("ckf", "single")} for r in rows]
+        ours, rival = best_of(rows)
+        if ours is not None and rival is not None:
+            count = f"{case['case']['m']} row{'s' * (case['case']['m'] > 1)}"
+            own = f"{ours['ratio']:.2f} in {count} ({rival['provider']} {rival['ratio']:.2f})"
+            said.setdefault(case["case"]["model"], []).append(own)
+    return [
+        f"- a token a row through a whole decoder ({model}): {', '.join(figures)}"
+        for model, figures in said.items()
+    ]
+
+
+def _named(peers: set[str]) -> str:
+    """The peers that were run: by name where they are few."""
+    if len(peers) < 4:
+        return f"every peer that was run ({', '.join(sorted(peers))})"
+    return f"every one of the {len(peers)} peers"

@@ -178,7 +178,8 @@ def take(tensors: dict[str, Tensor], name: str, own: Tensor, file: Path) -> Tens
     tensor = tensors.pop(name)
     if tensor.shape != own.shape:
         raise ValueError(
-            f"{file}: {name} has shape {tuple(tensor.shape)}; the model needs {tuple(own.shape)}"
+            f"{file}: {name} has shape {tuple(tensor.shape)}; the model needs {tuple(own.shape)}: "
+            "patch it with the ranks that were saved, or use ckf.load_patched"
         )
     if tensor.dtype not in PLAIN_DTYPES:
         raise ValueError(f"{file}: {name} is {tensor.dtype}; expected float16 to float64")

@@ -36,8 +36,8 @@ class ShuffledUsers(VectorLookup):
 def shuffled(known: np.ndarray, length: np.ndarray, seed: int) -> np.ndarray:
     """A permutation (U,) that moves every user, within the known and within the others (U,) bool.
 
-    length: of the users' histories (U,). Each takes the place of a user with one as long, or the
-    next longer one (the one with the shortest that of the longest). A group of one has nobody to
+    length: of the users' histories (U,). Each is shown as a user with one as long, or the next
+    shorter one; the user with the shortest as that with the longest. A group of one has nobody to
     trade with and stays.
     """
     donor = np.arange(len(known))

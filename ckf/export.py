@@ -95,7 +95,8 @@ def import_peft(model: nn.Module, path: str | Path, adapter: str) -> None:
 
     The adapter then adds what PEFT would: differing scalings are folded into B, a lower rank is
     filled up with zero columns of B (A keeps its own values there, so that they can still train),
-    and layers that the file does not name get a B of zero. Learned gates weigh it as they stand.
+    and layers that the file does not name get a B of zero. Learned gates weigh it as they stand,
+    and a task's is added to the shared one as ever: alone it counts where the shared B is zero.
     Everything is checked before anything is copied.
 
     Args:
@@ -139,11 +140,11 @@ def merge_task(model: nn.Module, task: str) -> nn.Module:
     """Add one task's update to the frozen weights and take the patch out; other tasks are lost.
 
     With learned gates too: a task's gates are constants. The sum is rounded once, to the weight's
-    dtype.
+    dtype. The model is then a plain one: it knows no tasks, and most ignore ``task_ids``.
 
     Raises:
-        ValueError: a base that cannot take it exactly (quantized, sharded, offloaded, or tied to
-            another module); the model is then unchanged.
+        ValueError: an unpatched model, an unknown task, or a base that cannot take it exactly
+            (quantized, sharded, offloaded, or tied to another module); the model is unchanged.
     """
     state, layers = patch_state(model), patched_layers(model)
     row = state.router.index(_known_task(state, task))

@@ -104,7 +104,7 @@ class LayerGraphs:
 
     Args:
         model: a model after ``ckf.patch_model`` whose attention takes packed rows
-            (``ckf.packing.attend_packed``), on a GPU.
+            (``model.set_attn_implementation("ckf_packed")``), on a GPU.
         capture: makes what captures one layer; for tests.
 
     Raises:

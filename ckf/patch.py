@@ -169,13 +169,30 @@ def patched_layers(model: nn.Module) -> dict[str, MultiLoRALinear]:
 
 
 def task_ids(model: nn.Module, names: TaskIds) -> Tensor:
-    """Task names (or numbers) as a tensor on the model's device, resolved once on the host."""
+    """Task names or numbers as ids on the model's device, resolved once on the host.
+
+    Args:
+        names: one for all rows, one a row, or a list of one a token for each row; -1: base alone.
+
+    Returns:
+        int64, (), (batch,) or (batch, seq).
+
+    Raises:
+        ValueError: an unpatched model, an unknown name, a number out of range.
+    """
     return patch_state(model).router.tensor(names, _device(model))
 
 
 @contextmanager
 def use_task(model: nn.Module, task: str) -> Iterator[nn.Module]:
-    """Every forward pass inside that names no task ids takes ``task`` for all rows."""
+    """Every forward pass inside that names no task ids takes ``task`` for all rows.
+
+    Args:
+        task: a name or number; -1: the base alone. Ids that a call names come first.
+
+    Raises:
+        ValueError: an unpatched model, an unknown task.
+    """
     with patch_state(model).router.defaulting_to(task):
         yield model
 

@@ -50,8 +50,25 @@ class TaskPresence:
         return {**self.__dict__, "_steps": []}  # a copy has no optimizer yet
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Note forward passes; around each step, keep the absent tasks where they are."""
+        """Note forward passes; around each step, keep the absent tasks where they are.
+
+        Before the first forward pass that a step is taken for; a second time changes nothing.
+
+        Raises:
+            ValueError: no optimizer of PyTorch's, or one that steps nothing of this model.
+        """
         optimizer = getattr(optimizer, "optimizer", optimizer)  # what accelerate wraps
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ValueError(
+                f"TaskPresence was given a {type(optimizer).__name__}; expected a "
+                "torch.optim.Optimizer"
+            )
+        own = {id(parameter) for parameter in self.model.parameters()}
+        if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError(
+                "this optimizer steps nothing of the model; make it from model.parameters() of "
+                "this very model, after ckf.patch_model (ckf.load_patched makes a new one)"
+            )
         if self._notes is None:
             hook = self._before_forward
             self._notes = self.model.register_forward_pre_hook(hook, with_kwargs=True)

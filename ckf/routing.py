@@ -291,8 +291,9 @@ class Router:
             raise ValueError(
                 "this model is patched for several tasks and got no task_ids; pass "
                 f"task_ids=[...] with one of {', '.join(self.tasks)} for each row (-1 for the "
-                "base alone), or call it inside ckf.use_task(model, task), or undo the patch "
-                "with ckf.unpatch_model(model)"
+                "base alone; in Trainer by data_collator=ckf.TaskCollator(model, collator)), or "
+                "call it inside ckf.use_task(model, task), or undo the patch with "
+                "ckf.unpatch_model(model)"
             )
         ids = self.tensor(task_ids)
         base_only = ids.device.type == "cpu" and bool((ids == BASE_ONLY).all())

@@ -82,12 +82,17 @@ class Run:
         earlier rows alone, as evaluation shows it.
 
         Returns:
-            per request: ctr ``{"score", "probability"}``, rating and review_rating ``{"rating"}``,
-            topk ``{"ranking": [raw ids, best first], "scores"}``, explain ``{"text"}``.
+            per request: ctr ``{"score", "probability"}`` (log-odds of a like, and the same as 0 to
+            1), rating and review_rating ``{"rating"}`` (expected stars, 1 to 5), topk ``{"ranking":
+            [raw ids, best first], "scores"}`` (2 to 26 candidates), explain ``{"text"}``.
 
         Raises:
             ValueError: an unknown task, user or item, or a missing field, naming the request.
         """
+        if not isinstance(requests, list | tuple):
+            raise ValueError(
+                f"predict was given a {type(requests).__name__}; expected a list of requests"
+            )
         questions, users, histories = self._questions(requests)
         replies: list[dict] = [{} for _ in requests]
         scorer = Scorer(self.assembly)

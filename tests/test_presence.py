@@ -199,3 +199,13 @@ def test_one_optimizer_is_watched_once():
     assert (
         len(setup.model._forward_pre_hooks) == len(setup.optimizer._optimizer_step_pre_hooks) == 1
     )
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    model, other = (Setup(watched=False).model for _ in range(2))
+    presence = TaskPresence(model)
+    with pytest.raises(ValueError, match="steps nothing of the model; make it from"):
+        presence.attach(torch.optim.SGD(other.parameters(), 0.1))
+    with pytest.raises(ValueError, match="was given a str; expected a torch.optim.Optimizer"):
+        presence.attach("adamw")
+    assert presence._notes is None

@@ -112,8 +112,13 @@ def _measured_once(index: int, dtype: torch.dtype, call: Call) -> tuple[str, str
     return tuple(measured_choice(_device_name(index), call, tuple(usable)))
 
 
+tables_read = 0  # counts the changes of tables, for whoever remembers a choice
+
+
 def forget_choices() -> None:
     """After a table has changed."""
+    global tables_read
+    tables_read += 1
     _measured_once.cache_clear()
 
 

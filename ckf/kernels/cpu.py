@@ -201,7 +201,7 @@ class Experts:
         ys, m = [], lead.numel()
         ids = _ids(task_ids, m)
         self._group.check_ids(ids.data_ptr(), m)  # before the base is computed
-        whole = inputs is x and inputs.is_contiguous()
+        whole = inputs.dim() != 2
         _check("x", inputs, (*lead, self._k) if whole else (m, self._k), rows=not whole)
         for weight, bias, n in zip(weights, biases, self._widths, strict=True):
             base = x.new_zeros(*lead, n) if weight is None else F.linear(x, weight, bias)

@@ -5,7 +5,7 @@ update itself.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -107,31 +107,32 @@ class DecodeCache:
     def clear(self) -> None:
         # by maker: key, what was made, where, and its inputs, so that no address of the key is
         # given out again; one tuple, as threads may replace it between two reads
-        self._kept: dict[Make, tuple[tuple, Any, Made | None, tuple]] = {}
+        self._kept: dict[Make, tuple[tuple, Any, Made | None, list]] = {}
         self._ways: dict[tuple, Way] = {}
 
     def get(self, make: Make, shape: GroupShape, gates, a, b, dtype: torch.dtype) -> Any:
         """``make(shape, gates, a, b, dtype)``, or what it made before of the same tensors."""
-        tensors = (*gates, *a, *b)
-        made = self._again(make, tensors, dtype)
+        _STEPS.watch()
+        key = _key(gates, a, b, dtype)  # before anything is made: what changes meanwhile is seen
+        made = self._again(make, key, gates[0])
         if made is not None:
             return made
-        made = make(shape, gates, a, b, dtype)
-        if capturing(tensors[0]) or any(t.is_inference() for t in tensors):
-            return made  # only replays of the graph compute it; or its inputs count no versions
-        _STEPS.watch()
-        where = Made.here(tensors[0]) if tensors[0].is_cuda else None
-        inputs = tuple(t.detach() for t in tensors)
+        parts = [[t.detach() for t in tensors] for tensors in (gates, a, b)]  # no new .data seen
+        made = make(shape, *parts, dtype)
+        if key is None or capturing(gates[0]):
+            return made  # its inputs count no versions; or only replays of the graph compute it
+        where = Made.here(gates[0]) if gates[0].is_cuda else None
         self._ways = {}  # of experts with other ranks, perhaps
-        self._kept[make] = (_key(tensors, dtype), made, where, inputs)
+        self._kept[make] = (key, made, where, parts)
         return made
 
-    def _again(self, make: Make, tensors: Sequence[Tensor], dtype: torch.dtype) -> Any | None:
+    def _again(self, make: Make, key: tuple | None, tensor: Tensor) -> Any | None:
+        """What was made at this key; ``tensor``: one of its inputs."""
         kept = self._kept.get(make)
-        if kept is None or kept[0] != _key(tensors, dtype):
+        if kept is None or kept[0] != key:
             return None
         _, made, where, _ = kept
-        if capturing(tensors[0]):
+        if capturing(tensor):
             if not any(made is other for other in self._captured):
                 self._captured.append(made)
         elif where is not None:
@@ -139,7 +140,9 @@ class DecodeCache:
         return made
 
     def remember(self, call: tuple, way: "Way") -> None:
-        """That calls of this kind go this way, as long as the experts are the same."""
+        """That calls of this kind go this way, as long as what it made is kept."""
+        if way.make not in self._kept:
+            return
         if len(self._ways) >= MOST_WAYS:
             self._ways = {}
         self._ways[call] = way
@@ -147,31 +150,36 @@ class DecodeCache:
     def way(self, call: tuple, gates, a, b, dtype: torch.dtype) -> "tuple[Way, Any] | None":
         """The way of an earlier call, and what it made of the same tensors; None: ask anew."""
         way = self._ways.get(call)
-        if way is None:
+        if way is None or (not way.in_graphs and capturing(gates[0])):
             return None
-        made = self._again(way.make, (*gates, *a, *b), dtype)
+        made = self._again(way.make, _key(gates, a, b, dtype), gates[0])
         return None if made is None else (way, made)
 
 
 class Way(NamedTuple):
     """How a backend computes calls of one kind.
 
-    run: takes what ``make`` makes, x, weights, biases and ids; gives the outputs.
+    run: takes what ``make`` makes, x, weights, biases and ids; gives the outputs. in_graphs:
+    whether a CUDA graph may read what is kept; else it makes its own.
     """
 
     backend: str
     make: Make
     run: Callable[..., list[Tensor]]
+    in_graphs: bool = True
 
 
 _version = attrgetter("_version")
 
 
-def _key(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple | None:
-    """Equal for the same tensors, unchanged; None where that cannot be told."""
+def _key(gates, a, b, dtype: torch.dtype) -> tuple | None:
+    """Equal for the same tensors, unchanged, of the same ranks; None where that cannot be told."""
+    tensors = (*gates, *a, *b)
     try:
-        return (dtype, _STEPS.count, *map(Tensor.data_ptr, tensors), *map(_version, tensors))
+        versions = tuple(map(_version, tensors))
     except RuntimeError:
         if any(t.is_inference() for t in tensors):  # they count no versions
             return None
         raise
+    sizes = tuple(map(Tensor.numel, a))  # a part of the same memory is of another rank
+    return dtype, _STEPS.count, versions, sizes, tuple(map(Tensor.data_ptr, tensors))

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from ckf.kernels import cpu, decode, torch_backend
+from ckf.kernels import config, cpu, decode, torch_backend
 from ckf.kernels.checks import (
     check_group,
     check_id_range,
@@ -164,7 +164,7 @@ def run_group(
     seed = _seed_tensor(seed, x.device) if dropout_p > 0 else None
     with _no_autocast(x):
         way = _decode_way(choice, call) if decode_cache is not None else None
-        if way is not None and _keeps_stacks(x, choice.backend):
+        if way is not None and _is_plain(x) and (way.in_graphs or not capturing(x)):
             if choice.backend != "cpu":  # whose kernels look at them
                 check_id_range(task_ids, gates[0].shape[0])
             shape = _shape(gates, flat_a, 0.0)
@@ -184,13 +184,13 @@ def _as_before(
     A decoded token is so little work that the host, not the GPU, would set its pace if every call
     asked again what cannot have changed.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or forward_ad._current_level >= 0:
+    if not _is_plain(x) or torch.is_grad_enabled() or forward_ad._current_level >= 0:
         return None
     if torch.is_autocast_enabled(x.device.type):
         return None
-    flat = itertools.chain.from_iterable
-    found = cache.way(_kind(backend, x), gates, flat(a), flat(b), x.dtype)
-    if found is None or not _keeps_stacks(x, found[0].backend):
+    flat_a, flat_b = [t for s in a for t in s], [t for s in b for t in s]
+    found = cache.way(_kind(backend, x), gates, flat_a, flat_b, x.dtype)
+    if found is None:
         return None
     way, made = found
     if way.backend != "cpu":
@@ -199,8 +199,8 @@ def _as_before(
 
 
 def _kind(backend: str, x: Tensor) -> tuple:
-    """What the backend of a call depends on beside its experts."""
-    return backend, x.shape, x.dtype, x.device
+    """What the backend of a call without gradients and dropout depends on beside its experts."""
+    return backend, x.shape, x.dtype, x.device, config.tables_read
 
 
 def _decode_way(choice: Choice, call: Call) -> Way | None:
@@ -210,21 +210,18 @@ def _decode_way(choice: Choice, call: Call) -> Way | None:
     if choice.backend == "cpu":
         return Way("cpu", cpu.transposed_experts, cpu.decode_pass)
     if choice.backend == "torch" and call.m <= torch_backend.DECODE_ROWS:
-        return Way("torch", torch_backend.DecodeExperts, torch_backend.decode_pass)
+        return Way("torch", torch_backend.DecodeExperts, torch_backend.decode_pass, False)
     if choice.backend == "cuda":
         return Way("cuda", decode.prepare, partial(decode.decode_pass, plan=choice.plan))
     return None
 
 
-def _keeps_stacks(x: Tensor, backend: str) -> bool:
-    """Not for what only sees registered ops (modes, transforms); nor what torch's own
-    products would read in a graph's every replay."""
+def _is_plain(x: Tensor) -> bool:
+    """Not for what only sees registered ops: modes, transforms, compilers."""
     if type(x) is not Tensor or torch.compiler.is_compiling() or x.is_neg():
         return False
     modes, transform = torch._C._len_torch_dispatch_stack(), torch._C._functorch
-    if modes > 0 or transform.peek_interpreter_stack() is not None:
-        return False
-    return backend != "torch" or not capturing(x)
+    return modes == 0 and transform.peek_interpreter_stack() is None
 
 
 def _no_autocast(x: Tensor):

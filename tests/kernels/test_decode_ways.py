@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ckf.kernels import decode, ops
+from ckf.kernels import config, cpu, decode, decode_cache, ops, torch_backend
 from ckf.kernels.decode_cache import MOST_WAYS, DecodeCache
 from ckf.kernels.dispatch import Choice
 from ckf.kernels.ops import multi_lora_group, run_group
@@ -70,6 +70,78 @@ def test_changed_experts_are_asked_for_anew(backend, asked):
         arguments[side][0] = [torch.randn(wider), *arguments[side][0][1:]]
     assert_right(arguments, backend, cache)
     assert_right(arguments, backend, cache)
+
+
+def test_experts_cut_to_another_rank_in_the_same_memory(backend):
+    """Neither addresses nor version counters change."""
+    cache, arguments = DecodeCache(), group(6)
+    call(arguments, backend, cache)
+    a, b = arguments[3][0][0], arguments[4][0][0]
+    a.data, b.data = a.data[:1], b.data[:, :1]
+    assert_right(arguments, backend, cache)
+    a, b = arguments[3][2][1], arguments[4][2][1]
+    arguments[3][2][1], arguments[4][2][1] = a[:2], b[:, :2]
+    assert_right(arguments, backend, cache)
+
+
+def test_a_change_while_experts_are_read_is_seen_by_the_next_call(backend, monkeypatch):
+    cache, arguments = DecodeCache(), group(6)
+    own = {
+        "torch": (torch_backend, "DecodeExperts"),
+        "cpu": (cpu, "transposed_experts"),
+        "cuda": (decode, "prepare"),
+    }
+    module, name = own[backend]
+    make = getattr(module, name)
+
+    def and_then_trained(*inputs):
+        made = make(*inputs)
+        monkeypatch.setattr(module, name, make)
+        arguments[4][0][0].mul_(3)  # another thread's step
+        return made
+
+    monkeypatch.setattr(module, name, and_then_trained)
+    call(arguments, backend, cache)
+    monkeypatch.setattr(module, name, make)
+    assert_right(arguments, backend, cache)
+
+
+def test_a_transform_around_a_known_call(backend):
+    """Its tensors have no memory to ask for addresses."""
+    if backend == "cuda":
+        pytest.skip("forward only")
+    cache, arguments = DecodeCache(), group(6)
+    call(arguments, backend, cache)
+
+    def loss(experts):
+        with torch.no_grad():
+            known = run_group(
+                *arguments[:3], experts, *arguments[4:], 0.0, 0, backend, decode_cache=cache
+            )
+        return known[0].sum() + sum((t**2).sum() for own in experts for t in own)
+
+    gradients = torch.func.grad(loss)(arguments[3])
+    torch.testing.assert_close(gradients[0][0], 2 * arguments[3][0][0])
+
+
+def test_a_new_table_is_asked(asked):
+    cache, arguments = DecodeCache(), group(6)
+    for _ in range(2):
+        call(arguments, "auto", cache)
+    assert len(asked) == 1
+    config.forget_choices()
+    call(arguments, "auto", cache)
+    assert len(asked) == 2
+
+
+def test_a_graph_keeps_what_its_replays_read_and_no_more(backend, monkeypatch):
+    cache, arguments = DecodeCache(), group(6)
+    call(arguments, backend, cache)
+    for module in (decode_cache, ops):
+        monkeypatch.setattr(module, "capturing", lambda _: True)
+    for _ in range(2):
+        assert_right(arguments, backend, cache)
+    assert len(cache._captured) == (backend != "torch")  # whose graphs make their own stacks
 
 
 def test_wrong_ids_are_found_in_a_known_call(backend):
