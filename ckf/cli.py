@@ -1,4 +1,5 @@
-"""The command line: ckf train, evaluate, report, export, prepare, experiment, info, tune."""
+"""The command line: ckf train, evaluate, report, export, prepare, experiment, info, tune,
+settings."""
 
 import argparse
 import sys
@@ -72,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_sizes(info)
     info.set_defaults(command=_info)
+
+    settings = commands.add_parser("settings", help="every key of a config, with default and sense")
+    settings.set_defaults(command=_settings)
 
     tune = commands.add_parser(
         "tune", help="measure this GPU, so that backend auto takes the fastest; minutes"
@@ -288,6 +292,12 @@ def _info(options) -> None:
     for name, extension in (("CUDA", cuda), ("CPU", cpu)):
         for key, value in extension.build_info().items():
             print(f"{name} extension {key}: {value}")
+
+
+def _settings(options) -> None:
+    from ckf.settings import settings_page
+
+    print(settings_page(), end="")
 
 
 def _tune(options) -> None:

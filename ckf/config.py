@@ -77,8 +77,15 @@ class ModelConfig:
 class LoRAConfig:
     """Arguments of ``ckf.patch_model``.
 
-    per_task: True: a LoRA per task beside the shared one (``shared_r: 0``: without it). False: one
-    LoRA of rank r for all tasks.
+    r: rank of every LoRA; ranks: of single tasks, where theirs differ; shared_r: of the shared one
+    (null: as r, 0: without it). per_task: true: a LoRA per task beside the shared one; false: one
+    LoRA of rank r for all tasks. lora_alpha: updates count lora_alpha / r (use_rslora: / sqrt(r)).
+
+    target_modules: the linears that get LoRAs: "all-linear" (but the output layer), or names, or a
+    regular expression; shared_modules, task_modules: those of the shared LoRA or of the tasks'
+    alone. gate: "hard" (a row's task and the shared LoRA) or "learned" (a weight for every pair of
+    task and LoRA; gate_per_layer: for each layer of its own). backend: "auto", or one by name, as
+    ``ckf info`` lists them.
     """
 
     r: int = 8
@@ -93,7 +100,7 @@ class LoRAConfig:
     gate: str = "hard"
     gate_per_layer: bool = False
     backend: str = "auto"
-    ranks: dict[str, int] | None = None  # rank per task, where they differ from r
+    ranks: dict[str, int] | None = None
 
 
 @dataclass
@@ -117,6 +124,7 @@ class MetaNetConfig:
 @dataclass
 class PromptConfig:
     """history_titles: last liked titles shown. max_tokens: longest prompt with its answer.
+    max_answer_tokens: longest answer, of explanations mostly.
 
     item_word: what an item is called. rank_by: "letters" (the model picks the letter of a listed
     candidate) or "title" (candidates ranked by the likelihood of their titles).
@@ -135,7 +143,10 @@ class TrainConfig:
 
     curriculum: rows are shown as plain text with probability s(step), a sigmoid that falls from 1
     to 0 around the share ``curriculum_middle`` of training; "joint" shows vectors from the start.
-    temperature: tasks are mixed in proportion to size ** (1 / temperature).
+    temperature: tasks are mixed in proportion to size ** (1 / temperature). accumulation: batches a
+    step. warmup: the share of steps in which the learning rate rises; it falls to 0 by a cosine.
+    max_grad_norm: gradients are clipped to it, 0: never. save_every, log_every: steps. workers:
+    processes that make batches, beside the one that trains.
     fold_share: of the train rows whose user is folded in from the history, as users without train
     rows are: vectors fitted on a row know its answer better than they know those of new rows.
     packing: several rows in one sequence: "auto" where rows attend within themselves, or on or off.
@@ -170,6 +181,7 @@ class EvaluateConfig:
     """batch_tokens: tokens in one evaluation pass. untrained: also evaluate the bare model.
 
     weigh: beside a prior, count the language model as much as valid rows say (ckf.weighing).
+    bootstrap: resamples of users for the intervals, 0: none.
     """
 
     batch_tokens: int = 4096
@@ -180,7 +192,11 @@ class EvaluateConfig:
 
 @dataclass
 class RunConfig:
-    """Everything a run needs; see configs/ for examples."""
+    """Everything a run needs; see configs/ for examples.
+
+    name: of the run's folder, runs/NAME. tasks: which, each with how many rows of a split it takes
+    (``ctr: {train: 1000}``; ``ctr: {}``: all). seed: of everything that is drawn.
+    """
 
     name: str
     data: DataConfig

@@ -242,3 +242,15 @@ def test_a_file_that_is_no_config_is_named(tmp_path, content, words):
     with pytest.raises(ValueError, match=words) as error:
         load_config(path)
     assert "odd.yaml" in str(error.value) or "missing" in words
+
+
+def test_the_page_of_settings_is_what_the_command_prints(capsys):
+    from ckf.cli import main
+
+    assert main(["settings"]) == 0
+    said = capsys.readouterr().out
+    page = Path(__file__).parent.parent / "docs" / "settings.md"
+    assert said == page.read_text(encoding="utf-8"), "ckf settings > docs/settings.md"
+    for key in ("tasks.TASK.train", "data.split.kind", "cf.held_out", "train.curriculum_middle"):
+        assert f"| `{key}` |" in said
+    assert "| `train.lr` | number | `0.001` |" in said and "| `model.name` | text |  |" in said

@@ -98,6 +98,13 @@ class TaskRows:
 class DataConfig:
     """One data set: its format, its files and how it is cleaned.
 
+    `path`: the raw folder or file, where `--data` does not say it. `source`: a known download,
+    "ml-100k". `like_threshold`: ratings from it on are likes. `min_user`, `min_item`: rows that a
+    user and an item need at least (k-core). `max_bad_share`: of broken lines, above which a file is
+    refused. `history`: last liked items kept for a row. `time_unit`: "s" or "ms". `train_list`,
+    `test_lists`: candidates of top-K rows, negatives drawn evenly or by popularity: "uniform9",
+    "uniform19", "uniform99", "popular99".
+
     `reviews` and `metadata` are file names (globs allowed) inside the data folder; without them
     the usual names of the format are looked for. `columns` maps ckf's names (see `COLUMNS`) to the
     file's own, for format "table". `max_text_chars` cuts review texts (characters); sentences to
