@@ -177,15 +177,30 @@ def test_the_front_page_gets_its_summary_and_nothing_else(results, tmp_path, cap
     assert report.main(run) == 0
     text = front.read_text()
     assert text.startswith("front\n") and text.endswith("\nend\n") and "stale" not in text
-    assert "faster than every peer in 2 of 2" in text and "| 8B | float32 | labels |" in text
+    assert " in 2 of 2 such cases" in text and "ckf is faster than every " in text
+    assert "| 8B | float32 | labels |" in text
 
 
 def test_losses_lists_the_cases_that_a_peer_wins(results):
     record = load_record(results / "bench_scaling.json")
-    assert report.losses(record) == [f"None of {len(record['cases'])} cases."]
+    assert report.losses([record, record]) == [f"None of {2 * len(record['cases'])} cases."]
     row = next(r for r in record["cases"][0]["rows"] if r["provider"] == "dense")
-    row["ms"] /= 2
-    assert "dense" in report.losses(record)[2]
+    row["ratio"] /= 2
+    lost = report.losses([record, record])
+    assert len(lost) == 3 and "dense" in lost[2]  # the same line is not said twice
+
+
+def test_the_best_peer_is_the_one_with_the_best_ratio():
+    """The frozen base of a round may be slow, and with it all that ran then."""
+    rows = [
+        {"provider": "ckf", "ms": 1.0, "ratio": 1.2, "peer": False},
+        {"provider": "dense", "ms": 1.3, "ratio": 1.3, "peer": True},
+        {"provider": "bmm", "ms": 1.2, "ratio": 1.4, "peer": True},
+        {"provider": "single", "ms": 0.9, "ratio": 1.1, "peer": True},
+    ]
+    assert [row["provider"] for row in summary.best_of(rows)] == ["ckf", "dense"]
+    assert summary.best_of(rows, by="ms")[1]["provider"] == "bmm"
+    assert summary.best_of(rows[1:])[0] is None
 
 
 @pytest.mark.parametrize("script", [bench_linear, bench_scaling, bench_decode])
