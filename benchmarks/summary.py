@@ -121,6 +121,10 @@ def speed(records: dict[str, dict], folder: str) -> str:
         "",
         f"ckf is faster than {_named(peers)} in {won} of {total} such cases.",
     ]
+    if "bench_linear" in records:
+        picture = f"benchmarks/results/{folder}/plots/linear_peers.png"
+        title = "Four cases, every provider: time over the frozen linears'"
+        lines += ["", f'<img src="{picture}" width="720" alt="{title}">']
     if "bench_scaling" in records:
         lines += ["", *growth(records["bench_scaling"])[:1]]
     lines += decoded(records.get("bench_decode_model", {"cases": []}))

@@ -3,10 +3,13 @@
 import json
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
+from ckf.experiment.picture import picture
 from ckf.experiment.summary import main, summary
+from ckf.report_metrics import number
 
 ROOT = Path(__file__).parent.parent
 
@@ -110,9 +113,34 @@ PAGE = "docs/experiments.md"
 @pytest.mark.parametrize("file", sorted((ROOT / "benchmarks" / "results").glob("*-collm*.json")))
 def test_a_page_says_what_its_record_says(file):
     path = file.relative_to(ROOT).as_posix()
-    expected = summary(json.loads(file.read_text()), path, PAGE)
+    record = json.loads(file.read_text())
+    expected = summary(record, path, PAGE)
     assert expected in (ROOT / PAGE).read_text(), (
         f"put the output of python -m ckf.experiment.summary {path} {PAGE} there"
     )
     (link,) = set(re.findall(r"\]\(([^)]*\.json)\)", expected))
     assert (ROOT / PAGE).parent.joinpath(link).resolve() == file
+
+
+def test_the_picture_beside_a_record_shows_it():
+    files = sorted((ROOT / "benchmarks" / "results").glob("*-collm*.json"))
+    assert files
+    for file in files:
+        record = json.loads(file.read_text())
+        drawn = file.with_suffix(".svg").read_text()
+        ElementTree.fromstring(drawn)
+        for part in (*record["cells"].values(), *record["baselines"].values()):
+            if "test_ctr_auc" in part:
+                assert f">{number(part['test_ctr_auc']['value'])}<" in drawn
+        made = picture(record)
+        assert re.findall(r">([^<>]+)</text>", made) == re.findall(r">([^<>]+)</text>", drawn), (
+            f"python -m ckf.experiment.picture {file.relative_to(ROOT)}"
+        )
+
+
+def test_a_record_without_figures_has_no_picture(record):
+    assert "<svg" in picture(record)
+    for part in (*record["cells"].values(), *record["baselines"].values()):
+        part.clear()
+    with pytest.raises(ValueError, match="no AUC, UAUC or MRR to draw"):
+        picture(record)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,10 @@ def write_pages(out: Path) -> Path:
 
 
 def write_record(out: Path, folder: Path) -> Path:
-    """Copy what a reader of the repository needs from ``out`` to ``folder``/<name>.json."""
+    """Copy what a reader of the repository needs from ``out`` to ``folder``/<name>.json.
+
+    <name>.svg beside it shows it, where matplotlib is.
+    """
     found = read_experiment(out)
     kept = ("name", "split", "reduced", "runs", "runs_done", "environment", "rows", "comparisons")
     record: dict[str, Any] = {key: found[key] for key in kept}
@@ -76,8 +80,13 @@ def write_record(out: Path, folder: Path) -> Path:
     record |= {key: settings[key] for key in ("train", "lora", "metanet", "prompt", "cf")}
     record["cf_fits"] = {name: fit["log"] for name, fit in found["cf"].items()}
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(record, folder / f"{found['name']}.json")
-    return folder / f"{found['name']}.json"
+    file = folder / f"{found['name']}.json"
+    write_json(record, file)
+    with suppress(ModuleNotFoundError):  # of matplotlib, as on a GPU machine
+        from ckf.experiment.picture import write_picture
+
+        write_picture(file)
+    return file
 
 
 def read_experiment(out: Path) -> dict:

@@ -27,7 +27,8 @@ def summary(record: Mapping, path: str, page: str = "docs/experiments.md") -> st
     stand (both from the repository's root), for the link.
     """
     link = Path(os.path.relpath(path, Path(page).parent)).as_posix()
-    parts = [_what(record, path, link), _figures(record), _weights(record), _claims(record)]
+    parts = [_what(record, path, link), _figures(record), _picture(record, link)]
+    parts += [_weights(record), _claims(record)]
     parts.append(_by_user(record))
     return "\n\n".join(part for part in parts if part)
 
@@ -76,6 +77,12 @@ def _figures(record: Mapping) -> str:
         if any(key in part for key in keys)
     ]
     return "\n".join(as_table(head, rows))
+
+
+def _picture(record: Mapping, link: str) -> str:
+    """``picture.write_picture`` makes it."""
+    title = f"{record['name']}: intervals of every cell (colour) and baseline (grey)"
+    return f"![{title}]({Path(link).with_suffix('.svg').as_posix()})"
 
 
 def _weights(record: Mapping) -> str:
