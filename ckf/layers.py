@@ -225,14 +225,17 @@ class MultiLoRALinear(nn.Module):
     def _group(self, x: Tensor, route: Route) -> list["MultiLoRALinear"]:
         """This layer, and its siblings where they may be computed together with it.
 
-        Not in inference mode: a change of x between two siblings' calls would go unseen there.
+        Tensors made in inference mode count no changes: that the model makes none to x between two
+        siblings' calls was seen when the group was found; of a sibling's hooks it was not.
         Not in a checkpoint under torch.compile: it forbids what outlives a call.
         """
+        if not self._siblings:
+            return [self]
         if torch.compiler.is_compiling():
             alone = not route.may_hold
         else:
-            alone = x.is_inference()
-        if alone or not self._siblings:
+            alone = x.is_inference() and any(la._forward_pre_hooks for la in self._siblings)
+        if alone:
             return [self]
         mixed = any(layer.training != self.training for layer in self._siblings)
         return [self] if mixed else [self, *self._siblings]

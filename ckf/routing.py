@@ -161,11 +161,13 @@ def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
-def _modes(x: Tensor) -> tuple[bool, torch.dtype | None]:
-    """Whether gradients are kept, and what autocast makes of x (None: nothing)."""
+def _modes(x: Tensor) -> tuple[bool, bool, torch.dtype | None]:
+    """Whether gradients are kept, or never can be, and what autocast makes of x (None: nothing)."""
     kind = x.device.type
     cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return torch.is_grad_enabled(), cast
+    compiling = torch.compiler.is_compiling()  # which cannot trace the question
+    never = not compiling and torch.is_inference_mode_enabled()
+    return torch.is_grad_enabled(), never, cast
 
 
 class Router:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import ckf
+from ckf import layers
 from ckf.patch import patched_layers
 from tests.test_patch import logits, patched
 from tests.tiny import randomise_adapters, tokens
@@ -135,3 +136,46 @@ def test_a_sibling_fed_something_else_computes_alone():
         attention.q_proj(x)
         x.mul_(2)  # the same tensor, changed
         assert torch.allclose(attention.k_proj(x), alone)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_siblings_are_computed_together_without_gradients(mode, monkeypatch):
+    model = patched().eval()
+    randomise_adapters(model)
+    calls, run = [], layers.run_group
+    monkeypatch.setattr(layers, "run_group", lambda *a: calls.append(len(a[1])) or run(*a))
+    with mode():
+        grouped = model(input_ids=tokens(), task_ids=[0, 1, 2, -1]).logits
+    assert sorted(calls) == sorted([3, 1, 2, 1] * 2)
+    for layer in patched_layers(model).values():
+        layer.join([])
+    with mode():
+        alone = model(input_ids=tokens(), task_ids=[0, 1, 2, -1]).logits
+    torch.testing.assert_close(grouped, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_hook_that_changes_the_shared_input(mode):
+    model = patched().eval()
+    randomise_adapters(model)
+    attention = model.model.layers[0].self_attn
+
+    def double(_, args):
+        args[0].mul_(2)
+
+    attention.k_proj.register_forward_pre_hook(double)
+    with mode():
+        ours = model(input_ids=tokens(), task_ids=[0, 1, 2, -1]).logits
+        attention.q_proj.join([])
+        alone = model(input_ids=tokens(), task_ids=[0, 1, 2, -1]).logits
+    assert torch.equal(ours, alone)
+
+
+def test_an_output_of_inference_mode_is_not_handed_out_of_it():
+    model = patched().eval()
+    attention, router = model.model.layers[0].self_attn, model._ckf.router
+    x = torch.randn(2, 3, 32)
+    with router.following(router.make_route([0, 1], (2, 3), "cpu", False)), torch.no_grad():
+        with torch.inference_mode():
+            attention.q_proj(x)
+        assert not attention.k_proj(x).is_inference()
