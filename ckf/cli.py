@@ -2,6 +2,7 @@
 settings."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -11,6 +12,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.command(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output (head, less) has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor says Python so at exit
+        return 141  # as a program that SIGPIPE ends
     except (ValueError, OSError) as error:
         print(f"ckf: {error}", file=sys.stderr)
         return 2

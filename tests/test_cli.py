@@ -250,3 +250,18 @@ def test_a_command_is_needed(capsys):
     with pytest.raises(SystemExit) as stop:
         main([])
     assert stop.value.code == 2 and "COMMAND" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_enough_is_told_nothing():
+    """As in ckf settings | head -1, where the page is longer than the pipe holds it."""
+    code = (
+        "import ckf.settings, sys; from ckf.cli import main; page = ckf.settings.settings_page();"
+        "ckf.settings.settings_page = lambda: page * 100; sys.exit(main(['settings']))"
+    )
+    run = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert run.stdout.readline() == "# Settings\n"
+    run.stdout.close()
+    said = run.stderr.read()
+    assert run.wait() == 141 and "ipe" not in said, said
