@@ -256,7 +256,7 @@ def test_a_reader_that_has_enough_is_told_nothing():
     """As in ckf settings | head -1, where the page is longer than the pipe holds it."""
     code = (
         "import ckf.settings, sys; from ckf.cli import main; page = ckf.settings.settings_page();"
-        "ckf.settings.settings_page = lambda: page * 100; sys.exit(main(['settings']))"
+        "ckf.settings.settings_page = lambda: page * 1000; sys.exit(main(['settings']))"
     )
     run = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
