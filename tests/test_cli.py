@@ -253,15 +253,14 @@ def test_a_command_is_needed(capsys):
 
 
 def test_a_reader_that_has_enough_is_told_nothing():
-    """As in ckf settings | head -1, where the page is longer than the pipe holds it."""
-    code = (
-        "import ckf.settings, sys; from ckf.cli import main; page = ckf.settings.settings_page();"
-        "ckf.settings.settings_page = lambda: page * 1000; sys.exit(main(['settings']))"
-    )
+    """As in ckf settings | head -1."""
     run = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "ckf.cli", "settings"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
     )
-    assert run.stdout.readline() == "# Settings\n"
-    run.stdout.close()
+    run.stdout.close()  # while Python still starts
     said = run.stderr.read()
     assert run.wait() == 141 and "ipe" not in said, said
