@@ -38,13 +38,8 @@ CAPTIONS = {
     "step": "A training step, by layout of the rows.",
     "training": "A training step of a small model: the wall, and what the GPU works of it.",
 }
-SOURCES = (
-    *("bench_linear", "bench_scaling", "bench_decode", "bench_decode_model", "bench_step"),
-    "bench_training",
-)
-
-
-LINEARS = SOURCES[:3]
+LINEARS = ("bench_linear", "bench_scaling", "bench_decode")
+SOURCES = (*LINEARS, "bench_decode_model", "bench_step", "bench_training")
 
 
 def load_records(results: Path) -> dict[str, dict]:
@@ -172,7 +167,8 @@ def losses(records: Sequence[dict]) -> list[str]:
             sizes = (what["pass"], what["m"], what["tasks"], what["rank"], what["mix"])
             figures = (f"{ours['floor_ratio']:.2f}", ratio_of(ours), ", ".join(faster))
             found = line(what["shape"], *sizes, *figures)
-            lines += [] if found in lines else [found]
+            if found not in lines:  # a case of two records
+                lines.append(found)
     return [*header(head), *lines] if lines else [f"None of {count} cases."]
 
 

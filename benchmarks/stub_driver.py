@@ -1,9 +1,6 @@
 """Drivers for a GPU that is not there: Triton compiles for it as always, and nothing runs."""
 
-import torch
 from triton.backends.compiler import GPUTarget
-
-from ckf.kernels import cuda
 
 
 class NamedDriver:
@@ -48,28 +45,3 @@ class StubDriver(NamedDriver):
 
     def unload_module(self, _) -> None:
         pass
-
-
-class StubDecode:
-    """Takes the launches of csrc's decode kernels, in place of ``ckf._C``, and runs nothing."""
-
-    def __init__(self, **static) -> None:
-        pass
-
-    def __call__(self, *arguments) -> None:
-        pass
-
-    def linears(self, *arguments) -> bool:
-        return True
-
-
-def decode_on_the_host() -> None:
-    """From here on the "cuda" backend takes CPU tensors, and its launches do nothing."""
-
-    class Extension:
-        MultiLoraDecode = StubDecode
-
-    cuda._DEVICE_TYPE = "cpu"
-    cuda._load_extension = lambda: (Extension, "")
-    cuda._raw_stream = lambda index: 0
-    torch.cuda.current_device = lambda: 0

@@ -36,7 +36,9 @@ def best_of(rows: list[dict], by: str = "ratio") -> tuple[dict | None, dict | No
 
 def peers_of(rows: list[dict]) -> list[dict]:
     """The rows of peers that route tasks as ckf does."""
-    return [r for r in rows if r["peer"] and r["provider"] not in COMPETITORS_EXCLUDED]
+    rivals = [r for r in rows if r["provider"] not in COMPETITORS_EXCLUDED]
+    # records of whole decoders do not say which are
+    return [r for r in rivals if r.get("peer", not r["provider"].startswith("ckf"))]
 
 
 def growth(record: dict) -> list[str]:
@@ -169,9 +171,7 @@ def decoded(record: dict) -> list[str]:
     """Bullets: a token a row through a whole decoder, beside the best peer."""
     said: dict[str, list[str]] = {}
     for case in record["cases"]:
-        rows = [r for r in case["rows"] if not r["provider"].startswith(("ckf-", "frozen"))]
-        rows = [r | {"peer": r["provider"] not in ("ckf", "single")} for r in rows]
-        ours, rival = best_of(rows)
+        ours, rival = best_of(case["rows"])
         if ours is not None and rival is not None:
             count = f"{case['case']['m']} row{'s' * (case['case']['m'] > 1)}"
             own = f"{ours['ratio']:.2f} in {count} ({rival['provider']} {rival['ratio']:.2f})"

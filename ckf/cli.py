@@ -140,7 +140,7 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(options) -> None:
-    from ckf.config import load_config
+    from ckf.config_files import load_config
     from ckf.processes import is_main_process
     from ckf.run import train_run
     from ckf.run_folder import CONFIG
@@ -157,7 +157,7 @@ def _train(options) -> None:
 
 
 def _prepare(options) -> None:
-    from ckf.config import load_config
+    from ckf.config_files import load_config
     from ckf.data.prepare import prepare
 
     config = load_config(options.config, options.set)
@@ -222,7 +222,7 @@ def _report(options) -> None:
 
 
 def _experiment(options) -> None:
-    from ckf.config import load_config
+    from ckf.config_files import load_config
     from ckf.experiment import make_experiment, run_experiment
 
     overrides = options.set + ([f"model.name={options.model}"] if options.model else [])

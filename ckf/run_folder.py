@@ -11,7 +11,8 @@ from pathlib import Path
 
 import yaml
 
-from ckf.config import RunConfig, load_config, write_config
+from ckf.config import RunConfig
+from ckf.config_files import load_config, write_config
 from ckf.processes import is_main_process
 from ckf.train import METANET_FILE
 

@@ -41,7 +41,7 @@ def _parts(kind: type, prefix: str) -> Iterator[tuple[str, type]]:
         inner = hints[field.name]
         if dataclasses.is_dataclass(inner):
             yield from _parts(inner, f"{prefix}{field.name}.")
-        elif typing.get_args(inner)[1:] == (TaskRows,):
+        elif _by_task(inner):
             yield from _parts(TaskRows, f"{prefix}{field.name}.TASK.")
 
 
@@ -52,13 +52,18 @@ def _keys(kind: type) -> Iterator[tuple[str, str, str]]:
         inner = hints[field.name]
         if dataclasses.is_dataclass(inner):
             continue
-        if typing.get_args(inner)[1:] == (TaskRows,):
+        if _by_task(inner):
             yield field.name, f"any of {', '.join(TASKS)}", ""
             continue
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         yield field.name, _words(inner), "" if default is dataclasses.MISSING else _yaml(default)
+
+
+def _by_task(kind: Any) -> bool:
+    """Whether it holds ``TaskRows`` by the name of a task."""
+    return typing.get_args(kind)[1:] == (TaskRows,)
 
 
 def _words(kind: Any) -> str:

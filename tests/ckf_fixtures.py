@@ -149,7 +149,7 @@ def settings(model: Path, **changes) -> dict:
 
 def small_config(model: Path, **changes):
     """A checked RunConfig."""
-    from ckf.config import config_from_dict
+    from ckf.config_files import config_from_dict
 
     return config_from_dict(settings(model, **changes))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ckf.config import config_from_dict, config_to_dict, load_config, write_config
+from ckf.config_files import config_from_dict, config_to_dict, load_config, write_config
 from tests.ckf_fixtures import settings
 
 MODEL = Path("a-model")

@@ -199,7 +199,7 @@ def test_trainer_in_two_processes_saves_resumes_and_leaves_absent_tasks(two_proc
 
 
 def test_ckf_train_in_two_processes(small_model, prepared, tmp_path):
-    from ckf.config import write_config
+    from ckf.config_files import write_config
     from tests.ckf_fixtures import small_config
 
     config = small_config(small_model, train__steps=4, train__batch_size=5, train__save_every=2)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ckf.assembly import ONE_LORA, assemble
-from ckf.config import load_config
+from ckf.config_files import load_config
 from ckf.controls import shuffled
 from ckf.data.prepared import load_prepared
 from ckf.experiment.cells import (

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import ckf
-from ckf.config import write_config
+from ckf.config_files import write_config
 from ckf.run import Run, load_run, train_run
 from ckf.run_folder import alone_in, opened_config, start_run, take_settings
 from tests.ckf_fixtures import STEPS, quiet, read_log, settings, small_config
@@ -210,7 +210,7 @@ def test_a_run_with_other_settings_is_refused(small_model, run_copy):
     values = settings(small_model)
     values["tasks"] = dict(reversed(values["tasks"].items()))  # the order gives the task ids
     with pytest.raises(ValueError, match="other settings"):
-        train_run(ckf.config.config_from_dict(values), run_copy, log=quiet)
+        train_run(ckf.config_files.config_from_dict(values), run_copy, log=quiet)
     assert sorted(p.name for p in run_copy.iterdir()) == before
 
 

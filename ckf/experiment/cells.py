@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ckf.cf import CFConfig
-from ckf.config import RunConfig, config_from_dict, config_to_dict
+from ckf.config import RunConfig
+from ckf.config_files import config_from_dict, config_to_dict
 
 Change = Callable[[RunConfig], RunConfig]
 

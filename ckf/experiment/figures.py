@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import platform
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
 
-from ckf.config import config_to_dict
+from ckf.config_files import config_to_dict
 from ckf.data.prepared import PreparedData
 from ckf.experiment.cells import BY_USER, COMPARISONS
 from ckf.experiment.parts import read_vectors
@@ -163,26 +163,31 @@ class _Measure:
         over all of them. Each with "slice" and its "rows"."""
         claims = {(a, b): claim for a, b, claim in COMPARISONS}
         pairs = [pair for pair in BY_USER if all("ctr" in scores.get(n, [{}])[0] for n in pair)]
-        found = []
+        found, drawn = [], {}
         for a, b in pairs:
-            left, right = _on_the_same_rows(scores, "ctr", a, b)
-            masks = slices(self.data, left[0].rows)[BY_USER_ROWS]
+            sides = _on_the_same_rows(scores, "ctr", a, b)
+            masks = slices(self.data, sides[0][0].rows)[BY_USER_ROWS]
             for name, mask in masks.items():
-                ours, theirs = (
-                    self._sampled(side, len(pairs) * len(masks), mask)["auc"]
-                    for side in (left, right)
-                )
+                for cell, seeds in zip((a, b), sides, strict=True):
+                    if (cell, name) not in drawn:
+                        count = len(pairs) * len(masks)
+                        drawn[cell, name] = self._sampled(seeds, count, mask, ("auc",))["auc"]
                 about = {"a": a, "b": b, "claim": claims[a, b], "task": "ctr", "metric": "auc"}
                 about |= {"slice": name, "rows": int(mask.sum())}
-                found.append(about | difference(ours, theirs))
+                found.append(about | difference(drawn[a, name], drawn[b, name]))
         _adjust(found)
         return found
 
     def _sampled(
-        self, seeds: list[TaskScores], comparisons: int, mask: np.ndarray | None = None
+        self,
+        seeds: list[TaskScores],
+        comparisons: int,
+        mask: np.ndarray | None = None,
+        names: Sequence[str] | None = None,
     ) -> dict[str, Sampled]:
+        """Of the rows of a mask (N,), and of these metrics; None: all."""
         parts = [s.statistics(self.data, mask) for s in seeds]
-        metrics = {name: [part[name] for part in parts] for name in parts[0]}
+        metrics = {name: [part[name] for part in parts] for name in names or parts[0]}
         samples = paired_samples(self.samples, comparisons)
         rows = seeds[0].rows if mask is None else seeds[0].rows[mask]
         return sampled(metrics, self.data.user[rows], samples, self.seed)

@@ -40,7 +40,7 @@ def page(found: Mapping) -> str:
         tasks=tasks,
         comparisons=report.comparison_table(found),
         by_user=report.by_user_table(found),
-        by_user_title=report.BY_USER_TITLE,
+        by_user_caption=report.BY_USER,
         runs=report.runs_table(found),
         slices=[
             {
@@ -64,12 +64,12 @@ def _intervals(found: Mapping, task: str) -> list[Figure]:
     for name in names:
         title = report.label(found, f"{task_label(task)}: {metric(name).label}")
         marks = [
-            _mark(who, figures_of[name], who in found["cells"])
+            mark(who, figures_of[name], who in found["cells"])
             for who, figures_of in entries.items()
             if figures_of.get(name, {}).get("value") is not None
         ]
         if marks:
-            figures.append(_drawn(f"{task}-{name}", title, name, marks))
+            figures.append(drawn(f"{task}-{name}", title, name, marks))
     return figures
 
 
@@ -80,20 +80,22 @@ def _slice_figure(found: Mapping, group: str) -> Figure | None:
         return None
     name = "ckf" if "ckf" in cells else next(iter(cells))
     marks = [
-        _mark(slice_name, entry["auc"], True)
+        mark(slice_name, entry["auc"], True)
         for slice_name, entry in cells[name]["slices"][group].items()
         if entry["auc"]["value"] is not None
     ]
     title = report.label(found, f"AUC of {name}")
-    return _drawn(f"slice-{group}", title, "auc", marks) if marks else None
+    return drawn(f"slice-{group}", title, "auc", marks) if marks else None
 
 
-def _mark(who: str, figure: Mapping, ours: bool) -> Mark:
+def mark(who: str, figure: Mapping, ours: bool) -> Mark:
+    """A figure with its interval as a row of a plot."""
     value = Value(figure["value"], figure["low"], figure["high"])
     return Mark(who, value, number(value.value), ours)
 
 
-def _drawn(name: str, title: str, metric_name: str, marks: list[Mark]) -> Figure:
+def drawn(name: str, title: str, metric_name: str, marks: list[Mark]) -> Figure:
+    """Rows of one metric as a plot."""
     known = METRICS.get(metric_name) or metric(metric_name)
     better = "greater is better" if known.direction > 0 else "smaller is better"
     svg = interval_plot(_ident(name), title, better, marks, known.chance)

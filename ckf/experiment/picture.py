@@ -13,8 +13,10 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from ckf.plots import WIDTH, Mark, interval_plot
-from ckf.report_metrics import Value, metric, number, task_label
+from ckf.experiment.page import drawn, mark
+from ckf.experiment.report import label
+from ckf.plots import WIDTH
+from ckf.report_metrics import metric, task_label
 
 SHOWN = (("ctr", "auc"), ("ctr", "uauc"), ("topk", "mrr"))
 _UNITS = 72 * WIDTH  # of a plot's view box
@@ -74,15 +76,11 @@ def _plot(record: Mapping, task: str, name: str) -> str | None:
     for who, part in parts.items():
         figure = part.get(key)
         if figure is not None and figure["value"] is not None:
-            value = Value(figure["value"], figure["low"], figure["high"])
-            marks.append(Mark(who, value, number(value.value), who in record["cells"]))
+            marks.append(mark(who, figure, who in record["cells"]))
     if not marks:
         return None
-    mark = " (reduced)" if record["reduced"] else ""
-    known = metric(name)
-    better = "greater is better" if known.direction > 0 else "smaller is better"
-    title = f"{task_label(task)} {known.label}{mark}"
-    return str(interval_plot(f"{task}-{name}", title, better, marks, known.chance))
+    title = label(record, f"{task_label(task)} {metric(name).label}")
+    return str(drawn(f"{task}-{name}", title, name, marks).svg)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -113,7 +113,7 @@ def markdown(found: Mapping) -> str:
     lines += ["## Paired differences", "", _PAIRED, "", *as_table(head, rows), ""]
     head, rows = by_user_table(found)
     if rows:
-        lines += [f"### {BY_USER_TITLE}", "", *as_table(head, rows), ""]
+        lines += [f"{BY_USER}:", "", *as_table(head, rows), ""]
     head, rows = runs_table(found)
     lines += ["## Runs", "", *as_table(head, rows), ""]
     for group, (head, rows) in slice_tables(found).items():
@@ -121,7 +121,10 @@ def markdown(found: Mapping) -> str:
     return "\n".join(lines)
 
 
-BY_USER_TITLE = "A minus B by what train knows of the user, CTR AUC"
+BY_USER = (
+    "A minus B in AUC by the user's train rows (0: cold; rows in brackets), named better where p, "
+    "adjusted by Holm over this table, is below .05"
+)
 _PAIRED = (
     "A minus B on the same rows, means over seeds; 95% interval and two-sided p by paired "
     "bootstrap over users, p adjusted by Holm over the comparisons of a metric. Seeds: how many "
@@ -204,9 +207,9 @@ def by_user_table(found: Mapping) -> tuple[list[str], list[list[str]]]:
     head = ["A", "B", *(f"{name} ({rows:,})" for name, rows in slices.items())]
     pairs: dict[tuple[str, str], dict[str, str]] = {}
     for entry in entries:
-        said = with_interval(_value(entry))
-        if verdict(entry) != "open":
-            said += f", {verdict(entry)}"
+        said, better = with_interval(_value(entry)), verdict(entry)
+        if better != "open":
+            said += f", {better}"
         pairs.setdefault((entry["a"], entry["b"]), {})[entry["slice"]] = said
     return head, [[*pair, *(own.get(name, "–") for name in slices)] for pair, own in pairs.items()]
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from ckf.experiment.report import as_table, by_user_table, shown, verdict
+from ckf.experiment.report import BY_USER, as_table, by_user_table, shown, verdict
 from ckf.report_metrics import metric, number
 
 _COLUMNS = (("ctr", "auc"), ("ctr", "uauc"), ("topk", "mrr"), ("rating", "rmse"))
@@ -138,11 +138,7 @@ def _by_user(record: Mapping) -> str:
     head, rows = by_user_table(record)
     if not rows:
         return ""
-    said = (
-        "A minus B in AUC by the user's train rows (0: cold; rows in brackets), named better where "
-        "p, adjusted by Holm over this table, is below .05:"
-    )
-    return said + "\n\n" + "\n".join(as_table(head, rows))
+    return f"{BY_USER}:\n\n" + "\n".join(as_table(head, rows))
 
 
 def _pair(entry: Mapping) -> str:

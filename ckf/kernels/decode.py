@@ -16,8 +16,7 @@ from torch import Tensor
 
 from ckf.kernels.cuda import FORMS, MAX_LINEARS, DecodeGroup
 from ckf.kernels.decode_cache import capturing
-from ckf.kernels.dispatch import logger
-from ckf.kernels.group import GroupShape
+from ckf.kernels.group import GroupShape, why_no_triton
 from ckf.kernels.launch import CUDA_PLANS
 from ckf.kernels.stacks import Stacks
 
@@ -114,36 +113,14 @@ def prepare(
     return groups
 
 
-_STACKS_BY_KERNEL: dict[torch.device, bool] = {}
-
-
 def _stack_at_once(x: Tensor) -> Callable[..., Stacks]:
     """What stacks the experts of a call that keeps nothing, as a compiled one is.
 
     Triton's kernel in one launch where it can run: PyTorch's dozen launches a group would be in
     every replay of a graph. What a cache keeps is stacked by PyTorch, which compiles nothing.
     """
-    if not x.is_cuda:
-        return Stacks.of
-    if x.device not in _STACKS_BY_KERNEL:
-        if capturing(x):  # nothing can be tried out there
-            return Stacks.of
-        _STACKS_BY_KERNEL[x.device] = _kernel_stacks(x)
-    if not _STACKS_BY_KERNEL[x.device]:
+    if not x.is_cuda or why_no_triton(x.device, may_try=not capturing(x)) is not None:
         return Stacks.of
     from ckf.kernels.triton_stack import stack  # imports triton
 
     return stack
-
-
-def _kernel_stacks(x: Tensor) -> bool:
-    """Whether Triton's kernel runs on x's GPU."""
-    try:
-        from ckf.kernels.triton_stack import stack
-
-        one = x.new_ones(1, 1)
-        stack(GroupShape(((1,),), 0.0), [one.float()], [one], [one], x.dtype)
-    except Exception as error:  # no triton, no C compiler, an unknown GPU
-        logger.info("experts are stacked by PyTorch on %s: %s", x.device, error)
-        return False
-    return True

@@ -94,10 +94,10 @@ def capturing(tensor: Tensor) -> bool:
 class DecodeCache:
     """What one backend made of the experts of a group, made anew where an adapter or gate changed.
 
-    Changes in place are seen by the tensors' version counters, replaced tensors by their addresses,
-    steps of optimizers by a hook on all of them. A change through ``parameter.data``, or by a step
-    replayed in a CUDA graph, shows in none: ``clear`` after one. A CUDA graph captured with what is
-    kept replays the adapters of that moment.
+    Changes in place are seen by the tensors' version counters, replaced tensors by their addresses
+    or ranks, steps of optimizers by a hook on all of them. A change through ``parameter.data``, or
+    by a step replayed in a CUDA graph, shows in none: ``clear`` after one. A CUDA graph captured
+    with what is kept replays the adapters of that moment.
     """
 
     def __init__(self) -> None:

@@ -81,18 +81,39 @@ def drops_by_kernel(rows: Tensor) -> bool:
 @lru_cache
 def kernel_draws(device: torch.device) -> bool:
     """Whether a Triton kernel can draw masks there; one warning says why not."""
+    reason = why_no_triton(device)
+    if reason is not None:
+        warnings.warn(
+            f"the dropout mask cannot be drawn by a Triton kernel ({reason}); PyTorch's integer "
+            "arithmetic draws it, which can take longer than the linear itself",
+            stacklevel=2,
+        )
+    return reason is None
+
+
+_WHY_NO_TRITON: dict[torch.device, str | None] = {}
+
+
+def why_no_triton(device: torch.device, may_try: bool = True) -> str | None:
+    """Why no Triton kernel can be launched there; None where one ran.
+
+    may_try: whether one may be launched to see, as in no graph that is being captured.
+    """
+    if device not in _WHY_NO_TRITON:
+        if not may_try:
+            return "not tried yet"
+        _WHY_NO_TRITON[device] = _launch_one(device)
+    return _WHY_NO_TRITON[device]
+
+
+def _launch_one(device: torch.device) -> str | None:
     try:
         from ckf.kernels.triton_drop import drop
 
         drop(torch.ones(1, 1, device=device), torch.zeros(1, dtype=torch.int64, device=device), 0.5)
     except Exception as error:  # no triton, no C compiler, an unknown GPU
-        warnings.warn(
-            f"the dropout mask cannot be drawn by a Triton kernel ({error}); PyTorch's integer "
-            "arithmetic draws it, which can take longer than the linear itself",
-            stacklevel=2,
-        )
-        return False
-    return True
+        return str(error)
+    return None
 
 
 def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

@@ -165,12 +165,10 @@ def run_group(
     with _no_autocast(x):
         way = _decode_way(choice, call) if decode_cache is not None else None
         if way is not None and _is_plain(x) and (way.in_graphs or not capturing(x)):
-            if choice.backend != "cpu":  # whose kernels look at them
-                check_id_range(task_ids, gates[0].shape[0])
             shape = _shape(gates, flat_a, 0.0)
             made = decode_cache.get(way.make, shape, gates, flat_a, flat_b, x.dtype)
             decode_cache.remember(_kind(backend, x), way)
-            return tuple(way.run(made, x, weights, biases, task_ids))
+            return _by_way(way, made, x, weights, biases, gates, task_ids)
         if needs_grad:
             return _MultiLoRA.apply(static, x, task_ids, seed, slots, *tensors)
         return tuple(_forward_op(static, x, task_ids, seed, slots, tensors)[:-1])
@@ -190,10 +188,11 @@ def _as_before(
         return None
     flat_a, flat_b = [t for s in a for t in s], [t for s in b for t in s]
     found = cache.way(_kind(backend, x), gates, flat_a, flat_b, x.dtype)
-    if found is None:
-        return None
-    way, made = found
-    if way.backend != "cpu":
+    return None if found is None else _by_way(*found, x, weights, biases, gates, task_ids)
+
+
+def _by_way(way: Way, made, x, weights, biases, gates, task_ids) -> tuple[Tensor, ...]:
+    if way.backend != "cpu":  # whose kernels look at them
         check_id_range(task_ids, gates[0].shape[0])
     return tuple(way.run(made, x, weights, biases, task_ids))
 

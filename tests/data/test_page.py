@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from ckf.cf.fit import KINDS
-from ckf.config import load_config
+from ckf.config_files import load_config
 from ckf.data.config import COLUMNS, FORMATS, LISTS, SPLIT_KINDS, TASKS, DataConfig, SplitConfig
 from ckf.data.prepare import prepare
 from tests.data import samples

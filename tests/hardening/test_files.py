@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 import ckf
 from ckf.adapters import load_patched, read_settings
-from ckf.config import load_config
+from ckf.config_files import load_config
 from ckf.data.errors import DataError
 from ckf.data.prepared import load_prepared
 from ckf.export import import_peft

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ckf.config import write_config
+from ckf.config_files import write_config
 from ckf.model import CKFModel
 from ckf.run import train_run
 from ckf.train import last_checkpoint

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from ckf.kernels import cuda
+from benchmarks import stub_decode
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 GUARD = 64  # elements before and after every tensor, poisoned
@@ -223,11 +223,4 @@ def assert_within(result: Tensor, wanted: Tensor, allowed: Tensor) -> None:
 
 def stub_cuda(monkeypatch, kernel: type) -> None:
     """Let the bridge take CPU tensors and launch ``kernel`` instead of the extension's."""
-
-    class Extension:
-        MultiLoraDecode = kernel
-
-    monkeypatch.setattr(cuda, "_DEVICE_TYPE", "cpu")
-    monkeypatch.setattr(cuda, "_load_extension", lambda: (Extension, ""))
-    monkeypatch.setattr(cuda, "_raw_stream", lambda index: 77)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    stub_decode.stub_cuda(kernel, monkeypatch.setattr, stream=77)

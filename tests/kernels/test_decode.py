@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ckf.kernels import decode
+from ckf.kernels import group as group_module
 from ckf.kernels.decode_cache import DecodeCache
 from ckf.kernels.group import GroupShape
 from ckf.kernels.reference import multi_lora_reference
@@ -171,35 +172,44 @@ def test_inference_tensors_are_never_kept(group):
 def test_calls_that_keep_nothing_are_stacked_by_one_launch_where_that_runs(monkeypatch):
     """On a GPU: tried once, and not while a graph is captured."""
     x = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 3))
-    state = {"capturing": True, "runs": True, "tried": 0}
+    state = {"capturing": True, "reason": None, "tried": 0}
 
     def tried(_):
         state["tried"] += 1
-        return state["runs"]
+        return state["reason"]
 
-    monkeypatch.setattr(decode, "_STACKS_BY_KERNEL", {})
+    known = {}
+    monkeypatch.setattr(group_module, "_WHY_NO_TRITON", known)
+    monkeypatch.setattr(group_module, "_launch_one", tried)
     monkeypatch.setattr(decode, "capturing", lambda _: state["capturing"])
-    monkeypatch.setattr(decode, "_kernel_stacks", tried)
     assert decode._stack_at_once(x) == Stacks.of and state["tried"] == 0
     state["capturing"] = False
     kernel = decode._stack_at_once(x)
     assert kernel.__module__ == "ckf.kernels.triton_stack"
     state["capturing"] = True  # known by now
     assert decode._stack_at_once(x) is kernel and state["tried"] == 1
-    decode._STACKS_BY_KERNEL.clear()
-    state |= {"capturing": False, "runs": False}
+    known.clear()
+    state |= {"capturing": False, "reason": "no C compiler"}
     assert [decode._stack_at_once(x) for _ in range(2)] == [Stacks.of] * 2 and state["tried"] == 2
     assert decode._stack_at_once(torch.ones(1)) == Stacks.of
 
 
-def test_a_gpu_without_triton_stacks_by_pytorch(monkeypatch):
-    import ckf.kernels.triton_stack as module
+def test_why_no_triton_kernel_runs_is_kept(monkeypatch):
+    import ckf.kernels.triton_drop as module
 
     def refuses(*_):
         raise RuntimeError("Failed to find C compiler")
 
-    monkeypatch.setattr(module, "stack", refuses)
-    assert not decode._kernel_stacks(torch.ones(1))
+    monkeypatch.setattr(module, "drop", refuses)
+    monkeypatch.setattr(group_module, "_WHY_NO_TRITON", {})
+    group_module.kernel_draws.cache_clear()
+    device = torch.device("cpu")
+    try:
+        with pytest.warns(UserWarning, match="Failed to find C compiler.; PyTorch's integer"):
+            assert not group_module.kernel_draws(device)
+        assert group_module.why_no_triton(device) == "Failed to find C compiler"
+    finally:
+        group_module.kernel_draws.cache_clear()
 
 
 def test_layers_keep_their_own_caches():
