@@ -116,14 +116,17 @@ def task_label(task: str) -> str:
 
 
 def number(x: float | None) -> str:
-    """Three decimals, two digits below 0.01, counts in full; a dash for None."""
+    """Three decimals, two digits below 0.01, counts in full; a dash for None.
+
+    What rounding leaves of zero, as of a difference of equal means, is 0.000.
+    """
     if x is None:
         return "–"
     if isinstance(x, int):
         return f"{x:,}"
-    if 0 < abs(x) < 0.01:
+    if 1e-12 < abs(x) < 0.01:
         return f"{x:.2g}"
-    return f"{x:.3f}" if abs(x) < 1000 else f"{x:,.0f}"
+    return f"{abs(x):.3f}" if abs(x) <= 1e-12 else f"{x:.3f}" if abs(x) < 1000 else f"{x:,.0f}"
 
 
 def with_interval(value: Value | None) -> str:

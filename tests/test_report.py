@@ -351,8 +351,8 @@ def test_verdict_names_chance_and_missing_comparisons():
 
 
 def test_number():
-    assert [rm.number(x) for x in (None, 12345, 0.7080, 0.00423, 0.0, -1.5, 19876.4)] == [
-        "–", "12,345", "0.708", "0.0042", "0.000", "-1.500", "19,876",
+    assert [rm.number(x) for x in (None, 12345, 0.7080, 0.00423, 0.0, -1e-16, -1.5, 19876.4)] == [
+        "–", "12,345", "0.708", "0.0042", "0.000", "0.000", "-1.500", "19,876",
     ]  # fmt: skip
 
 
