@@ -4,17 +4,21 @@
 
 Forward and backward of the linears of a decoder layer (q, k, v; o; gate, up; down) with
 ``backend="triton"`` under a driver that launches nothing, each as small as can be: what is left is
-routing, autograd, allocation, the launchers, and torch's own small products. With launches
-remembered (``kernels/triton_launcher.py``) and with Triton asked each time, in turn. CPU time, the
-least of all rounds. A real launch adds 2 to 3 us of driver.
+routing, autograd, allocation, the launchers, and torch's own small products. In turn with passes
+repeated (``kernels/replay.py``), with each of them run, its launches remembered
+(``kernels/triton_launcher.py``), and with Triton asked each time. CPU time, the least of all
+rounds. A real launch adds 2 to 3 us of driver.
 
-Then a token through a decoder of such layers in eval mode with the "cuda" backend, whose launches
-do nothing either: the whole model, frozen and patched. The base of the plan "update" is computed
-(2 us a linear, as the frozen model's), that of "linear" is not.
+Then a training step of a whole decoder of such layers: frozen, with one LoRA of as many rank
+columns by PEFT (no masks, so of one task), and patched; "gemm" is the plan whose products are
+csrc's, which launch nothing here. And a token through it in eval mode with the "cuda" backend.
+Products of a base are computed (2 us a linear, as the frozen model's) but in "gemm" and in the
+plan "linear".
 """
 
 import argparse
 import copy
+import importlib.util
 import sys
 import time
 from pathlib import Path
@@ -29,13 +33,14 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.peers.ours import our_providers  # noqa: E402
 from benchmarks.problems import Case, make_problem  # noqa: E402
 from benchmarks.stub_decode import stub_cuda  # noqa: E402
-from benchmarks.stub_driver import StubDriver  # noqa: E402
-from ckf.kernels import ops, triton_launcher  # noqa: E402
+from benchmarks.stub_driver import StubDriver, stub_products  # noqa: E402
+from ckf.kernels import ops, replay, triton_launcher  # noqa: E402
 from ckf.kernels.dispatch import Choice  # noqa: E402
 from ckf.kernels.launch import CUDA_PLANS  # noqa: E402
 from ckf.patch import patch_model, patched_layers  # noqa: E402
 
-ROWS, WIDTH, LAYERS, TURNS = 64, 64, 8, 10
+ROWS, WIDTH, LAYERS, TURNS, RANK = 64, 64, 8, 10, 16
+MODES = {"repeated": (True, True), "run": (False, True), "asking Triton": (False, False)}
 GROUPS = {"q, k, v": 3, "o": 1, "gate, up": 2, "down": 1}
 
 
@@ -46,24 +51,63 @@ def a_pass(linears: int, tasks: int):
     provider = kind(make_problem(case, torch.device("cpu")))
     leaves, dys = provider.leaves(), provider.problem.dys
 
-    def run() -> tuple[float, float]:
+    def run() -> list[float]:
         start = time.thread_time()
         ys = provider.forward()
         middle = time.thread_time()
         torch.autograd.grad(ys, leaves, dys)
-        return middle - start, time.thread_time() - middle
+        return [middle - start, time.thread_time() - middle]
 
     return run
+
+
+def _decoder() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=LAYERS,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).requires_grad_(False)
+
+
+def steps(rounds: int, tasks: int) -> dict[str, list[float]]:
+    """CPU seconds of forward and of backward through ``LAYERS`` decoder layers, by model."""
+    stub_products()
+    frozen = _decoder().to(torch.bfloat16).train()
+    names = [f"task{i}" for i in range(tasks)]
+    patched = patch_model(copy.deepcopy(frozen), tasks=names, r=RANK)
+    models = {"frozen": frozen, "ckf": patched}
+    if importlib.util.find_spec("peft") is not None:
+        import peft
+
+        settings = peft.LoraConfig(r=RANK * (tasks + 1), target_modules="all-linear")
+        models["PEFT, one LoRA"] = peft.get_peft_model(copy.deepcopy(frozen), settings)
+    runs = [(name, "", True) for name in models if name != "ckf"]
+    runs += [("ckf", plan, repeat) for plan in ("expand", "gemm") for repeat in (False, True)]
+    x = torch.randn(1, ROWS, WIDTH, dtype=torch.bfloat16, requires_grad=True)
+    ids = torch.arange(ROWS)[None] % tasks
+    least: dict[str, list[float]] = {}
+    for name, plan, replay.REPLAY in runs * rounds:
+        ops.choose_backend = lambda *_, plan=plan: Choice("triton", "stubbed", plan)
+        routed = {"task_ids": ids} if name == "ckf" else {}
+        start = time.thread_time()
+        y = models[name](inputs_embeds=x, use_cache=False, **routed).logits
+        middle = time.thread_time()
+        y.backward(torch.ones_like(y))
+        took = [middle - start, time.thread_time() - middle]
+        models[name].zero_grad(set_to_none=True)
+        key = f"{name} {plan}{', repeated' * replay.REPLAY}" if plan else name
+        least[key] = _least(least.get(key), took)
+    return least
+
+
+def _least(before: list[float] | None, took: list[float]) -> list[float]:
+    return list(map(min, before or took, took))
 
 
 def tokens(rounds: int, tasks: int) -> dict[str, float]:
     """CPU seconds of a token through ``LAYERS`` decoder layers: frozen, and by plan."""
     stub_cuda()
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=LAYERS,
-        num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
-    models = {"frozen": LlamaForCausalLM(config).eval()}
+    models = {"frozen": _decoder().eval()}
     names = [f"task{i}" for i in range(tasks)]
     for plan in CUDA_PLANS:
         models[plan] = patch_model(copy.deepcopy(models["frozen"]), tasks=names, r=4).eval()
@@ -94,6 +138,7 @@ def main() -> None:
     ops.choose_backend = lambda *_: Choice("triton", "stubbed", "expand")  # CPU tensors stand in
     runs = {name: a_pass(linears, options.tasks) for name, linears in GROUPS.items()}
     counts = {}
+    replay.REPLAY = False
     for name, run in runs.items():
         run()
         before = driver.count
@@ -102,21 +147,23 @@ def main() -> None:
     least = {}
     for _ in range(options.rounds):
         for name, run in runs.items():
-            for remember in (True, False):
-                triton_launcher.REMEMBER = remember
-                key = name, remember
-                least[key] = [min(p) for p in zip(least.get(key, (1.0, 1.0)), run(), strict=True)]
+            for kind, (replay.REPLAY, triton_launcher.REMEMBER) in MODES.items():
+                least[name, kind] = _least(least.get((name, kind)), run())
+    replay.REPLAY = triton_launcher.REMEMBER = True
     print(f"torch {torch.__version__}, triton {triton.__version__}; us forward + backward")
     for name, launches in counts.items():
-        new, old = ([round(1e6 * s) for s in least[name, kind]] for kind in (True, False))
-        print(
-            f"{name:9}{launches:3} launches: {new[0]:5} + {new[1]:5}"
-            f"   asking Triton each time {old[0]:5} + {old[1]:5}"
-        )
-    new, old = (1e6 * sum(sum(least[name, kind]) for name in runs) for kind in (True, False))
-    print(
-        f"a layer  {sum(counts.values()):3} launches: {new:.0f}   asking Triton each time {old:.0f}"
-    )
+        print(f"{name:9}{launches:3} launches", end="")
+        for kind in MODES:
+            forward, backward = (1e6 * seconds for seconds in least[name, kind])
+            print(f"   {kind} {forward:.0f} + {backward:.0f}", end="")
+        print()
+    totals = [1e6 * sum(sum(least[name, kind]) for name in runs) for kind in MODES]
+    words = [f"{kind} {total:.0f}" for kind, total in zip(MODES, totals, strict=True)]
+    print("   ".join([f"a layer  {sum(counts.values()):3} launches", *words]))
+    print(f"a training step of {LAYERS} decoder layers, us a layer:")
+    for name, (forward, backward) in steps(options.rounds, options.tasks).items():
+        forward, backward = 1e6 * forward / LAYERS, 1e6 * backward / LAYERS
+        print(f"  {name:21}{forward:6.0f} + {backward:5.0f} = {forward + backward:5.0f}")
     print(f"a token through {LAYERS} decoder layers in eval mode, us a layer:")
     for name, seconds in tokens(options.rounds, options.tasks).items():
         print(f"  {name:7}{1e6 * seconds / LAYERS:6.0f}")

@@ -1,5 +1,6 @@
 """Drivers for a GPU that is not there: Triton compiles for it as always, and nothing runs."""
 
+import torch
 from triton.backends.compiler import GPUTarget
 
 
@@ -45,3 +46,19 @@ class StubDriver(NamedDriver):
 
     def unload_module(self, _) -> None:
         pass
+
+
+def stub_products(kernel: object = None) -> None:
+    """From here on csrc's products take CPU tensors, and launch ``kernel``, or nothing."""
+    from ckf.kernels import cuda, hopper
+
+    class Nothing:
+        def hopper_gemm(self, arguments: bytes, stream: int) -> None:
+            pass
+
+    cuda._DEVICE_TYPE = "cpu"
+    extension = kernel or Nothing()
+    cuda._load_extension = lambda: (extension, "")
+    cuda._raw_stream = lambda index: 0
+    torch.cuda.current_device = lambda: 0
+    hopper._usable = lambda device: (True, "")

@@ -96,7 +96,7 @@ def backward_pass(
     slots: Tensor | None,
     width: int,
     needs: Sequence[bool],
-) -> Gradients:
+) -> list[Tensor]:
     """As ``torch_backend.backward_pass``."""
     need_w, need_bias, _, need_a, need_b = unflatten(shape, needs[1:])
     rows = x.reshape(-1, x.shape[-1])
@@ -116,7 +116,7 @@ def backward_pass(
     Experts(shape, gates, a, b).backward(dys, inputs, saved, task_ids, dx, da, db)
     if dx is not None:
         dx = (add_base(dropout(dx), dys, weights) if masked else dx).view(x.shape)
-    return Gradients(dx, base_gradients(rows, dys, need_w, need_bias), None, da, db)
+    return Gradients(dx, base_gradients(rows, dys, need_w, need_bias), None, da, db).packed()
 
 
 def decode_pass(

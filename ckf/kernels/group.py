@@ -174,5 +174,7 @@ def pack_experts(stacked: Tensor, ranks: Sequence[int]) -> Tensor:
 
 def expert_parts(packed: Tensor, n: int, ranks: Sequence[int]) -> list[Tensor]:
     """The (n, r_e) views of what ``pack_experts`` made."""
+    if len(set(ranks)) == 1 and ranks[0]:
+        return list(packed.view(len(ranks), n, ranks[0]).unbind())
     parts = packed.split([n * r for r in ranks])
     return [part.view(n, r) for part, r in zip(parts, ranks, strict=True)]

@@ -9,12 +9,12 @@ inside ops. CKF_HOPPER_GEMM=0 leaves it out.
 import os
 import struct
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
-from ckf.kernels import cuda
+from ckf.kernels import cuda, replay
 
 CAPABILITY = (9, 0)  # WGMMA is of this one alone, not of what came after
 ARCH = "sm_90a"
@@ -259,10 +259,6 @@ def _pitch(tensor: Tensor) -> int:
     return tensor.stride(0) if rows > 1 else -(-columns // 8) * 8
 
 
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _step(tensor: Tensor | None) -> int:
     """Elements from row to row, as :func:`_pitch`; 0 for none."""
     return 0 if tensor is None else _pitch(tensor)
@@ -274,13 +270,13 @@ _ARGUMENTS = struct.Struct("=7Q9qIf4i8Q8q")
 _NO_SHRINK = (0,) * 16
 
 
-def _shrink_arguments(shrink: Shrink | None, done: Tensor | None) -> tuple[int, ...]:
+def _shrink_arguments(shrink: Shrink | None, done: Tensor | None) -> tuple:
     if shrink is None:
         return _NO_SHRINK
     a, gated, compact, restored = shrink.a, shrink.gated, shrink.compact, shrink.restored
     gates, slots, (tasks, columns) = shrink.gates, shrink.slots, shrink.gates.shape
     return (
-        *map(_pointer, (a, gated, compact, restored, gates, slots, shrink.task_ids, done)),
+        *(a, gated, compact, restored, gates, slots, shrink.task_ids, done),
         columns,
         tasks,
         *map(_step, (a, gated, compact, restored)),
@@ -303,8 +299,8 @@ def _launch(
         done = x.new_empty(size, dtype=torch.int32)
     seed, threshold, scale = dropout or (None, 0, 1.0)
     index = x.device.index or 0
-    arguments = _ARGUMENTS.pack(
-        *map(_pointer, (x, weight, h, b, bias, seed, y)),
+    values = [
+        *(x, weight, h, b, bias, seed, y),
         m,
         n,
         k,
@@ -317,10 +313,19 @@ def _launch(
         index,
         onto is not None,
         *_shrink_arguments(shrink, done),
-    )
+    ]
+    values = [0 if value is None else value for value in values]
+    send = partial(_send, extension, index)
+    replay.note(send, values)
+    send(*[value.data_ptr() if isinstance(value, Tensor) else value for value in values])
+    return y
+
+
+def _send(extension, index: int, *values) -> None:
+    """Launch with addresses, on the current stream of a device."""
+    arguments = _ARGUMENTS.pack(*values)
     if torch.cuda.current_device() == index:
         extension.hopper_gemm(arguments, cuda._raw_stream(index))
     else:
         with torch.cuda.device(index):
             extension.hopper_gemm(arguments, cuda._raw_stream(index))
-    return y

@@ -257,18 +257,10 @@ class _MultiLoRA(torch.autograd.Function):
     def backward(ctx, *dys):
         x, saved, task_ids, seed, slots, *tensors = ctx.saved_tensors
         needs = [ctx.needs_input_grad[1], *ctx.needs_input_grad[5:]]
-        found = torch.ops.ckf.multi_lora_backward(
-            list(dys),
-            x,
-            saved,
-            *_lists(ctx.static, tensors),
-            task_ids,
-            seed,
-            slots,
-            *ctx.static[1:],
-            needs,
-        )
-        *_, gates, a, b = _lists(ctx.static, tensors)
+        lists = _lists(ctx.static, tensors)
+        op = _multi_lora_backward if _is_plain(x) else torch.ops.ckf.multi_lora_backward.default
+        found = op(list(dys), x, saved, *lists, task_ids, seed, slots, *ctx.static[1:], needs)
+        *_, gates, a, b = lists
         dx, *rest = _by_input(_shape(gates, a, 0.0), b, found, needs)
         return None, dx, None, None, None, *rest
 
@@ -303,7 +295,8 @@ def _by_input(shape: GroupShape, inputs_b, found, needs: list[bool]) -> list[Ten
 def _forward_op(static: _Static, x, task_ids, seed, slots, tensors) -> list[Tensor]:
     """The outputs, and last the tensor saved beside x."""
     lists = _lists(static, tensors)
-    return torch.ops.ckf.multi_lora(x, *lists, task_ids, seed, slots, *static[1:])
+    op = _multi_lora if _is_plain(x) else torch.ops.ckf.multi_lora.default
+    return op(x, *lists, task_ids, seed, slots, *static[1:])
 
 
 def _lists(static: _Static, tensors) -> list[list[Tensor]]:
@@ -351,11 +344,10 @@ def _multi_lora_backward(
     passes = _passes(backend)
     extra = (plan,) if backend == "triton" else ()
     with _no_autocast(x):  # backward() may be called inside one
-        found = passes.backward_pass(
+        return passes.backward_pass(
             shape, dys, x, saved, weights, gates, a, b, ids, seed, save_plain, slots, width, needs,
             *extra,
         )  # fmt: skip
-    return found.packed()
 
 
 def _multi_lora_fake(
@@ -414,11 +406,11 @@ _IMPORTED = {"torch": torch_backend, "cpu": cpu}
 
 def _passes(backend: str):
     """The module whose ``forward_pass`` and ``backward_pass`` compute the ops."""
-    if backend in _IMPORTED:
-        return _IMPORTED[backend]
-    from ckf.kernels import triton_backend  # imports triton
+    if backend not in _IMPORTED:
+        from ckf.kernels import triton_backend  # imports triton
 
-    return triton_backend
+        _IMPORTED[backend] = triton_backend
+    return _IMPORTED[backend]
 
 
 def _seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:

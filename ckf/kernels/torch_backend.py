@@ -104,7 +104,7 @@ def backward_pass(
     slots: Tensor | None,
     width: int,
     needs: Sequence[bool],
-) -> Gradients:
+) -> list[Tensor]:
     """The gradients; ``needs`` says which, of x, weights, biases, gates, a and b in this order.
 
     The other arguments as in ``forward_pass``.
@@ -136,7 +136,7 @@ def backward_pass(
         h = _saved_h(shape, saved, gate, save_plain, slots, places)
         db = _b_gradients(shape, dys, h, b, need_b)
     dg = gate_gradients(shape, dh, saved, gates, task_ids) if any(need_g) else None
-    return Gradients(dx, base_gradients(rows, dys, need_w, need_bias), dg, da, db)
+    return Gradients(dx, base_gradients(rows, dys, need_w, need_bias), dg, da, db).packed()
 
 
 def decode_pass(

@@ -146,7 +146,7 @@ def backward_pass(
     b: Sequence[Tensor],
     seed: Tensor | None,
     needs: Sequence[bool],
-) -> Gradients:
+) -> list[Tensor]:
     """As torch_backend.backward_pass, for gates that need no gradient."""
     need_w, need_bias, _, need_a, need_b = unflatten(shape, needs[1:])
     rows = x.reshape(-1, x.shape[-1])
@@ -186,7 +186,7 @@ def backward_pass(
     needed = iter(need_b)
     own = [[next(needed) for _ in ranks] for ranks in shape.ranks]
     db = [packed if any(flags) else None for packed, flags in zip(db, own, strict=True)]
-    return Gradients(dx, base_gradients(rows, dys, need_w, need_bias), None, da, db)
+    return Gradients(dx, base_gradients(rows, dys, need_w, need_bias), None, da, db).packed()
 
 
 def _blocks(

@@ -16,17 +16,23 @@ No host synchronisation, no shape that depends on values, no atomics.
 """
 
 import itertools
+import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ckf.kernels import hopper
+from ckf.kernels import hopper, launch
 from ckf.kernels.group import Gradients, GroupShape, base_gradients, unflatten
-from ckf.kernels.launch import DENSE_RANK, PLANS
+from ckf.kernels.launch import DENSE_RANK, PLANS, dot_precision
+from ckf.kernels.replay import replayed
 from ckf.kernels.torch_backend import gate_gradients
-from ckf.kernels.triton_stack import stack
+from ckf.kernels.triton_launcher import RememberedKernel
+from ckf.kernels.triton_stack import stack, stack_kernel
 from ckf.kernels.triton_update import Dense, Gathered
+
+# launches in Triton's interpreter, and on ROCm, are not heard of
+_REPEATS = isinstance(stack_kernel, RememberedKernel)
 
 
 def forward_pass(
@@ -55,21 +61,35 @@ def forward_pass(
         plan: one of ``launch.PLANS``.
     """
     assert plan in PLANS, plan
+    static = shape, save_plain, width, plan, _settings(x)
+    tensors = [x, task_ids, seed, slots, *weights, *biases, *gates, *a, *b]
+    with torch.cuda.device_of(x):
+        *outputs, saved = _made(_forward, static, tensors)
+    return outputs, saved
+
+
+def _made(make, static: tuple, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    return replayed(make, static, tensors) if _REPEATS else make(static, tensors)
+
+
+def _forward(static: tuple, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    shape, save_plain, width, plan, _ = static
+    x, task_ids, seed, slots, *tensors = tensors
+    weights, biases, gates, a, b = unflatten(shape, tensors)
     rows = _rows(x)
     biases = [None if bias is None else bias.contiguous() for bias in biases]
-    with torch.cuda.device_of(x):
-        stacks = stack(shape, gates, a, b, x.dtype)
-        compact = not save_plain and saves_compact(shape, slots)
-        saved = rows.new_empty(rows.shape[0], width if compact else shape.columns)
-        inside = plan == "gemm" and seed is None and shrinks_inside(shape, rows, weights)
-        kind = Gathered if gathers(shape, save_plain, slots) and not inside else Dense
-        update = kind(shape, stacks, task_ids, seed, save_plain, slots, width)
-        update.shrink(rows, saved)
-        outputs = [
-            update.output(x, rows, linear, weight, bias, plan)
-            for linear, (weight, bias) in enumerate(zip(weights, biases, strict=True))
-        ]
-    return outputs, saved
+    stacks = stack(shape, gates, a, b, x.dtype)
+    compact = not save_plain and saves_compact(shape, slots)
+    saved = rows.new_empty(rows.shape[0], width if compact else shape.columns)
+    inside = plan == "gemm" and seed is None and shrinks_inside(shape, rows, weights)
+    kind = Gathered if gathers(shape, save_plain, slots) and not inside else Dense
+    update = kind(shape, stacks, task_ids, seed, save_plain, slots, width)
+    update.shrink(rows, saved)
+    outputs = [
+        update.output(x, rows, linear, weight, bias, plan)
+        for linear, (weight, bias) in enumerate(zip(weights, biases, strict=True))
+    ]
+    return [*outputs, saved]
 
 
 def backward_pass(
@@ -88,36 +108,51 @@ def backward_pass(
     width: int,
     needs: Sequence[bool],
     plan: str,
-) -> Gradients:
-    """The gradients; ``needs`` says which, of x, weights, biases, gates, a and b in this order.
+) -> list[Tensor]:
+    """The gradients that ``needs`` asks for (of x, weights, biases, gates, a, b), packed.
 
     ``dys``: one (..., n_l) a linear; ``saved``: of :func:`forward_pass`, whose arguments the others
     are.
     """
     assert plan in PLANS, plan
+    static = shape, save_plain, width, tuple(needs), plan, _settings(x)
+    tensors = [x, saved, task_ids, seed, slots, *dys, *weights, *gates, *a, *b]
+    with torch.cuda.device_of(x):
+        return _made(_backward, static, tensors)
+
+
+def _backward(static: tuple, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    shape, save_plain, width, needs, plan, _ = static
+    x, saved, task_ids, seed, slots, *tensors = tensors
+    dys, weights, gates, a, b = unflatten(shape, tensors)
     need_w, need_bias, need_g, need_a, need_b = unflatten(shape, needs[1:])
     rows, dys = _rows(x), [_rows(dy) for dy in dys]
     firsts = list(itertools.accumulate([0, *map(len, shape.ranks)]))
     needed = [any(need_b[i:j]) for i, j in itertools.pairwise(firsts)]
     dtypes = [b[first].dtype for first in firsts[:-1]]
     dx = da = dg = None
-    with torch.cuda.device_of(x):
-        stacks = stack(shape, gates, a, b, x.dtype)
-        inside = plan == "gemm" and needs[0] and shrinks_inside(shape, rows, weights)
-        if seed is not None and hopper.waits_for_ds(*rows.shape):
-            inside = False
-        kind = Gathered if gathers(shape, save_plain, slots) and not inside else Dense
-        update = kind(shape, stacks, task_ids, seed, save_plain, slots, width)
-        bases = weights if needs[0] and plan == "gemm" else ()  # dx may come with dS
-        db = update.rank_gradients(dys, saved, needed, dtypes, any(need_g), bases, pair=any(need_a))
-        if needs[0]:
-            dx = update.input_gradient(dys, weights, plan).view(x.shape)
-        if any(need_a):
-            da = update.a_gradient(rows, a[0].dtype, db)
-        if any(need_g):
-            dg = gate_gradients(shape, update.dh, saved, gates, task_ids)
-        base = base_gradients(rows, dys, need_w, need_bias)
-    return Gradients(dx, base, dg, da, db)
+    stacks = stack(shape, gates, a, b, x.dtype)
+    inside = plan == "gemm" and needs[0] and shrinks_inside(shape, rows, weights)
+    if seed is not None and hopper.waits_for_ds(*rows.shape):
+        inside = False
+    kind = Gathered if gathers(shape, save_plain, slots) and not inside else Dense
+    update = kind(shape, stacks, task_ids, seed, save_plain, slots, width)
+    bases = weights if needs[0] and plan == "gemm" else ()  # dx may come with dS
+    db = update.rank_gradients(dys, saved, needed, dtypes, any(need_g), bases, pair=any(need_a))
+    if needs[0]:
+        dx = update.input_gradient(dys, weights, plan).view(x.shape)
+    if any(need_a):
+        da = update.a_gradient(rows, a[0].dtype, db)
+    if any(need_g):
+        dg = gate_gradients(shape, update.dh, saved, gates, task_ids)
+    base = base_gradients(rows, dys, need_w, need_bias)
+    return Gradients(dx, base, dg, da, db).packed()
+
+
+def _settings(x: Tensor) -> tuple:
+    """What else decides how a pass is computed."""
+    precise = dot_precision(x.dtype) if x.dtype == torch.float32 else ""
+    return launch.STACK_EXPERTS, os.environ.get("CKF_HOPPER_GEMM"), precise
 
 
 def saves_compact(shape: GroupShape, slots: Tensor | None) -> bool:

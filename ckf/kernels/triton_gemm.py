@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ckf.kernels import replay
 from ckf.kernels.launch import GemmLaunch, capability, ceil_div, gemm_launch, multiprocessors
 from ckf.kernels.triton_common import keep_mask
 
@@ -150,6 +151,7 @@ def _launch(x, weight, bias, h, b, dropout, launch: GemmLaunch, dx: bool) -> Ten
     tiles = ceil_div(m, rows) * ceil_div(n, columns)
     programs = multiprocessors(x.device)
     seed, threshold, scale = dropout or (None, 0, 1.0)
+    replay.not_repeatable("a kernel takes tensor descriptors")
     gemm_kernel[(min(programs, tiles),)](
         d_x=TensorDescriptor.from_tensor(x, [rows, depth]),
         d_w=TensorDescriptor.from_tensor(weight, [depth, columns] if dx else [columns, depth]),

@@ -19,13 +19,18 @@ from tests.kernels.test_cuda_hopper_host import Host, host, library  # noqa: F40
 def on_the_host(host, monkeypatch):  # noqa: F811
     """Its outputs need no poison here, and the interpreter's tensors no guard."""
     monkeypatch.undo()
+    take_products(host, monkeypatch)
+    return host
+
+
+def take_products(host: Host, monkeypatch) -> None:  # noqa: F811
+    """csrc's products, wherever they take the operands."""
     monkeypatch.setattr(hopper.cuda, "_DEVICE_TYPE", "cpu")
     monkeypatch.setattr(hopper.cuda, "_load_extension", lambda: (host, ""))
     monkeypatch.setattr(hopper.cuda, "_raw_stream", lambda index: 0)
     monkeypatch.setattr(hopper, "available", lambda device=None: (True, ""))
     monkeypatch.setattr(hopper, "FEWEST_MASKED_TILES", 0)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    return host
 
 
 def launches(host: Host) -> list[tuple[bool, bool]]:  # noqa: F811

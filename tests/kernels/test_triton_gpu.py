@@ -7,7 +7,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from ckf.kernels import group, multi_lora_linear, ops, tune
+from ckf.kernels import group, hopper, multi_lora_linear, ops, replay, tune
 from ckf.kernels.group import GroupShape
 from ckf.kernels.reference import multi_lora_reference
 from ckf.kernels.slots import compact_slots
@@ -252,6 +252,40 @@ def test_a_decoding_call_that_keeps_nothing_is_stacked_so_too():
     assert group.why_no_triton(case.x.device) is None
     kept = decode.prepare(shape, *experts, torch.bfloat16)
     assert torch.equal(ours, decode.decode_pass(kept, *base, case.task_ids)[0])
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("plan", ["expand", "addmm", "gemm"])
+@pytest.mark.parametrize("ranks", [NARROW, WIDE], ids=["dense", "gather"])
+def test_repeated_passes_give_the_bits_of_run_ones(ranks, plan, dropout_p, monkeypatch):
+    """Run, written down, repeated: each in memory of its own, turns on streams of their own."""
+    tasks, function = len(ranks) - 1, slots_on_gpu(ranks, plan)
+
+    def call(seed: int) -> list[torch.Tensor]:
+        case = random_case(m=700, k=512, n=384, tasks=tasks, ranks=ranks, seed=seed)
+        case.dropout_p, case.seed = dropout_p, torch.tensor([seed], device="cuda")
+        case = on_gpu(case, torch.bfloat16)
+        return run_with_gradients(function, case, torch.full((700, 384), 0.5 + seed, device="cuda"))
+
+    def calls() -> list[torch.Tensor]:
+        return [tensor for seed in range(6) for tensor in call(seed)]
+
+    monkeypatch.setattr(replay, "_known", {})
+    monkeypatch.setattr(replay, "REPLAY", False)
+    wanted = calls()
+    monkeypatch.setattr(replay, "REPLAY", True)
+    kept = []
+    for _ in range(3):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            kept.append(calls())
+            torch.cuda.current_stream().synchronize()
+    kinds = list(replay._known.values())
+    assert len(kinds) == 2
+    if plan != "gemm" or hopper.available()[0]:
+        assert all(isinstance(known, replay.Recording) for known in kinds)
+    for found in kept:
+        for one, other in zip(found, wanted, strict=True):
+            assert torch.equal(one, other)
 
 
 def test_no_synchronisation():

@@ -26,6 +26,7 @@ installed = importlib.util.find_spec("triton") is not None
         "interpreter_slots.py",
         "interpreter_parts.py",
         "interpreter_hopper.py",
+        "interpreter_replay.py",
     ],
 )
 def test_in_the_interpreter(suite):
