@@ -1,6 +1,6 @@
 """What a training step and a decoded token cost the host: Python, no GPU needed.
 
-``python benchmarks/bench_host.py [--rounds N] [--tasks T]``
+``python benchmarks/bench_host.py [--rounds N] [--tasks T] [--out FOLDER]``
 
 Forward and backward of the linears of a decoder layer (q, k, v; o; gate, up; down) with
 ``backend="triton"`` under a driver that launches nothing, each as small as can be: what is left is
@@ -30,8 +30,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.harness import environment  # noqa: E402
 from benchmarks.peers.ours import our_providers  # noqa: E402
 from benchmarks.problems import Case, make_problem  # noqa: E402
+from benchmarks.records import Record  # noqa: E402
 from benchmarks.stub_decode import stub_cuda  # noqa: E402
 from benchmarks.stub_driver import StubDriver, stub_products  # noqa: E402
 from ckf.kernels import ops, replay, triton_launcher  # noqa: E402
@@ -131,6 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--tasks", type=int, default=4)
+    parser.add_argument("--out", type=Path, help="folder for the record; default: none")
     options = parser.parse_args()
     torch.set_num_threads(1)
     driver = StubDriver()
@@ -144,29 +147,40 @@ def main() -> None:
         before = driver.count
         run()
         counts[name] = driver.count - before
-    least = {}
+    least: dict[tuple[str, str], list[float]] = {}
     for _ in range(options.rounds):
         for name, run in runs.items():
             for kind, (replay.REPLAY, triton_launcher.REMEMBER) in MODES.items():
                 least[name, kind] = _least(least.get((name, kind)), run())
     replay.REPLAY = triton_launcher.REMEMBER = True
+    about = environment(torch.device("cpu"))
+    settings = {"rounds": options.rounds, "tasks": options.tasks}
+    record = Record("bench_host", options.out, about, settings, fresh=True)
     print(f"torch {torch.__version__}, triton {triton.__version__}; us forward + backward")
-    for name, launches in counts.items():
-        print(f"{name:9}{launches:3} launches", end="")
-        for kind in MODES:
-            forward, backward = (1e6 * seconds for seconds in least[name, kind])
-            print(f"   {kind} {forward:.0f} + {backward:.0f}", end="")
-        print()
-    totals = [1e6 * sum(sum(least[name, kind]) for name in runs) for kind in MODES]
-    words = [f"{kind} {total:.0f}" for kind, total in zip(MODES, totals, strict=True)]
-    print("   ".join([f"a layer  {sum(counts.values()):3} launches", *words]))
+    linears = [
+        _row(f"{name}, {kind}", seconds, launches=counts[name])
+        for (name, kind), seconds in least.items()
+    ]
+    for kind in MODES:
+        parts = [seconds for (_, own), seconds in least.items() if own == kind]
+        total = [sum(pair) for pair in zip(*parts, strict=True)]
+        linears.append(_row(f"a layer, {kind}", total, launches=sum(counts.values())))
+    record.add({"host": "linears of a decoder layer"}, linears)
     print(f"a training step of {LAYERS} decoder layers, us a layer:")
-    for name, (forward, backward) in steps(options.rounds, options.tasks).items():
-        forward, backward = 1e6 * forward / LAYERS, 1e6 * backward / LAYERS
-        print(f"  {name:21}{forward:6.0f} + {backward:5.0f} = {forward + backward:5.0f}")
+    found = steps(options.rounds, options.tasks)
+    rows = [_row(name, [s / LAYERS for s in seconds]) for name, seconds in found.items()]
+    record.add({"host": "training step, a decoder layer"}, rows)
     print(f"a token through {LAYERS} decoder layers in eval mode, us a layer:")
-    for name, seconds in tokens(options.rounds, options.tasks).items():
-        print(f"  {name:7}{1e6 * seconds / LAYERS:6.0f}")
+    found = tokens(options.rounds, options.tasks)
+    rows = [_row(name, [seconds / LAYERS]) for name, seconds in found.items()]
+    record.add({"host": "decoded token, a decoder layer"}, rows)
+
+
+def _row(name: str, seconds: list[float], **more) -> dict:
+    """Of forward, and of backward where there is one; printed."""
+    us = [round(1e6 * s, 1) for s in seconds]
+    print(f"  {name:24}" + " + ".join(f"{one:7.0f}" for one in us) + f" = {sum(us):5.0f}")
+    return {"provider": name, **dict(zip(("forward_us", "backward_us"), us, strict=False))} | more
 
 
 if __name__ == "__main__":
