@@ -127,7 +127,7 @@ def note(send: Callable[..., None], values: Sequence) -> None:
     """Of every launch, before it is made: where a pass is being written down, so is the launch.
 
     send: makes it on the current stream, from ``values`` with addresses in place of tensors, also
-        of those in tuples.
+        of those in tuples; the base of a descriptor then has a ``data_ptr()`` and nothing else.
     """
     recorder = getattr(_local, "recorder", None)
     if recorder is not None:

@@ -5,6 +5,7 @@ that two inputs in one storage, or the same tensor given twice, stay apart.
 """
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import NamedTuple
 
 import torch
@@ -48,19 +49,33 @@ class _Allocation(NamedTuple):
         return step
 
 
+class _Address(NamedTuple):
+    """As much of a tensor as a descriptor of one is launched by."""
+
+    address: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
 class _Launch(NamedTuple):
-    """``pointers``: argument, buffer, bytes on. ``tuples``: argument, and those of its tensors."""
+    """``pointers``: argument, buffer, bytes on. ``tuples``: argument, and those of its tensors.
+    ``descriptors``: argument, one without its base, and that of its base."""
 
     send: Callable[..., None]
     constants: list
     pointers: list[tuple[int, int, int]]
     tuples: list[tuple[int, list[tuple[int, int]]]]
+    descriptors: list[tuple]
 
     def step(self) -> Step:
-        send, constants, pointers, tuples = self
+        send, constants, pointers, tuples, descriptors = self
 
         def step(buffers, addresses) -> None:
             values = constants.copy()
+            for at, descriptor, buffer, offset in descriptors:
+                values[at] = own = copy(descriptor)
+                own.base = _Address(addresses[buffer] + offset)
             for at, buffer, offset in pointers:
                 values[at] = addresses[buffer] + offset
             for at, parts in tuples:
@@ -166,16 +181,20 @@ class Recorder(TorchDispatchMode):
             used.add(place.buffer)
             return place.buffer, place.offset * place.itemsize
 
-        constants, pointers, tuples = list(values), [], []
+        constants, pointers, tuples, descriptors = list(values), [], [], []
         for at, value in enumerate(values):
             if isinstance(value, Tensor):
                 pointers.append((at, *pointer(value)))
                 constants[at] = 0
             elif isinstance(value, tuple) and any(isinstance(one, Tensor) for one in value):
                 tuples.append((at, [pointer(one) for one in value]))
+            elif isinstance(getattr(value, "base", None), Tensor):
+                constants[at] = empty = copy(value)
+                empty.base = None  # else its memory would live on
+                descriptors.append((at, empty, *pointer(value.base)))
             elif not isinstance(value, _CONSTANTS):
                 self.fail(f"a launch takes a {type(value).__name__}")
-        self._notes.append((_Launch(send, constants, pointers, tuples), used))
+        self._notes.append((_Launch(send, constants, pointers, tuples, descriptors), used))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

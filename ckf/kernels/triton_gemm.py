@@ -14,15 +14,16 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ckf.kernels import replay
 from ckf.kernels.launch import GemmLaunch, capability, ceil_div, gemm_launch, multiprocessors
 from ckf.kernels.triton_common import keep_mask
+from ckf.kernels.triton_launcher import remembered
 
 # By compute capability: with a tensor memory accelerator, and shared memory enough for its pipeline
 # (12.x has the one without the other).
 GPUS = (9, 10)
 
 
+@remembered
 @triton.jit(do_not_specialize=["m", "threshold"])
 def gemm_kernel(
     d_x,
@@ -151,7 +152,6 @@ def _launch(x, weight, bias, h, b, dropout, launch: GemmLaunch, dx: bool) -> Ten
     tiles = ceil_div(m, rows) * ceil_div(n, columns)
     programs = multiprocessors(x.device)
     seed, threshold, scale = dropout or (None, 0, 1.0)
-    replay.not_repeatable("a kernel takes tensor descriptors")
     gemm_kernel[(min(programs, tiles),)](
         d_x=TensorDescriptor.from_tensor(x, [rows, depth]),
         d_w=TensorDescriptor.from_tensor(weight, [depth, columns] if dx else [columns, depth]),

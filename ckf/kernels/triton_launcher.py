@@ -8,7 +8,8 @@ the current stream and with launch hooks, as Triton itself. Not asked again afte
 launch: Triton's pre-run hooks, its debug knobs, and whether globals of the kernel have changed.
 
 Kernels so launched follow the naming of this package: pointers (a tensor, None, or a tuple of
-tensors) begin with ``p_``; what is neither a pointer nor a constexpr is an int or a float.
+tensors) begin with ``p_``, tensor descriptors with ``d_``; what is neither, nor a constexpr, is an
+int or a float.
 """
 
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from operator import itemgetter
 import torch
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ckf.kernels import replay
 
@@ -42,11 +44,13 @@ class RememberedKernel:
         constants = [p.name for p in kernel.params if p.is_constexpr]
         runtime = [p for p in kernel.params if not p.is_constexpr]
         pointers = [p.name for p in runtime if p.name.startswith("p_")]
-        numbers = [p for p in runtime if not p.name.startswith("p_")]
+        descriptors = [p.name for p in runtime if p.name.startswith("d_")]
+        numbers = [p for p in runtime if not p.name.startswith(("p_", "d_"))]
         plain = [p.name for p in numbers if p.do_not_specialize]
         special = [p.name for p in numbers if not p.do_not_specialize]
         self._values = _getter([p.name for p in kernel.params])
-        self._groups = tuple(_getter(names) for names in (constants, pointers, plain, special))
+        groups = constants, pointers, descriptors, plain, special
+        self._groups = tuple(_getter(names) for names in groups)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         """``grid``: one to three numbers of programs."""
@@ -73,14 +77,15 @@ class RememberedKernel:
 
         Keys are equal only where Triton would take the same binary.
         """
-        constants, pointers, plain, special = [get(arguments) for get in self._groups]
+        constants, pointers, descriptors, plain, special = [get(arguments) for get in self._groups]
         return (
-            _device(pointers[0]),
+            _device(descriptors[0].base if descriptors else pointers[0]),
             num_warps,
             num_stages,
             constants,
             tuple(map(type, constants)),  # 1 and True are equal
             tuple(map(_pointer, pointers)),
+            tuple(map(_descriptor, descriptors)),
             tuple(map(_width, plain)),
             tuple([(_width(v), v == 1, v % ALIGNMENT == 0) for v in special]),
         ), self._values(arguments)
@@ -100,6 +105,11 @@ def _pointer(value):
     if type(value) is tuple:
         return tuple([t.dtype if t.data_ptr() % ALIGNMENT == 0 else (t.dtype,) for t in value])
     return value.dtype if value.data_ptr() % ALIGNMENT == 0 else (value.dtype,)
+
+
+def _descriptor(value: TensorDescriptor) -> tuple:
+    """Shapes and strides are of its run, not of the binary."""
+    return value.base.dtype, tuple(value.block_shape), value.padding
 
 
 def _width(value: int | float) -> int:

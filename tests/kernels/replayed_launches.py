@@ -4,6 +4,8 @@ In its own process: Triton's binaries go to the driver that they were made for. 
 nothing and keeps what it is handed; csrc's products are stubbed.
 """
 
+import itertools
+import os
 import struct
 
 import torch
@@ -16,7 +18,7 @@ from ckf.kernels.dispatch import Choice
 from ckf.kernels.launch import PLANS
 from ckf.kernels.slots import compact_slots
 
-M, K, WIDTHS, TASKS, RANK = 96, 64, (64, 32, 48), 3, 16
+M, K, WIDTHS, RANK = 96, 64, (64, 32, 48), 16
 
 Launches = list[tuple[str, tuple]]
 
@@ -37,14 +39,20 @@ class _Listening(StubDriver):
 
 
 def _flat(values) -> list:
+    """Arguments, those of tuples and descriptors too."""
     found = []
     for value in values:
-        found += _flat(value) if isinstance(value, tuple) else [value]
+        if hasattr(value, "block_shape"):
+            own = tuple(value.shape), tuple(value.strides), tuple(value.block_shape)
+            base = value.base if isinstance(value.base, Tensor) else value.base.data_ptr()
+            found += [base, *_flat(own)]
+        else:
+            found += _flat(value) if isinstance(value, tuple) else [value]
     return found
 
 
 def launches_of(
-    driver: _Listening, plan: str, dropout_p: float
+    driver: _Listening, plan: str, dropout_p: float, tasks: int
 ) -> tuple[Launches, Launches, list[tuple[int, int]]]:
     """The launches of a call that is run, of the same call repeated, and where its inputs lie."""
     ops.choose_backend = lambda *_: Choice("triton", "stubbed", plan)
@@ -54,13 +62,13 @@ def launches_of(
 
     x = new(M, K).requires_grad_()
     weights, biases = [new(n, K) for n in WIDTHS], [new(n) for n in WIDTHS]
-    a = [[new(RANK, K, dtype=torch.float32) for _ in range(TASKS + 1)] for _ in WIDTHS]
-    b = [[new(n, RANK, dtype=torch.float32) for _ in range(TASKS + 1)] for n in WIDTHS]
+    a = [[new(RANK, K, dtype=torch.float32) for _ in range(tasks + 1)] for _ in WIDTHS]
+    b = [[new(n, RANK, dtype=torch.float32) for _ in range(tasks + 1)] for n in WIDTHS]
     leaves = [t.requires_grad_() for own in (*a, *b) for t in own]
-    live = [[e in (0, 1 + t) for e in range(TASKS + 1)] for t in range(TASKS)]
+    live = [[e in (0, 1 + t) for e in range(tasks + 1)] for t in range(tasks)]
     gates = [torch.tensor(live, dtype=torch.float32) for _ in WIDTHS]
-    slots, width = compact_slots([live] * len(WIDTHS), [[RANK] * (TASKS + 1)] * len(WIDTHS))
-    ids, seed = torch.arange(M) % TASKS, torch.tensor([7])
+    slots, width = compact_slots([live] * len(WIDTHS), [[RANK] * (tasks + 1)] * len(WIDTHS))
+    ids, seed = torch.arange(M) % tasks, torch.tensor([7])
     dys = [new(M, n) for n in WIDTHS]
 
     def call() -> Launches:
@@ -88,9 +96,11 @@ def main() -> None:
     driver = _Listening()
     triton.runtime.driver.set_active(driver)
     stub_products(driver)
-    for plan in PLANS:
-        for dropout_p in (0.0, 0.1):
-            run, again, inputs = launches_of(driver, plan, dropout_p)
+    for plan in (*PLANS, "gemm, Triton's"):
+        plan, _, others = plan.partition(", ")
+        os.environ["CKF_HOPPER_GEMM"] = "0" if others else "1"
+        for dropout_p, tasks in itertools.product((0.0, 0.1), (1, 3)):  # of 3 columns are gathered
+            run, again, inputs = launches_of(driver, plan, dropout_p, tasks)
             assert len(run) == len(again) > 5, (len(run), len(again))
             pointers = 0
             for (name, values), (other, repeated) in zip(run, again, strict=True):
@@ -105,7 +115,10 @@ def main() -> None:
                         assert (at == two) if any(given) else two > 2**32 and not any(again_given)
                     else:
                         assert one == two, (name, one, two)
-            print(f"{plan} {dropout_p}: {len(run)} launches, {pointers} pointers")
+            names = " ".join(name for name, _ in run)
+            if tasks == 1 and plan == "gemm":
+                assert ("gemm_kernel" if others else "hopper_gemm") in names
+            print(f"{plan} {dropout_p} {tasks}: {len(run)} launches, {pointers} pointers")
 
 
 if __name__ == "__main__":

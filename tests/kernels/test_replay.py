@@ -288,4 +288,4 @@ def test_a_repeated_pass_of_the_kernels_hands_over_what_a_run_one_does():
     command = [sys.executable, "-m", "tests.kernels.replayed_launches"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("launches") == 6
+    assert done.stdout.count("launches") == 16

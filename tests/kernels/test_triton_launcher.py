@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from benchmarks.stub_driver import StubDriver  # noqa: E402
 from ckf.kernels import triton_launcher  # noqa: E402
@@ -21,7 +22,7 @@ from ckf.kernels.triton_launcher import RememberedKernel, remembered  # noqa: E4
 
 
 @triton.jit(do_not_specialize=["m"])
-def probe_kernel(p_x, p_more, p_y, m, k, scale, FLAG: tl.constexpr, BLOCK: tl.constexpr):
+def probe_kernel(p_x, p_more, p_y, d_t, m, k, scale, FLAG: tl.constexpr, BLOCK: tl.constexpr):
     o_k = tl.arange(0, BLOCK)
     b_x = tl.load(p_x + m * k + o_k) * scale
     if FLAG and p_y is not None:
@@ -57,6 +58,18 @@ TENSORS = st.sampled_from(
         for start in (0, 1)
     ]
 )
+DESCRIPTORS = st.sampled_from(
+    [
+        TensorDescriptor.from_tensor(torch.zeros(rows, 64, dtype=dtype)[:, :columns], block)
+        for dtype in (torch.float32, torch.bfloat16)
+        for rows, columns, block in [
+            (8, 64, [8, 16]),
+            (9, 64, [8, 16]),
+            (8, 32, (8, 16)),
+            (8, 64, [8, 32]),
+        ]
+    ]
+)
 POSITIVE = [0, 1, 2, 15, 16, 17, 64, 2**31 - 1, 2**31, 2**31 + 16, 2**40, 2**62, 2**63, 2**63 + 1]
 INTS = st.sampled_from([*POSITIVE, -1, -16, -(2**31), -(2**31) - 16, -(2**40)])
 ARGUMENTS = st.fixed_dictionaries(
@@ -64,6 +77,7 @@ ARGUMENTS = st.fixed_dictionaries(
         "p_x": TENSORS,
         "p_more": st.tuples(TENSORS, TENSORS) | st.just(()),
         "p_y": TENSORS | st.none(),
+        "d_t": DESCRIPTORS,
         "m": INTS,
         "k": INTS,
         "scale": st.sampled_from([0.5, 1.0, 16.0, 1, 16]),
