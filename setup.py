@@ -25,6 +25,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
@@ -262,5 +263,18 @@ def extensions() -> list[Extension]:
     return found
 
 
+class BuildPy(build_py):
+    """A wheel brings the runs to start from, as ckf/configs; a checkout has them beside it."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            folder = Path(self.build_lib) / "ckf" / "configs"
+            self.mkpath(str(folder))
+            for file in sorted((ROOT / "configs").glob("*.yaml")):
+                self.copy_file(str(file), str(folder / file.name))
+
+
 if __name__ == "__main__":
-    setup(license="Apache-2.0", ext_modules=extensions(), cmdclass={"build_ext": Build})
+    commands = {"build_ext": Build, "build_py": BuildPy}
+    setup(license="Apache-2.0", ext_modules=extensions(), cmdclass=commands)

@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+CONFIG = "a YAML file, a run's config.yaml, or the name of one that ckf brings: demo, ml-1m, ..."
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; a user's mistake prints one line and returns 2."""
@@ -34,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train and evaluate a run, or go on with one")
-    train.add_argument("config", help="a YAML file, or a run's config.yaml")
+    train.add_argument("config", help=CONFIG)
     train.add_argument("--out", help="the run's folder (default runs/NAME)")
     train.add_argument("--prepared", help="a folder made by ckf prepare, instead of raw data")
     train.add_argument("--overwrite", action="store_true", help="remove the run first")
@@ -44,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(command=_train)
 
     prepare = commands.add_parser("prepare", help="prepare data only, to carry to another machine")
-    prepare.add_argument("config")
+    prepare.add_argument("config", help=CONFIG)
     prepare.add_argument("--out", required=True, help="the prepared folder")
     _add_data(prepare)
     prepare.set_defaults(command=_prepare)
@@ -97,7 +99,7 @@ def _add_experiment(commands) -> None:
     parser = commands.add_parser(
         "experiment", help="train and compare the cells of a grid, or go on with them"
     )
-    parser.add_argument("config")
+    parser.add_argument("config", help=CONFIG)
     parser.add_argument("--out", help="the experiment's folder (default runs/experiment-NAME)")
     parser.add_argument("--prepared", help="a folder of ckf prepare, or of --prepare-only")
     parser.add_argument("--model", help="the language model, instead of model.name")

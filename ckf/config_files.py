@@ -12,8 +12,20 @@ from ckf.config import RunConfig
 MAX_VALUES = 10_000
 
 
+def own_configs() -> dict[str, Path]:
+    """The runs to start from that ckf brings, by name: in a wheel inside the package, in a
+    checkout beside it."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "configs", package.parent / "configs"):
+        found = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+        if "demo" in found:
+            return found
+    return {}
+
+
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """Read a YAML file and apply ``key.sub=value`` overrides.
+    """Read a YAML file, or one of :func:`own_configs` by its name, and apply ``key.sub=value``
+    overrides.
 
     Raises:
         ValueError: no such file, broken YAML, an unknown key (with the nearest known one), a value
@@ -21,15 +33,20 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     """
     import yaml
 
+    file = Path(path)
+    if not file.is_file():
+        file = own_configs().get(str(path), file)
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the config {path}: {error}") from error
+        hint = "" if file.exists() else f"; ckf brings {', '.join(own_configs())}: name one"
+        raise ValueError(f"cannot read the config {path}: {error}{hint}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     _check_size(path, values)
     if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no settings; start from a file under configs/")
+        names = ", ".join(own_configs())
+        raise ValueError(f"{path} holds no settings; start from one of ckf's: {names}")
     for override in overrides or []:
         key, equals, text = override.partition("=")
         if not equals:

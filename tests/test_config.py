@@ -5,7 +5,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ckf.config_files import config_from_dict, config_to_dict, load_config, write_config
+from ckf.config_files import (
+    config_from_dict,
+    config_to_dict,
+    load_config,
+    own_configs,
+    write_config,
+)
 from tests.ckf_fixtures import settings
 
 MODEL = Path("a-model")
@@ -29,8 +35,21 @@ def test_every_config_that_comes_along_is_valid(path):
     assert config.name == path.stem
 
 
-def test_there_are_configs():
+def test_configs_that_come_along_go_by_name(tmp_path, monkeypatch):
     assert "demo" in {p.stem for p in CONFIGS}
+    assert list(own_configs().values()) == CONFIGS
+    monkeypatch.chdir(tmp_path)
+    assert load_config("demo", ["train.steps=3"]).train.steps == 3
+    with pytest.raises(
+        ValueError, match=r"config configs/demo.yaml: .*ckf brings .*demo, .*: name"
+    ):
+        load_config("configs/demo.yaml")
+    (tmp_path / "demo").mkdir()
+    assert load_config("demo").name == "demo"
+    (tmp_path / "demo").rmdir()
+    (tmp_path / "demo").write_text("name: mine\n")  # one's own file comes first
+    with pytest.raises(ValueError, match="data is missing"):
+        load_config("demo")
 
 
 def test_resolved_settings_read_back_equal(tmp_path):

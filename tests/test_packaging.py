@@ -3,6 +3,7 @@
 import ast
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -52,14 +53,35 @@ def test_torch_is_no_build_requirement():
     assert re.fullmatch(r"ruff==\d+\.\d+\.\d+", ruff[0]), "the formatter must be pinned"
 
 
+def copied_tree(folder: Path) -> Path:
+    """The package's files without what was built from them."""
+    for name in ("ckf", "csrc", "configs"):
+        skip = shutil.ignore_patterns("__pycache__", "*.so")
+        shutil.copytree(ROOT / name, folder / name, ignore=skip)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def test_a_wheel_brings_the_configs(tmp_path):
+    tree = copied_tree(tmp_path / "tree")
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path / "lib")]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    code = "from ckf.config_files import load_config, own_configs; load_config('demo'); "
+    code += "print(*own_configs().values(), sep='\\n')"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "lib"), "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    found = [Path(line) for line in done.stdout.splitlines()]
+    assert {file.parent for file in found} == {tmp_path / "lib" / "ckf" / "configs"}, done.stderr
+    assert {file.name for file in found} == {file.name for file in (ROOT / "configs").iterdir()}
+
+
 def test_sdist_builds_the_extension_elsewhere(tmp_path):
     """Every source of the extension is packed, and nothing that was built from it."""
-    tree = tmp_path / "tree"
-    for name in ("ckf", "csrc", "configs"):
-        skip = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / name, tree / name, ignore=skip)
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree)
+    tree = copied_tree(tmp_path / "tree")
     command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path / "dist")]
     done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
