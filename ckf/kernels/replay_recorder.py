@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from ckf.kernels.replay import Place, Recording, Step
 
@@ -213,7 +213,7 @@ class Recorder(TorchDispatchMode):
             what = _Allocation(buffer, tuple(out.shape), out.stride(), out.dtype, out.device)
             self._notes.append((what, {buffer}))
             return
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        given = _tensors([*args, *kwargs.values()])
         owners = [next((t for t in given if _share(t, one)), None) for one in made]
         if func._schema.is_mutable or any(owner is None for owner in owners):
             self._computing(func, args, kwargs, made, owners)
@@ -260,6 +260,17 @@ class Recorder(TorchDispatchMode):
         if place is None:
             self.fail("a tensor that is neither an input nor made of one")
         return place
+
+
+def _tensors(values: Sequence) -> list[Tensor]:
+    """Those of an op's arguments, also in lists."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list):
+            found += _tensors(value)
+    return found
 
 
 def _share(one: Tensor, other: Tensor) -> bool:
