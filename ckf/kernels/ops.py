@@ -216,11 +216,29 @@ def _decode_way(choice: Choice, call: Call) -> Way | None:
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Not for what only sees registered ops: modes, transforms, compilers."""
-    if type(x) is not Tensor or torch.compiler.is_compiling() or x.is_neg():
+    """Not for what only sees registered ops: modes, transforms, compilers, tracers."""
+    if type(x) is not Tensor or torch.compiler.is_compiling():
+        return False
+    if x.is_neg() or x._is_zerotensor():
+        return False
+    if torch._C._get_tracing_state() is not None or _PRE_DISPATCH_MODES():
         return False
     modes, transform = torch._C._len_torch_dispatch_stack(), torch._C._functorch
     return modes == 0 and transform.peek_interpreter_stack() is None
+
+
+# of make_fx(pre_dispatch=True)
+_PRE_DISPATCH_MODES = getattr(torch._ops, "_len_torch_dispatch_stack_pre_dispatch", lambda: 0)
+_PLAIN_TYPES = {Tensor, torch.nn.Parameter, type(None)}
+
+
+def _hold_their_memory(tensors: Sequence[Tensor | None], new: Sequence[Tensor | None]) -> bool:
+    """Whether an op's function may be given these without the dispatcher, which makes plain
+    tensors of subclasses, of lazy negatives and of zeros without memory; nor does anybody listen
+    to the ops by functions (TorchFunctionMode). ``new``: those that were not asked before."""
+    if torch._C._len_torch_function_stack() or not _PLAIN_TYPES.issuperset(map(type, tensors)):
+        return False
+    return not any([t is not None and (t.is_neg() or t._is_zerotensor()) for t in new])
 
 
 def _no_autocast(x: Tensor):
@@ -258,7 +276,9 @@ class _MultiLoRA(torch.autograd.Function):
         x, saved, task_ids, seed, slots, *tensors = ctx.saved_tensors
         needs = [ctx.needs_input_grad[1], *ctx.needs_input_grad[5:]]
         lists = _lists(ctx.static, tensors)
-        op = _multi_lora_backward if _is_plain(x) else torch.ops.ckf.multi_lora_backward.default
+        op = torch.ops.ckf.multi_lora_backward.default
+        if _is_plain(x) and _hold_their_memory([*dys, saved, *tensors], dys):
+            op = _multi_lora_backward
         found = op(list(dys), x, saved, *lists, task_ids, seed, slots, *ctx.static[1:], needs)
         *_, gates, a, b = lists
         dx, *rest = _by_input(_shape(gates, a, 0.0), b, found, needs)
@@ -295,7 +315,9 @@ def _by_input(shape: GroupShape, inputs_b, found, needs: list[bool]) -> list[Ten
 def _forward_op(static: _Static, x, task_ids, seed, slots, tensors) -> list[Tensor]:
     """The outputs, and last the tensor saved beside x."""
     lists = _lists(static, tensors)
-    op = _multi_lora if _is_plain(x) else torch.ops.ckf.multi_lora.default
+    op = torch.ops.ckf.multi_lora.default
+    if _is_plain(x) and _hold_their_memory(tensors, tensors):
+        op = _multi_lora
     return op(x, *lists, task_ids, seed, slots, *static[1:])
 
 

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 REPLAY = True  # False: every pass is run
-MOST_KINDS = 512  # the oldest goes; packed steps bring new ones, with every new number of rows
+MOST_KINDS = (
+    512  # the one longest unused goes; packed steps bring new ones, with every new number of rows
+)
 ALIGNMENT = 16  # bytes of addresses that launches depend on
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
@@ -56,7 +58,8 @@ class Recording:
         steps: in order; each with the buffers that nobody needs after it.
         outputs: of the pass.
         buffers: how many there are, inputs included.
-        arena: (buffer, offset in bytes) of what launches alone use, all in one allocation.
+        arena: (buffer, offset in bytes) of what launches alone use, all in one allocation, which is
+            the buffer after all others.
         arena_bytes: of that.
     """
 
@@ -77,8 +80,8 @@ class Recording:
         buffers, addresses = [*tensors, *[None] * missing], [*addresses, *[0] * missing]
         if self._arena:
             device = tensors[0].device
-            arena = torch.empty(self._arena_bytes, dtype=torch.uint8, device=device)
-            start = arena.data_ptr()
+            buffers.append(torch.empty(self._arena_bytes, dtype=torch.uint8, device=device))
+            start = buffers[-1].data_ptr()
             for buffer, offset in self._arena:
                 addresses[buffer] = start + offset
         for step, done in self._steps:
@@ -99,10 +102,15 @@ def replayed(make: Pass, static: Hashable, tensors: Sequence[Tensor | None]) -> 
     """
     if not REPLAY or not _PLAIN.issuperset(map(type, tensors)):
         return make(static, tensors)
+    devices = {t.get_device() for t in tensors if t is not None}
+    if len(devices) > 1:  # for the launchers' errors: an address says nothing of its device
+        return make(static, tensors)
     addresses = [0 if t is None else t.data_ptr() for t in tensors]
     key = make, static, tensors[0].device, *_kind(tensors, addresses)
     known = _known.get(key)
     if type(known) is Recording:
+        if len(_known) > MOST_KINDS // 2:
+            _keep(key, known)  # as the newest
         return known.repeat(tensors, addresses)
     if known is _SEEN:
         return _recorded(key, make, static, tensors)
@@ -149,15 +157,21 @@ def forget() -> None:
 
 def _keep(key: Hashable, what: Recording | str) -> None:
     with _lock:
-        while len(_known) >= MOST_KINDS and key not in _known:
+        _known.pop(key, None)
+        while len(_known) >= MOST_KINDS:
             del _known[next(iter(_known))]
         _known[key] = what
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """An object of its own for every input; torch's products ask whether it requires gradients."""
+    return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
 def _recorded(key: Hashable, make: Pass, static: Hashable, tensors) -> list[Tensor]:
     from ckf.kernels.replay_recorder import Recorder  # imports this module
 
-    inputs = [None if t is None else t.detach() for t in tensors]  # each an object of its own
+    inputs = [None if t is None else _alias(t) for t in tensors]
     recorder = _local.recorder = Recorder(inputs)
     try:
         with recorder:

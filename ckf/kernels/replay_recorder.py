@@ -4,6 +4,7 @@ Every address is kept as a place in an input or in an allocation, by the views t
 that two inputs in one storage, or the same tensor given twice, stay apart.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from copy import copy
 from typing import NamedTuple
@@ -120,8 +121,8 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.failed: str | None = None
         self._nothing = len(inputs)  # a buffer at address 0, as that of an empty tensor is
-        self._alive: list[Tensor] = []  # so that an id stays one tensor's
-        self._places: dict[int, Place] = {}  # by id
+        # by id, with the tensor whose id it was: what the pass lets go is not held here
+        self._places: dict[int, tuple[weakref.ref, Place]] = {}
         self._origins: list[int] = []  # storage offset of every buffer
         self._notes: list[tuple[_Allocation | _Launch | _Op, set[int]]] = []  # and buffers in use
         for tensor in [*inputs, None]:
@@ -135,7 +136,6 @@ class Recorder(TorchDispatchMode):
         places = [self._place(tensor) for tensor in outputs]
         if any(place is not None and place.buffer < self._nothing for place in places):
             self.fail("an output in the memory of an input")
-        self._alive.clear()
         if self.failed is not None:
             return None
         last = {buffer: at for at, (_, used) in enumerate(self._notes) for buffer in used}
@@ -144,12 +144,15 @@ class Recorder(TorchDispatchMode):
             if isinstance(what, _Op):
                 whole |= used
         arena, size = self._arena(whole, last)
-        kept = {place.buffer for place in places}
+        own = whole - {place.buffer for place in places} - set(range(self._nothing + 1))
+        last_of_arena = max([last[buffer] for buffer, _ in arena], default=None)
         steps = []
         for at, (what, used) in enumerate(self._notes):
             if isinstance(what, _Allocation) and what.buffer not in whole:
                 continue
-            done = [b for b in used if last[b] == at and b in whole - kept and b > self._nothing]
+            done = [buffer for buffer in used & own if last[buffer] == at]
+            if at == last_of_arena:
+                done.append(len(self._origins))
             steps.append((what.step(), tuple(done)))
         return Recording(steps, places, len(self._origins), arena, size)
 
@@ -188,6 +191,7 @@ class Recorder(TorchDispatchMode):
                 constants[at] = 0
             elif isinstance(value, tuple) and any(isinstance(one, Tensor) for one in value):
                 tuples.append((at, [pointer(one) for one in value]))
+                constants[at] = ()
             elif isinstance(getattr(value, "base", None), Tensor):
                 constants[at] = empty = copy(value)
                 empty.base = None  # else its memory would live on
@@ -222,7 +226,7 @@ class Recorder(TorchDispatchMode):
             place = self._place(owner)
             if one.dtype != owner.dtype:
                 self.fail("a view of another dtype")
-            elif place is not None and id(one) not in self._places:
+            elif place is not None and self._known(one) is None:
                 self._put(one, place.buffer)
 
     def _computing(self, func, args, kwargs, made, owners) -> None:
@@ -252,11 +256,14 @@ class Recorder(TorchDispatchMode):
     def _put(self, tensor: Tensor, buffer: int) -> None:
         offset = tensor.storage_offset() - self._origins[buffer]
         place = Place(buffer, offset, tensor.shape, tensor.stride(), tensor.itemsize)
-        self._places[id(tensor)] = place
-        self._alive.append(tensor)
+        self._places[id(tensor)] = weakref.ref(tensor), place
+
+    def _known(self, tensor: Tensor) -> Place | None:
+        reference, place = self._places.get(id(tensor), (None, None))
+        return place if reference is not None and reference() is tensor else None
 
     def _place(self, tensor: Tensor) -> Place | None:
-        place = self._places.get(id(tensor))
+        place = self._known(tensor)
         if place is None:
             self.fail("a tensor that is neither an input nor made of one")
         return place

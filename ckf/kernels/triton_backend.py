@@ -61,7 +61,8 @@ def forward_pass(
         plan: one of ``launch.PLANS``.
     """
     assert plan in PLANS, plan
-    static = shape, save_plain, width, plan, _settings(x)
+    trained = tuple([w is not None and w.requires_grad for w in weights])  # F.linear asks
+    static = shape, save_plain, width, plan, _settings(x), trained
     tensors = [x, task_ids, seed, slots, *weights, *biases, *gates, *a, *b]
     with torch.cuda.device_of(x):
         *outputs, saved = _made(_forward, static, tensors)
@@ -73,7 +74,7 @@ def _made(make, static: tuple, tensors: Sequence[Tensor | None]) -> list[Tensor]
 
 
 def _forward(static: tuple, tensors: Sequence[Tensor | None]) -> list[Tensor]:
-    shape, save_plain, width, plan, _ = static
+    shape, save_plain, width, plan, *_ = static
     x, task_ids, seed, slots, *tensors = tensors
     weights, biases, gates, a, b = unflatten(shape, tensors)
     rows = _rows(x)

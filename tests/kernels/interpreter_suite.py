@@ -20,6 +20,7 @@ from ckf.kernels.triton_gemm import gemm, why_not_gemm
 from ckf.kernels.triton_outer import outer
 from ckf.kernels.triton_shrink import shrink
 from tests.kernels.cases import assert_as_good_as_reference, random_case, run_with_gradients
+from tests.kernels.test_direct_calls import DYS, gradients
 
 triton_backend = partial(multi_lora_linear, backend="triton")
 DTYPES = [torch.float32, torch.float16]
@@ -189,6 +190,15 @@ def test_strided_inputs(layout):
         case.task_ids = case.task_ids.view(6, 4)
     case.x = case.x.detach().requires_grad_()
     assert_as_good_as_reference(triton_backend, case)
+
+
+@pytest.mark.parametrize("n", [1, 17])
+@pytest.mark.parametrize("kind", DYS)
+def test_every_kind_of_output_gradient(kind, n):
+    case, dy = random_case(n=n), torch.randn(13, n)
+    ours = gradients(triton_backend, case, DYS[kind](dy))
+    for one, wanted in zip(ours, gradients(triton_backend, case, dy), strict=True):
+        assert torch.equal(one, wanted)
 
 
 def test_expanded_output_gradient():

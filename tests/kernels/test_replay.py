@@ -5,9 +5,12 @@ test_triton_gpu.py.
 """
 
 import ctypes
+import gc
 import subprocess
 import sys
 import threading
+import types
+import weakref
 from pathlib import Path
 
 import pytest
@@ -205,11 +208,101 @@ def test_what_nobody_needs_is_let_go():
     assert [len(done) for _, done in recording._steps] == [0, 1, 1]
 
 
-def test_the_oldest_kind_goes(monkeypatch):
+def test_what_is_written_down_holds_no_tensor():
+    """Nor the memory of one: of arguments, of tuples, of a descriptor's base, of ops."""
+
+    class Descriptor:
+        def __init__(self, base: Tensor) -> None:
+            self.base = base
+
+    def passes(static, tensors):
+        x, y, z = tensors
+        made = torch.empty(4)
+        replay.note(sent.append, [Descriptor(x), (y, z), made, 3])
+        return [torch.cat([x, y]) + made[0]]
+
+    sent = []
+    for _ in range(2):
+        replay.replayed(passes, 0, [torch.randn(4) for _ in range(3)])
+    (recording,) = replay._known.values()
+    seen, left = set(), [recording]
+    while left:
+        one = left.pop()
+        if id(one) in seen or isinstance(one, type | types.ModuleType | types.BuiltinMethodType):
+            continue
+        seen.add(id(one))
+        assert not isinstance(one, Tensor)
+        if not isinstance(one, types.FunctionType):
+            left += gc.get_referents(one)
+        else:
+            left += [cell.cell_contents for cell in one.__closure__ or ()]
+    assert len(seen) > 50
+
+
+def test_writing_down_holds_nothing_that_the_pass_lets_go():
+    """Else the sum of all that a pass makes would have to fit into memory."""
+
+    def passes(static, tensors):
+        (x,) = tensors
+        for _ in range(10):
+            x = x.view(-1) + 1
+            made.append(weakref.ref(x))
+            most.append(sum(one() is not None for one in made))
+        return [x]
+
+    x, made, most = torch.randn(3), [], []
+    for _ in range(3):
+        assert torch.equal(replay.replayed(passes, 0, [x])[0], passes(0, [x])[0])
+    assert max(most) <= 3
+    assert isinstance(*replay._known.values(), replay.Recording)
+
+
+def test_tensors_of_several_devices_are_run():
+    """An address says nothing of its device; launchers do."""
+
+    class Elsewhere(Tensor):  # as on a GPU
+        def get_device(self) -> int:
+            return 0
+
+    scaling = Scaling()
+    for _ in range(3):
+        replay.replayed(scaling, 0, [torch.randn(2), torch.randn(2)])
+    x, own = torch.randn(2), pytest.MonkeyPatch()
+    with own.context() as patch:
+        patch.setattr(replay, "_PLAIN", {Tensor, Elsewhere})
+        replay.replayed(scaling, 0, [x, torch.randn(2).as_subclass(Elsewhere)])
+    assert scaling.runs == 3
+
+
+def test_products_are_chosen_as_before():
+    """at::matmul folds three dimensions for a weight that trains, and else does not."""
+
+    def passes(static, tensors):
+        x, weight = tensors
+        with torch.profiler.profile() as profiler:
+            y = torch.nn.functional.linear(x, weight)
+        found.append({event.key for event in profiler.key_averages()} & {"aten::mm", "aten::bmm"})
+        return [y]
+
+    for trains in (True, False):
+        found = []
+        weight = torch.randn(5, 4).requires_grad_(trains)
+        x = torch.randn(3, 2, 4).transpose(0, 1)
+        with torch.no_grad():
+            for _ in range(2):
+                replay.replayed(passes, trains, [x, weight])
+        assert found[0] and found[0] == found[1]
+
+
+def test_the_kind_longest_unused_goes(monkeypatch):
     monkeypatch.setattr(replay, "MOST_KINDS", 3)
+    scaling = Scaling()
     for size in [1, 1, 2, 2, 3, 3, 4, 4]:
         replay.replayed(lambda static, tensors: [tensors[0] * 2], 0, [torch.randn(size)])
+        replay.replayed(scaling, 0, [torch.randn(2), torch.randn(2)])
         assert len(replay._known) <= 3
+    assert scaling.runs == 2
+    replay.forget()
     scaling = Scaling()
     for _ in range(3):
         replay.replayed(scaling, 0, [torch.randn(2), torch.randn(2)])
