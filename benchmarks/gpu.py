@@ -54,6 +54,7 @@ HOPPER_TESTS, CUDA_TESTS = "test_cuda_hopper_gpu.py", "test_cuda_gpu.py"
 LINEAR_TESTS = "test_cuda_linear_gpu.py"
 CSRC_TESTS = (("hopper", HOPPER_TESTS, 1), ("decode", CUDA_TESTS, 4), ("linear", LINEAR_TESTS, 4))
 TRITON_SANITIZED = "test_cuda_sanitized.py"
+TRITON_TESTS, REPEATED = "test_triton_gpu.py", "repeated or any_call"  # passes, of one kind again
 # What never had a verdict first. A process each: one that hangs costs no other its own; racecheck,
 # the slowest by far, in several.
 SANITIZED = (
@@ -211,9 +212,9 @@ def part_tests(runner: Runner, reserved: float) -> None:
         rehearse_tests(runner, reserved)
 
 
-def part_cuda_tests(runner: Runner, reserved: float) -> None:
-    """csrc's own side by side, a step a file: which kernel failed is asked later."""
-    jobs = [
+def part_cuda_tests(runner: Runner, reserved: float, more: Sequence[tuple] = ()) -> None:
+    """csrc's own (and ``more``) side by side, a step a file: which kernel failed is asked later."""
+    jobs = list(more) + [
         job
         for name, file, processes in CSRC_TESTS
         for job in pytest_jobs(f"tests_{name}", named(file), processes)
@@ -288,7 +289,8 @@ def sanitize(runner: Runner, chosen: Sequence[tuple], seconds: float, least: flo
 def part_goals(runner: Runner, reserved: float) -> None:
     """What the goals are read from; then, for all that is left, what never had a verdict."""
     if runner.has_gpu:
-        part_cuda_tests(runner, reserved)
+        repeated = pytest_jobs("tests_repeated", [*named(TRITON_TESTS), "-k", REPEATED], 4)
+        part_cuda_tests(runner, reserved, repeated)
     else:
         runner.skip("tests", "no GPU")
     for name, option, seconds in GOALS:

@@ -230,6 +230,8 @@ def test_the_goals_in_one_call(runner, monkeypatch):
     goals = ["bench_linear", "bench_scaling", "bench_gemm", "bench_step"]
     assert names == ["bench_decode", *goals]
     assert list(calls).index("bench_decode") > list(calls).index("tests_hopper")
+    (repeated,) = [name for name in calls if name.startswith("tests_repeated")][:1]
+    assert "test_triton_gpu.py" in " ".join(calls[repeated]["command"])
     assert "--quick" in calls["bench_decode"]["command"]
     assert all("--goals" in calls[name]["command"] for name in goals)
     assert "table" not in calls, "a few rows are no table"
