@@ -88,7 +88,8 @@ def steps(rounds: int, tasks: int) -> dict[str, list[float]]:
     x = torch.randn(1, ROWS, WIDTH, dtype=torch.bfloat16, requires_grad=True)
     ids = torch.arange(ROWS)[None] % tasks
     least: dict[str, list[float]] = {}
-    for name, plan, replay.REPLAY in runs * rounds:
+    for name, plan, repeat in runs * rounds:
+        replay.REPLAY = repeat
         ops.choose_backend = lambda *_, plan=plan: Choice("triton", "stubbed", plan)
         routed = {"task_ids": ids} if name == "ckf" else {}
         start = time.thread_time()
@@ -97,8 +98,9 @@ def steps(rounds: int, tasks: int) -> dict[str, list[float]]:
         y.backward(torch.ones_like(y))
         took = [middle - start, time.thread_time() - middle]
         models[name].zero_grad(set_to_none=True)
-        key = f"{name} {plan}{', repeated' * replay.REPLAY}" if plan else name
+        key = f"{name} {plan}{', repeated' * repeat}" if plan else name
         least[key] = _least(least.get(key), took)
+    replay.REPLAY = True
     return least
 
 

@@ -124,9 +124,11 @@ def number(x: float | None) -> str:
         return "–"
     if isinstance(x, int):
         return f"{x:,}"
-    if 1e-12 < abs(x) < 0.01:
+    if abs(x) < 1e-12:
+        x = 0.0
+    if 0 < abs(x) < 0.01:
         return f"{x:.2g}"
-    return f"{abs(x):.3f}" if abs(x) <= 1e-12 else f"{x:.3f}" if abs(x) < 1000 else f"{x:,.0f}"
+    return f"{x:.3f}" if abs(x) < 1000 else f"{x:,.0f}"
 
 
 def with_interval(value: Value | None) -> str:

@@ -137,7 +137,7 @@ class CKFTrainer(HalvedSteps, Trainer):
             if model.metanet is not None:
                 groups += _groups(model.metanet, train.vector_lr, train.weight_decay)
             # a LoRA per task is hundreds of small tensors: on a GPU one launch for many of them
-            fused = next(model.backbone.parameters()).is_cuda
+            fused = next(model.backbone.parameters()).is_cuda or None  # None: as torch chooses
             self.optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=(0.9, 0.99), fused=fused)
             self.presence.attach(self.optimizer)
         return self.optimizer

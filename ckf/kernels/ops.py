@@ -30,6 +30,7 @@ from ckf.kernels.decode_cache import DecodeCache, Way, capturing
 from ckf.kernels.dispatch import Call, Choice
 from ckf.kernels.dropout import dropout_threshold
 from ckf.kernels.group import GroupShape, expert_parts, unflatten
+from ckf.kernels.replay import PLAIN
 
 
 def multi_lora_linear(
@@ -215,28 +216,35 @@ def _decode_way(choice: Choice, call: Call) -> Way | None:
     return None
 
 
+# of make_fx(pre_dispatch=True)
+_pre_dispatch_modes = getattr(torch._ops, "_len_torch_dispatch_stack_pre_dispatch", lambda: 0)
+
+
 def _is_plain(x: Tensor) -> bool:
     """Not for what only sees registered ops: modes, transforms, compilers, tracers."""
     if type(x) is not Tensor or torch.compiler.is_compiling():
         return False
     if x.is_neg() or x._is_zerotensor():
         return False
-    if torch._C._get_tracing_state() is not None or _PRE_DISPATCH_MODES():
+    if torch._C._get_tracing_state() is not None or _pre_dispatch_modes():
         return False
     modes, transform = torch._C._len_torch_dispatch_stack(), torch._C._functorch
     return modes == 0 and transform.peek_interpreter_stack() is None
 
 
-# of make_fx(pre_dispatch=True)
-_PRE_DISPATCH_MODES = getattr(torch._ops, "_len_torch_dispatch_stack_pre_dispatch", lambda: 0)
-_PLAIN_TYPES = {Tensor, torch.nn.Parameter, type(None)}
+def _may_call_directly(x, tensors: Sequence[Tensor | None], new: Sequence[Tensor | None]) -> bool:
+    """Whether an op's function may be called past the dispatcher.
 
+    That turns subclasses, lazy negatives and zeros without memory into plain tensors, and is what
+    modes listen to, those of functions too.
 
-def _hold_their_memory(tensors: Sequence[Tensor | None], new: Sequence[Tensor | None]) -> bool:
-    """Whether an op's function may be given these without the dispatcher, which makes plain
-    tensors of subclasses, of lazy negatives and of zeros without memory; nor does anybody listen
-    to the ops by functions (TorchFunctionMode). ``new``: those that were not asked before."""
-    if torch._C._len_torch_function_stack() or not _PLAIN_TYPES.issuperset(map(type, tensors)):
+    Args:
+        tensors: all but x; ``new``: those of them that were not asked before, as a forward's
+            tensors in its backward.
+    """
+    if not _is_plain(x) or torch._C._len_torch_function_stack():
+        return False
+    if not PLAIN.issuperset(map(type, tensors)):
         return False
     return not any([t is not None and (t.is_neg() or t._is_zerotensor()) for t in new])
 
@@ -277,7 +285,7 @@ class _MultiLoRA(torch.autograd.Function):
         needs = [ctx.needs_input_grad[1], *ctx.needs_input_grad[5:]]
         lists = _lists(ctx.static, tensors)
         op = torch.ops.ckf.multi_lora_backward.default
-        if _is_plain(x) and _hold_their_memory([*dys, saved, *tensors], dys):
+        if _may_call_directly(x, [saved, task_ids, seed, slots, *dys, *tensors], dys):
             op = _multi_lora_backward
         found = op(list(dys), x, saved, *lists, task_ids, seed, slots, *ctx.static[1:], needs)
         *_, gates, a, b = lists
@@ -316,7 +324,7 @@ def _forward_op(static: _Static, x, task_ids, seed, slots, tensors) -> list[Tens
     """The outputs, and last the tensor saved beside x."""
     lists = _lists(static, tensors)
     op = torch.ops.ckf.multi_lora.default
-    if _is_plain(x) and _hold_their_memory(tensors, tensors):
+    if _may_call_directly(x, [task_ids, seed, slots, *tensors], tensors):
         op = _multi_lora
     return op(x, *lists, task_ids, seed, slots, *static[1:])
 

@@ -10,6 +10,7 @@ comes once costs next to nothing), and repeated from then on. Written down is wh
 (``replay_recorder.py``). Whatever cannot be kept so leaves that kind as it was: run, not repeated.
 """
 
+import logging
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from functools import reduce
@@ -20,11 +21,12 @@ import torch
 from torch import Tensor
 
 REPLAY = True  # False: every pass is run
-MOST_KINDS = (
-    512  # the one longest unused goes; packed steps bring new ones, with every new number of rows
-)
+# Past it the kind longest unused goes; packed steps bring new ones with every new number of rows.
+MOST_KINDS = 512
 ALIGNMENT = 16  # bytes of addresses that launches depend on
-_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+
+logger = logging.getLogger(__name__)
 
 _SEEN, _NEVER = "seen once", "cannot be repeated"
 _known: dict[Hashable, "Recording | str"] = {}
@@ -100,7 +102,7 @@ def replayed(make: Pass, static: Hashable, tensors: Sequence[Tensor | None]) -> 
             dtypes and alignment, never on values. All tensors are on the device of the first.
         static: its other arguments, and whatever else it looks at.
     """
-    if not REPLAY or not _PLAIN.issuperset(map(type, tensors)):
+    if not REPLAY or not PLAIN.issuperset(map(type, tensors)):
         return make(static, tensors)
     devices = {t.get_device() for t in tensors if t is not None}
     if len(devices) > 1:  # for the launchers' errors: an address says nothing of its device
@@ -150,7 +152,7 @@ def not_repeatable(why: str) -> None:
 
 
 def forget() -> None:
-    """All kinds of passes."""
+    """All kinds of passes, for tests and measurements."""
     with _lock:
         _known.clear()
 
@@ -165,7 +167,10 @@ def _keep(key: Hashable, what: Recording | str) -> None:
 
 def _alias(tensor: Tensor) -> Tensor:
     """An object of its own for every input; torch's products ask whether it requires gradients."""
-    return tensor.detach().requires_grad_(tensor.requires_grad)
+    alias = tensor.detach()
+    if tensor.requires_grad and not alias.is_inference():  # of those torch allows it nowhere else
+        alias.requires_grad_()
+    return alias
 
 
 def _recorded(key: Hashable, make: Pass, static: Hashable, tensors) -> list[Tensor]:
@@ -178,5 +183,8 @@ def _recorded(key: Hashable, make: Pass, static: Hashable, tensors) -> list[Tens
             outputs = make(static, inputs)
     finally:
         _local.recorder = None
-    _keep(key, recorder.recording(outputs) or _NEVER)
+    recording = recorder.recording(outputs)
+    if recording is None:
+        logger.debug("every pass of a kind (%s) is run: %s", make.__name__, recorder.failed)
+    _keep(key, recording or _NEVER)
     return outputs

@@ -105,7 +105,7 @@ def backward_pass(
     width: int,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """The gradients; ``needs`` says which, of x, weights, biases, gates, a and b in this order.
+    """The gradients that ``needs`` asks for (of x, weights, biases, gates, a, b), packed.
 
     The other arguments as in ``forward_pass``.
     """

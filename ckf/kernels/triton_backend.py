@@ -61,7 +61,7 @@ def forward_pass(
         plan: one of ``launch.PLANS``.
     """
     assert plan in PLANS, plan
-    trained = tuple([w is not None and w.requires_grad for w in weights])  # F.linear asks
+    trained = tuple([w is not None and w.requires_grad for w in weights])  # for F.linear's choice
     static = shape, save_plain, width, plan, _settings(x), trained
     tensors = [x, task_ids, seed, slots, *weights, *biases, *gates, *a, *b]
     with torch.cuda.device_of(x):

@@ -21,9 +21,9 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ckf.kernels import replay
+from ckf.kernels.replay import ALIGNMENT  # for Triton also the divisor of ints
 
 REMEMBER = True  # False: every launch goes through Triton, as the compile tests need
-ALIGNMENT = 16  # bytes of addresses, and the divisor of ints, that Triton specialises on
 
 
 def remembered(kernel: JITFunction) -> "RememberedKernel":

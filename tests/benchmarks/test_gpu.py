@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import tarfile
@@ -231,7 +232,12 @@ def test_the_goals_in_one_call(runner, monkeypatch):
     assert names == ["bench_decode", *goals]
     assert list(calls).index("bench_decode") > list(calls).index("tests_hopper")
     (repeated,) = [name for name in calls if name.startswith("tests_repeated")][:1]
-    assert "test_triton_gpu.py" in " ".join(calls[repeated]["command"])
+    command = calls[repeated]["command"]
+    (file,) = [part for part in command if part.endswith("test_triton_gpu.py")]
+    assert command[command.index("-k", 3) + 1] == gpu.REPEATED
+    names = re.findall(r"def (test_\w+)", (gpu.ROOT / file).read_text())
+    for word in ("any_call", "repeated", "no_more_memory"):
+        assert any(word in name for name in names)
     assert "--quick" in calls["bench_decode"]["command"]
     assert all("--goals" in calls[name]["command"] for name in goals)
     assert "table" not in calls, "a few rows are no table"

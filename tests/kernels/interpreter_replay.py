@@ -82,14 +82,15 @@ def _as_given(value, example):
 
 
 def elsewhere(tensor: Tensor | None) -> Tensor | None:
-    """Laid out alike in other memory; floats and task ids in another order."""
+    """Laid out alike in other memory; floats and task ids in another order, slots as they are."""
     if tensor is None:
         return None
     other = torch.empty(0, dtype=tensor.dtype)
     other.set_(
         tensor.untyped_storage().clone(), tensor.storage_offset(), tensor.shape, tensor.stride()
     )
-    if tensor.is_floating_point() and 0 not in tensor.stride():
+    moved = tensor.is_floating_point() or tensor.dtype == torch.int64
+    if moved and tensor.dim() and 0 not in tensor.stride():
         other.copy_(tensor.flip(0))
     return other
 

@@ -7,13 +7,14 @@ nothing and keeps what it is handed; csrc's products are stubbed.
 import itertools
 import os
 import struct
+from unittest.mock import patch
 
 import torch
 import triton
 from torch import Tensor
 
 from benchmarks.stub_driver import StubDriver, stub_products
-from ckf.kernels import hopper, ops, replay
+from ckf.kernels import hopper, launch, ops, replay, triton_backend
 from ckf.kernels.dispatch import Choice
 from ckf.kernels.launch import PLANS
 from ckf.kernels.slots import compact_slots
@@ -54,7 +55,10 @@ def _flat(values) -> list:
 def launches_of(
     driver: _Listening, plan: str, dropout_p: float, tasks: int
 ) -> tuple[Launches, Launches, list[tuple[int, int]]]:
-    """The launches of a call that is run, of the same call repeated, and where its inputs lie."""
+    """The launches of a call that is run, of the same call repeated, and where its inputs lie.
+
+    Then asserts that the call is another kind's once a setting has changed that its keys must show.
+    """
     ops.choose_backend = lambda *_: Choice("triton", "stubbed", plan)
 
     def new(*shape, dtype=torch.bfloat16) -> Tensor:
@@ -88,12 +92,30 @@ def launches_of(
     assert len(kinds) == 2 and all(isinstance(known, replay.Recording) for known in kinds)
     inputs = [x, *weights, *biases, *gates, *leaves, slots, ids, seed, *dys]
     ranges = [(t.data_ptr(), t.data_ptr() + t.numel() * t.itemsize) for t in inputs]
-    return run, call(), ranges
+    again = call()
+
+    def is_another_kind() -> None:
+        before = len(replay._known)
+        call()
+        assert len(replay._known) == before + 2, "forward and backward"
+
+    with patch.dict(os.environ, {"CKF_HOPPER_GEMM": "2"}):
+        is_another_kind()
+    with patch.object(launch, "STACK_EXPERTS", 5):
+        is_another_kind()
+    weights[0].requires_grad_()
+    is_another_kind()
+    return run, again, ranges
 
 
 def main() -> None:
     """Every launch is the same: of the inputs the same addresses, of the rest some."""
     driver = _Listening()
+    x, precise = torch.zeros(1), torch.backends.cuda.matmul.fp32_precision
+    settings = triton_backend._settings(x)
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    assert triton_backend._settings(x) != settings
+    torch.backends.cuda.matmul.fp32_precision = precise
     triton.runtime.driver.set_active(driver)
     stub_products(driver)
     for plan in (*PLANS, "gemm, Triton's"):

@@ -75,9 +75,11 @@ def test_an_output_gradient_of_zeros_without_memory(backend):
 
 
 @pytest.mark.parametrize("change", [Unwrapping, lambda t: torch._neg_view(-t)])
-@pytest.mark.parametrize("name", ["x", "weight", "a", "b", "gates"])
+@pytest.mark.parametrize("name", ["x", "weight", "a", "b", "gates", "task_ids"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_inputs_of_other_kinds(backend, name, change):
+    if name == "task_ids":
+        change = Unwrapping
     case = random_case()
     wanted = multi_lora_reference(*case.arguments())
     own = getattr(case, name)
@@ -114,9 +116,14 @@ def test_a_tracer_never_loses_the_update(backend, trains):
     def function(x):
         return multi_lora_linear(x, *case.arguments()[1:], backend=backend)
 
-    with pytest.raises(RuntimeError, match=r"Tensor\?"), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.jit.trace(function, case.x, check_trace=False)
+        try:
+            traced = torch.jit.trace(function, case.x, check_trace=False)
+        except RuntimeError as error:
+            assert "Tensor?" in str(error)
+            return
+    torch.testing.assert_close(traced(case.x), function(case.x))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

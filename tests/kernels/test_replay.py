@@ -135,14 +135,16 @@ def test_torch_ops_are_repeated():
     assert isinstance(recording, replay.Recording)
 
 
+@pytest.mark.parametrize("born", [torch.inference_mode, torch.enable_grad])
 @pytest.mark.parametrize("first", [torch.inference_mode, torch.no_grad])
 @pytest.mark.parametrize("later", [torch.inference_mode, torch.no_grad])
-def test_written_down_in_one_mode_repeated_in_another(first, later):
+def test_written_down_in_one_mode_repeated_in_another(first, later, born):
     def passes(static, tensors):
         x, weight = tensors
         return [torch.nn.functional.linear(x.reshape(-1, 4), weight).view(2, 3, 5)]
 
-    weight = torch.nn.Parameter(torch.randn(5, 4))
+    with born():
+        weight = torch.nn.Parameter(torch.randn(5, 4))
     for mode in (first, first, later):
         with mode():
             x = torch.randn(2, 3, 4)
@@ -269,13 +271,13 @@ def test_tensors_of_several_devices_are_run():
         replay.replayed(scaling, 0, [torch.randn(2), torch.randn(2)])
     x, own = torch.randn(2), pytest.MonkeyPatch()
     with own.context() as patch:
-        patch.setattr(replay, "_PLAIN", {Tensor, Elsewhere})
+        patch.setattr(replay, "PLAIN", {Tensor, Elsewhere})
         replay.replayed(scaling, 0, [x, torch.randn(2).as_subclass(Elsewhere)])
     assert scaling.runs == 3
 
 
-def test_products_are_chosen_as_before():
-    """at::matmul folds three dimensions for a weight that trains, and else does not."""
+def test_products_are_chosen_for_a_weight_that_trains():
+    """at::matmul folds three dimensions for it, and for a frozen one does not."""
 
     def passes(static, tensors):
         x, weight = tensors
@@ -284,6 +286,7 @@ def test_products_are_chosen_as_before():
         found.append({event.key for event in profiler.key_averages()} & {"aten::mm", "aten::bmm"})
         return [y]
 
+    kinds = []
     for trains in (True, False):
         found = []
         weight = torch.randn(5, 4).requires_grad_(trains)
@@ -292,6 +295,9 @@ def test_products_are_chosen_as_before():
             for _ in range(2):
                 replay.replayed(passes, trains, [x, weight])
         assert found[0] and found[0] == found[1]
+        kinds.append(found[0])
+    if kinds[0] == kinds[1]:
+        pytest.skip("this torch chooses one product for both")
 
 
 def test_the_kind_longest_unused_goes(monkeypatch):
