@@ -6,7 +6,9 @@ import os
 import sys
 from pathlib import Path
 
-CONFIG = "a YAML file, a run's config.yaml, or the name of one that ckf brings: demo, ml-1m, ..."
+CONFIG_HELP = (
+    "a YAML file, a run's config.yaml, or the name of one that ckf brings: demo, ml-1m, ..."
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train and evaluate a run, or go on with one")
-    train.add_argument("config", help=CONFIG)
+    train.add_argument("config", help=CONFIG_HELP)
     train.add_argument("--out", help="the run's folder (default runs/NAME)")
     train.add_argument("--prepared", help="a folder made by ckf prepare, instead of raw data")
     train.add_argument("--overwrite", action="store_true", help="remove the run first")
@@ -46,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(command=_train)
 
     prepare = commands.add_parser("prepare", help="prepare data only, to carry to another machine")
-    prepare.add_argument("config", help=CONFIG)
+    prepare.add_argument("config", help=CONFIG_HELP)
     prepare.add_argument("--out", required=True, help="the prepared folder")
     _add_data(prepare)
     prepare.set_defaults(command=_prepare)
@@ -99,7 +101,7 @@ def _add_experiment(commands) -> None:
     parser = commands.add_parser(
         "experiment", help="train and compare the cells of a grid, or go on with them"
     )
-    parser.add_argument("config", help=CONFIG)
+    parser.add_argument("config", help=CONFIG_HELP)
     parser.add_argument("--out", help="the experiment's folder (default runs/experiment-NAME)")
     parser.add_argument("--prepared", help="a folder of ckf prepare, or of --prepare-only")
     parser.add_argument("--model", help="the language model, instead of model.name")

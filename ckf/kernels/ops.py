@@ -30,7 +30,7 @@ from ckf.kernels.decode_cache import DecodeCache, Way, capturing
 from ckf.kernels.dispatch import Call, Choice
 from ckf.kernels.dropout import dropout_threshold
 from ckf.kernels.group import GroupShape, expert_parts, unflatten
-from ckf.kernels.replay import PLAIN
+from ckf.kernels.listeners import is_plain, may_call_directly
 
 
 def multi_lora_linear(
@@ -165,7 +165,7 @@ def run_group(
     seed = _seed_tensor(seed, x.device) if dropout_p > 0 else None
     with _no_autocast(x):
         way = _decode_way(choice, call) if decode_cache is not None else None
-        if way is not None and _is_plain(x) and (way.in_graphs or not capturing(x)):
+        if way is not None and is_plain(x) and (way.in_graphs or not capturing(x)):
             shape = _shape(gates, flat_a, 0.0)
             made = decode_cache.get(way.make, shape, gates, flat_a, flat_b, x.dtype)
             decode_cache.remember(_kind(backend, x), way)
@@ -183,7 +183,7 @@ def _as_before(
     A decoded token is so little work that the host, not the GPU, would set its pace if every call
     asked again what cannot have changed.
     """
-    if not _is_plain(x) or torch.is_grad_enabled() or forward_ad._current_level >= 0:
+    if not is_plain(x) or torch.is_grad_enabled() or forward_ad._current_level >= 0:
         return None
     if torch.is_autocast_enabled(x.device.type):
         return None
@@ -214,39 +214,6 @@ def _decode_way(choice: Choice, call: Call) -> Way | None:
     if choice.backend == "cuda":
         return Way("cuda", decode.prepare, partial(decode.decode_pass, plan=choice.plan))
     return None
-
-
-# of make_fx(pre_dispatch=True)
-_pre_dispatch_modes = getattr(torch._ops, "_len_torch_dispatch_stack_pre_dispatch", lambda: 0)
-
-
-def _is_plain(x: Tensor) -> bool:
-    """Not for what only sees registered ops: modes, transforms, compilers, tracers."""
-    if type(x) is not Tensor or torch.compiler.is_compiling():
-        return False
-    if x.is_neg() or x._is_zerotensor():
-        return False
-    if torch._C._get_tracing_state() is not None or _pre_dispatch_modes():
-        return False
-    modes, transform = torch._C._len_torch_dispatch_stack(), torch._C._functorch
-    return modes == 0 and transform.peek_interpreter_stack() is None
-
-
-def _may_call_directly(x, tensors: Sequence[Tensor | None], new: Sequence[Tensor | None]) -> bool:
-    """Whether an op's function may be called past the dispatcher.
-
-    That turns subclasses, lazy negatives and zeros without memory into plain tensors, and is what
-    modes listen to, those of functions too.
-
-    Args:
-        tensors: all but x; ``new``: those of them that were not asked before, as a forward's
-            tensors in its backward.
-    """
-    if not _is_plain(x) or torch._C._len_torch_function_stack():
-        return False
-    if not PLAIN.issuperset(map(type, tensors)):
-        return False
-    return not any([t is not None and (t.is_neg() or t._is_zerotensor()) for t in new])
 
 
 def _no_autocast(x: Tensor):
@@ -285,7 +252,7 @@ class _MultiLoRA(torch.autograd.Function):
         needs = [ctx.needs_input_grad[1], *ctx.needs_input_grad[5:]]
         lists = _lists(ctx.static, tensors)
         op = torch.ops.ckf.multi_lora_backward.default
-        if _may_call_directly(x, [saved, task_ids, seed, slots, *dys, *tensors], dys):
+        if may_call_directly(x, [saved, task_ids, seed, slots, *dys, *tensors], dys):
             op = _multi_lora_backward
         found = op(list(dys), x, saved, *lists, task_ids, seed, slots, *ctx.static[1:], needs)
         *_, gates, a, b = lists
@@ -324,7 +291,7 @@ def _forward_op(static: _Static, x, task_ids, seed, slots, tensors) -> list[Tens
     """The outputs, and last the tensor saved beside x."""
     lists = _lists(static, tensors)
     op = torch.ops.ckf.multi_lora.default
-    if _may_call_directly(x, [task_ids, seed, slots, *tensors], tensors):
+    if may_call_directly(x, [task_ids, seed, slots, *tensors], tensors):
         op = _multi_lora
     return op(x, *lists, task_ids, seed, slots, *static[1:])
 

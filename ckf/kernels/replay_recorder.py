@@ -98,13 +98,9 @@ class _Op(NamedTuple):
         function, args, kwargs, results = self
 
         def step(buffers, addresses) -> None:
-            def found(one):
-                if type(one) is list:
-                    return [found(part) for part in one]
-                return one.of(buffers) if type(one) is Place else one
-
-            given = [found(arg) for arg in args]
-            made = function(*given, **{name: found(arg) for name, arg in kwargs.items()})
+            given = [_filled(arg, buffers) for arg in args]
+            named = {name: _filled(arg, buffers) for name, arg in kwargs.items()}
+            made = function(*given, **named)
             made = [made] if isinstance(made, Tensor) else made
             for buffer, one in zip(results, made, strict=True):
                 if buffer >= 0:
@@ -112,6 +108,13 @@ class _Op(NamedTuple):
                     addresses[buffer] = one.data_ptr()
 
         return step
+
+
+def _filled(argument, buffers: list[Tensor]):
+    """An op's argument with tensors for places, also in lists."""
+    if type(argument) is list:
+        return [_filled(one, buffers) for one in argument]
+    return argument.of(buffers) if type(argument) is Place else argument
 
 
 class Recorder(TorchDispatchMode):
